@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import metadata
 from operator import itemgetter
 from typing import NamedTuple, TypeAlias
 
@@ -18,6 +19,9 @@ from ..errors import DataError
 from ..files import StrPath, read_text
 from . import metrics
 from .corpus import SOURCES, cut, tokens_of
+
+READMES = ("tqdm", "llama_cpp_python", "charset-normalizer")
+"""Packages that are installed with this one and have descriptions of 10,000 tokens or more."""
 
 Wrap: TypeAlias = Callable[[str], Sequence[int]]  # turns a prompt into tokens, as by a model's chat template
 
@@ -153,3 +157,13 @@ def python_sources() -> dict[str, str]:
     if not sources:
         raise DataError(f"this Python has no sources in {folder!r}; give text of your own (text_files, --text FILE)")
     return sources
+
+
+def readmes() -> dict[str, str]:
+    """Return the descriptions of :data:`READMES`, by package: prose with lists and examples. {} if there are none."""
+    found = {}
+    for name in READMES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            if text := str(metadata.metadata(name).json.get("description", "")).strip():
+                found[name] = text
+    return found

@@ -1,6 +1,7 @@
 """Provides text that calibration did not see, in two parts: one to search plans with, one to judge them.
 
-A search favours its own text. So the loss of a plan is measured on text that had no part in choosing it.
+A search favours its own text. So the loss of a plan is measured on text that had no part in choosing it. Models know
+much of Python's manual and library by heart, and lose little there. So descriptions of packages come first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..measuring.corpus import held_out
 from ..measuring.judge import Probe, passkey, probes_of
-from ..measuring.tasks import TextItem, python_sources, text_items
+from ..measuring.tasks import TextItem, python_sources, readmes, text_items
 
 
 @dataclass(frozen=True)
@@ -35,34 +36,36 @@ class HeldOut:
 def unseen_texts() -> list[dict[str, str]]:
     """Return, for each kind of text that this Python has, the texts by name that calibration leaves out."""
     kinds = []
-    for kind in (held_out, python_sources):
+    for kind in (readmes, held_out, python_sources):
         with suppress(DataError):
             kinds.append(kind())
     return [kind for kind in kinds if kind]
 
 
-def hold_out(tokenizer: Llama, kinds: Sequence[Mapping[str, str]], n_texts: int, n_tokens: int) -> HeldOut:
-    """Cut ``n_texts`` items of ``n_tokens`` for each part, in equal shares of each kind of text.
+def hold_out(tokenizer: Llama, kinds: Sequence[Mapping[str, str]], n_texts: tuple[int, int], n_tokens: int) -> HeldOut:
+    """Cut items of ``n_tokens``, so many for the search and for the judge, of each kind of text in turn.
 
     ``kinds`` has texts by name, for each kind. If a kind is too small for its share, all kinds are put together. Raises
     DataError if there is too little text.
     """
-    n_each = [len(range(i, n_texts, len(kinds))) for i in range(len(kinds))]
+    n_each = [tuple(len(range(i, n, len(kinds))) for n in n_texts) for i in range(len(kinds))]
     with suppress(DataError):
-        held = [_two_parts(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True) if n]
-        return HeldOut(*(sum(parts, ()) for parts in zip(*((each.search, each.judge) for each in held), strict=True)))
+        held = [_two_parts(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True)]
+        return HeldOut(*(sum(parts, ()) for parts in zip(*held, strict=True)))
     together = {name: text for kind in kinds for name, text in kind.items()}
     try:
-        return _two_parts(tokenizer, together, n_texts, n_tokens)
+        return HeldOut(*_two_parts(tokenizer, together, n_texts, n_tokens))
     except DataError as error:
         raise DataError(f"each half of the held-out text is too short: {error}") from error
 
 
-def _two_parts(tokenizer: Llama, texts: Mapping[str, str], n_texts: int, n_tokens: int) -> HeldOut:
-    parts = (
-        text_items(tokenizer, part, n_items=n_texts, n_tokens=n_tokens, drop_short=True) for part in _halves(texts)
-    )
-    return HeldOut(*map(tuple, parts))
+def _two_parts(
+    tokenizer: Llama, texts: Mapping[str, str], n_texts: tuple[int, ...], n_tokens: int
+) -> list[tuple[TextItem, ...]]:
+    return [
+        tuple(text_items(tokenizer, part, n_items=n, n_tokens=n_tokens, drop_short=True)) if n else ()
+        for part, n in zip(_halves(texts), n_texts, strict=True)
+    ]
 
 
 def _halves(texts: Mapping[str, str]) -> list[dict[str, str]]:

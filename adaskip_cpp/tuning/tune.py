@@ -77,8 +77,8 @@ def tune(
         context: tokens of the prompt for which settings are chosen.
         n_answer: tokens of the answer for which settings are chosen.
         data: texts by name for the calibration; None for text that every Python carries.
-        texts: other texts by name, by which plans are found and judged; None for pages and sources of Python that the
-            calibration leaves out.
+        texts: other texts by name, by which plans are found and judged; None for descriptions of installed packages,
+            and for pages and sources of Python that the calibration leaves out.
         given: settings that are not varied, by the names of ``Settings``, if ``model`` is a file.
         memo: keeps findings in a file, so that a later call continues; None for none.
         on_stage: shows progress, as for ``calibrate``.
@@ -132,7 +132,7 @@ class _Tuning:
         kinds = unseen_texts() if texts is None else [texts]
         with self._model(Settings(**self.given)) as llm:  # before the minutes of trying settings: is there enough text?
             may_skip = any(row.in_bulk for row in llm.sublayers)
-            held = hold_out(llm, kinds, _N_TEXTS, _JUDGED_AT + _ANSWER[0]) if may_skip else None
+            held = hold_out(llm, kinds, (_N_SEARCHED, _N_TEXTS), _JUDGED_AT + _ANSWER[0]) if may_skip else None
             prompt = self._prompt(llm, kinds)
         found = FoundSettings(Settings(**self.given), (), 0) if self.opened is not None else self._find_settings()
         self.n_read, settings = found.n_tokens, found.settings
@@ -210,10 +210,7 @@ class _Tuning:
         """Find the path. While tokens last, judge its plans for :data:`_AIMS`, and for what edits leave of these."""
         planned = Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
-            judges = [
-                Judge(llm, passkey_probes(llm, held.search[:_N_SEARCHED], n, (N_CONTINUED, N_COPIED)))
-                for n in _SEARCHED_AT
-            ]
+            judges = [Judge(llm, passkey_probes(llm, held.search, n, (N_CONTINUED, N_COPIED))) for n in _SEARCHED_AT]
 
             def lost(candidate: Candidate, long: bool) -> tuple[float, float]:
                 search, n_prompt = judges[long], _SEARCHED_AT[long]

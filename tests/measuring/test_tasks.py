@@ -8,8 +8,8 @@ import pytest
 from oracles.fake_llama import BOS, FakeLlama
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.tasks import QuestionItem, python_sources, read_texts, text_items
+from adaskip_cpp.measuring import corpus, tasks
+from adaskip_cpp.measuring.tasks import READMES, QuestionItem, python_sources, read_texts, readmes, text_items
 
 LLM: Any = FakeLlama()
 
@@ -98,6 +98,13 @@ def test_python_brings_text_of_another_kind() -> None:
     sources = python_sources()
     assert len(sources) >= 15
     assert all("def " in source and len(source) > 10_000 for source in sources.values())
+
+
+def test_required_packages_bring_prose(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = readmes()
+    assert found.keys() == {*READMES} and all(len(text) > 20_000 for text in found.values())
+    monkeypatch.setattr(tasks, "READMES", ("no such package",))
+    assert readmes() == {}
 
 
 def test_sources_that_a_python_lacks_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

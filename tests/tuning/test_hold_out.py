@@ -21,7 +21,7 @@ def letters(part: Sequence[TextItem]) -> set[str]:
 
 
 def test_of_many_texts_each_goes_to_one_part_whole() -> None:
-    held_out = hold_out(Bytes(), [{name: name * 300 for name in "abcdefg"}], 4, 50)  # type: ignore[arg-type]
+    held_out = hold_out(Bytes(), [{name: name * 300 for name in "abcdefg"}], (4, 4), 50)  # type: ignore[arg-type]
     assert (len(held_out.search), len(held_out.judge)) == (4, 4)
     assert not letters(held_out.search) & letters(held_out.judge)
     names = held_out.names()
@@ -30,22 +30,29 @@ def test_of_many_texts_each_goes_to_one_part_whole() -> None:
 
 
 def test_of_few_texts_each_is_cut_in_two() -> None:
-    held_out = hold_out(Bytes(), [{"a": "x" * 300 + "y" * 300}], 3, 50)  # type: ignore[arg-type]
+    held_out = hold_out(Bytes(), [{"a": "x" * 300 + "y" * 300}], (3, 3), 50)  # type: ignore[arg-type]
     assert (letters(held_out.search), letters(held_out.judge)) == ({"x"}, {"y"})
     assert held_out.names() == {"searched_on": "a, part 1 of 2", "judged_on": "a, part 2 of 2"}
 
 
 def test_either_part_has_as_much_of_every_kind_of_text() -> None:
-    held_out = hold_out(Bytes(), [{"a": "x" * 900}, {"b": "y" * 900}], 5, 50)  # type: ignore[arg-type]
+    held_out = hold_out(Bytes(), [{"a": "x" * 900}, {"b": "y" * 900}], (5, 5), 50)  # type: ignore[arg-type]
     for part in (held_out.search, held_out.judge):
         assert [chr(item.tokens[1]) for item in part] == ["x", "x", "x", "y", "y"]
 
 
+def test_the_first_kinds_come_first_where_there_are_more_kinds_than_items() -> None:
+    kinds = [{"a": "x" * 900}, {"b": "y" * 900}, {"c": "z" * 900}]
+    held_out = hold_out(Bytes(), kinds, (2, 4), 50)  # type: ignore[arg-type]
+    found = ["".join(chr(item.tokens[1]) for item in part) for part in (held_out.search, held_out.judge)]
+    assert found == ["xy", "xxyz"]
+
+
 def test_where_a_kind_is_too_small_for_its_share_all_kinds_are_cut_together() -> None:
-    held_out = hold_out(Bytes(), [{"a": "x" * 9}, {"b": "y" * 900}], 5, 50)  # type: ignore[arg-type]
+    held_out = hold_out(Bytes(), [{"a": "x" * 9}, {"b": "y" * 900}], (5, 5), 50)  # type: ignore[arg-type]
     assert letters(held_out.search) == letters(held_out.judge) == {"y"} and len(held_out.judge) == 5
 
 
 def test_too_little_text_says_how_much_there_is() -> None:
     with pytest.raises(DataError, match=r"half.*gives 2 items of 50 tokens, not the 9"):
-        hold_out(Bytes(), [{"a": "x" * 200}], 9, 50)  # type: ignore[arg-type]
+        hold_out(Bytes(), [{"a": "x" * 200}], (9, 9), 50)  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def whole(done: tuple[Frontier, Calls], calls: Calls) -> Frontier:
 
 
 def held(llm: AdaSkipLlama) -> HeldOut:
-    return hold_out(llm, [TEXTS], 4, JUDGED_AT + ANSWER[0])
+    return hold_out(llm, [TEXTS], (2, 4), JUDGED_AT + ANSWER[0])
 
 
 def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
