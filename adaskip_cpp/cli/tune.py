@@ -30,7 +30,8 @@ from .tune_report import minutes, print_frontier
 @option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
         "repeated.  [default: pages, sources and docstrings of Python's library]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE",
-        help="Other UTF-8 text, to judge answers; may be repeated.  [default: more of Python's library]")  # fmt: skip
+        help="Other UTF-8 text, to judge answers; may be repeated.  [default: descriptions of packages, more of "
+        "Python's library]")  # fmt: skip
 @model_options_with("the fastest number", "if it is faster")
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
         help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
