@@ -248,8 +248,7 @@ class NativeContext:
 
     def set_aside(self, n_kept: int, runs: Sequence[tuple[int, int, int, int]]) -> None:
         """Take runs (place, new place, length, counted moves) out of sequence 0; forget the rest from ``n_kept`` on."""
-        rows = ffi.new("struct adaskip_run[]", list(runs))
-        self._check(lib.adaskip_set_aside(self._ctx, 0, n_kept, rows, len(runs)))
+        self._check(lib.adaskip_set_aside(self._ctx, 0, n_kept, ffi.new("struct adaskip_run[]", list(runs)), len(runs)))
 
     def take_back(self, end: int) -> None:
         """Put the tokens set aside whose new positions are before ``end`` back into sequence 0."""

@@ -190,12 +190,8 @@ class PrefixCache:
 
     def _write(self, entry: Entry, path: Path, state: bytearray) -> None:
         header = msgspec.json.encode(_Header(entry.key, len(entry.tokens), entry.n_bytes))
-        parts: list[bytes | bytearray] = [
-            len(header).to_bytes(8, "little"),
-            header,
-            entry.tokens.astype("<i4").tobytes(),
-            state,
-        ]
+        n_header, tokens = len(header).to_bytes(8, "little"), entry.tokens.astype("<i4").tobytes()
+        parts: list[bytes | bytearray] = [n_header, header, tokens, state]
         try:
             content = b"".join([MAGIC, self._mac(*parts), *parts])
             write_atomically(path, content, mode=0o600, follows_link=False)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.measuring.tasks import TextItem
-from adaskip_cpp.tuning.hold_out import hold_out
+from adaskip_cpp.measuring.tasks import READMES, TextItem
+from adaskip_cpp.tuning import hold_out as module
+from adaskip_cpp.tuning.hold_out import hold_out, unseen_texts
 
 
 class Bytes:
@@ -18,6 +19,13 @@ class Bytes:
 
 def letters(part: Sequence[TextItem]) -> set[str]:
     return {chr(token) for item in part for token in item.tokens[1:]}
+
+
+def test_descriptions_come_first_and_a_kind_that_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = unseen_texts()
+    assert [*kinds[0]] == [*READMES] and len(kinds) == 3
+    monkeypatch.setattr(module, "readmes", dict)
+    assert unseen_texts() == kinds[1:]
 
 
 def test_of_many_texts_each_goes_to_one_part_whole() -> None:
