@@ -77,7 +77,7 @@ def _halves(texts: Mapping[str, str]) -> list[dict[str, str]]:
     else:
         for name, text in texts.items():
             for i, part in enumerate(parts):
-                part[f"{name}, part {i + 1} of 2"] = text[i * len(text) // 2 : (i + 1) * len(text) // 2]
+                part[f"{name} (part {i + 1} of 2)"] = text[i * len(text) // 2 : (i + 1) * len(text) // 2]
     return parts
 
 

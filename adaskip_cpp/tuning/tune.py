@@ -7,6 +7,7 @@ llama-cpp-python (``speed``). A ``memo`` keeps results as they come, so that a r
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ _SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windo
 _N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 _AIMS = (0.05, 0.02, 0.1, 0.035, 0.07, 0.2)  # promises to find the fastest plan for, in order, while tokens last
+_SAFER = 0.8  # share of a promise that the last plan is sought for, if none keeps it: there is no second try
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
@@ -243,7 +245,10 @@ class _Tuning:
             for promise, edited, length in product(_AIMS, (False, True), (_JUDGED_AT, _LONG)):
                 while not found or left() >= each_costs:
                     needs = {each: point.needs(length) for each, point in found.items()}
-                    if (candidate := aim(path, needs, of_edits.left(length, promise, edited=edited))) is None:
+                    wanted = of_edits.left(length, promise, edited=edited)
+                    if left() < 2 * each_costs and min(needs.values(), default=math.inf) > wanted:
+                        wanted *= _SAFER
+                    if (candidate := aim(path, needs, wanted)) is None:
                         break
                     found[candidate] = judged(candidate)
                     on_progress(1 - max(left(), 0) / n_begin)

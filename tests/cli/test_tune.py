@@ -94,7 +94,7 @@ def test_it_prints_settings_plans_promises_and_speed_within_80_columns(
         f"Plans, judged after prompts of {JUDGED_AT} tokens",
         "A promise of 0.05 nats per token (the default) gives",
         f"the first token after {JUDGED_AT} tokens comes 2.50 (2.40 to 2.60) times as fast",
-        "judged on 0.txt, part 2 of 2, 1.txt, part 2 of 2; plans found on 0.txt, part 1 of 2, 1.txt, part 1 of 2",
+        "judged on 0.txt (part 2 of 2), 1.txt (part 2 of 2); plans found on 0.txt (part 1 of 2), 1.txt (part 1 of 2)",
         'AdaSkipLlama(plan="auto") use it',
     ):
         assert words in told

@@ -40,7 +40,7 @@ def test_of_many_texts_each_goes_to_one_part_whole() -> None:
 def test_of_few_texts_each_is_cut_in_two() -> None:
     held_out = hold_out(Bytes(), [{"a": "x" * 300 + "y" * 300}], (3, 3), 50)  # type: ignore[arg-type]
     assert (letters(held_out.search), letters(held_out.judge)) == ({"x"}, {"y"})
-    assert held_out.names() == {"searched_on": "a, part 1 of 2", "judged_on": "a, part 2 of 2"}
+    assert held_out.names() == {"searched_on": "a (part 1 of 2)", "judged_on": "a (part 2 of 2)"}
 
 
 def test_either_part_has_as_much_of_every_kind_of_text() -> None:

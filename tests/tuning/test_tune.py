@@ -218,6 +218,17 @@ def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(
     assert aimed[0] == 0.05 > aimed[2]
 
 
+def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
+    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aimed = list[float]()
+    monkeypatch.setattr(tuning, "MOST_TOKENS", 0)
+    monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
+    monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: aimed.append(promise))
+    tune(model, calls)
+    assert aimed[0] == pytest.approx(0.8 * 0.05)
+
+
 def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
     told = done[1].told
     assert len(told) == 1 and "tokens per second. The other stages take about" in told[0]
