@@ -230,6 +230,7 @@ class History:
         first, found = self._runs(self.cells[: self._n_readable(self.plan.prefill)], tokens)
         taken, runs = [Run(0, 0, first), *found], [(run, self) for run in found]
         rest = [(each, self._runs(each.cells, tokens, wide=APART)) for each in self.saved]
+        is_replaced = False  # by a saved state, even if the plan turns out to read nothing of it
         while rest:
             free = {
                 id(each): beside([Run(0, 0, n, 0), *theirs], taken, least=self.edits.least, mend=self.edits.mend)
@@ -237,16 +238,18 @@ class History:
             }
             best = max((each for each, _ in rest), key=lambda each: sum(run.n for run in free[id(each)]))
             taken += free[id(best)]
+            is_replaced |= bool(free[id(best)])
             n = self._n_readable(self.plan.prefill, best.cells)
             readable = [run._replace(n=min(run.n, n - run.start)) for run in free[id(best)] if run.start < n]
             runs += [(run, best) for run in readable]
             rest = [each for each in rest if each[0] is not best]
         window = max(filter(None, self.reference.model.window), default=0)
-        if not runs or (self.cells and oldest > max(0, first - window + 1)):
+        if not (runs or is_replaced) or (self.cells and oldest > max(0, first - window + 1)):
             return
         sources = {id(each): each.reference.evaluate(each.cells).copy() for _, each in runs}
         held = {id(each): list(each.cells) for _, each in runs}
         del self.cells[first:]
+        self.logits_are_current = False
         for run, history in sorted(runs, key=lambda each: each[0].to):
             self._append_prompt(tokens[len(self.cells) : run.to], len(tokens) - run.to)
             for i, cell in enumerate(held[id(history)][run.start : run.start + run.n], run.start):
