@@ -1,7 +1,7 @@
 """Provides text that calibration did not see, in two parts: one to search plans with, one to judge them.
 
-A search favours its own text. So the loss of a plan is measured on text that had no part in choosing it. Plans lose less
-on Python's manual and library than on other text (docs/dev/results.md). So descriptions of packages come first.
+A search favours its own text. So the loss of a plan is measured on text that had no part in choosing it. Plans lose
+less on Python's manual and library than on other text (docs/dev/results.md). So descriptions of packages come first.
 """
 
 from collections.abc import Mapping, Sequence
