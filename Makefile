@@ -1,11 +1,11 @@
-# make demo | test | test-fast | test-native | test-backends | test-cuda | test-asan | test-tsan | test-libraries |
-# nightly | soak | fuzz | wheels | docs | lint | format | clean
+# make demo | test | test-fast | test-native | test-rpc | test-vulkan | test-cuda | test-asan | test-tsan |
+# test-libraries | nightly | soak | fuzz | wheels | docs | lint | format | clean
 # Needs a C++ compiler, make, Python 3.10 or later with venv; everything else is installed into .venv.
 
 PYTHON ?= python3
-# An older release (make test-fast LLAMA_CPP_PYTHON=0.3.33) or another ggml (make test-fast GGML=backends) has an
-# environment and build folders of its own. The targets test-backends and test-cuda set GGML themselves.
-GGML   ?= $(firstword $(patsubst test-%,%,$(filter test-backends test-cuda,$(MAKECMDGOALS))))
+# An older release (make test-fast LLAMA_CPP_PYTHON=0.3.33) or another ggml (make test-fast GGML=rpc) has an environment
+# and build folders of its own. The targets test-rpc, test-vulkan and test-cuda set GGML themselves.
+GGML   ?= $(firstword $(patsubst test-%,%,$(filter test-rpc test-vulkan test-cuda,$(MAKECMDGOALS))))
 VENV   := .venv$(if $(LLAMA_CPP_PYTHON),-$(LLAMA_CPP_PYTHON))$(if $(GGML),-$(GGML))
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -35,7 +35,7 @@ define sanitized
   cat $(call BUILD,$(VENV)-$(1))/report.* 2>/dev/null && status=1; exit $$status
 endef
 
-.PHONY: demo test test-fast test-native test-backends test-cuda test-asan test-tsan test-libraries nightly soak fuzz wheels docs lint format clean
+.PHONY: demo test test-fast test-native test-rpc test-vulkan test-cuda test-asan test-tsan test-libraries nightly soak fuzz wheels docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-demo
@@ -55,13 +55,17 @@ test-fast: $(VENV)/installed-dev
 test-native: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not model and not slow" tests/native tests/engine/test_library.py
 
-# Runs first on Vulkan, then on two rpc-servers. Needs Vulkan's headers, a shader compiler and a device (Debian:
-# libvulkan-dev glslc spirv-headers, and mesa-vulkan-drivers for a software device, which GGML_VK_VISIBLE_DEVICES=0
-# selects). llama-cpp-python with its shaders compiles for 10 minutes on 2 cores.
-GGML_backends := -DGGML_VULKAN=ON -DGGML_RPC=ON
-test-backends: $(VENV)/installed-dev
+# Runs on two rpc-servers of this machine. ggml sees them as devices, so layers are divided between them.
+GGML_rpc := -DGGML_RPC=ON
+test-rpc: $(VENV)/installed-dev
+	@$(BIN)/python -m pytest -n 2 --rpc-servers=2 tests/native/test_backends.py tests/engine/test_rpc.py
+
+# Needs Vulkan's headers, a shader compiler and a device (Debian: libvulkan-dev glslc spirv-headers, and
+# mesa-vulkan-drivers for a software device, which is number 0). llama-cpp-python with its shaders compiles for 10
+# minutes on 2 cores.
+GGML_vulkan := -DGGML_VULKAN=ON
+test-vulkan: $(VENV)/installed-dev
 	@GGML_VK_VISIBLE_DEVICES=$${GGML_VK_VISIBLE_DEVICES:-0} $(BIN)/python -m pytest -n 2 tests/native/test_backends.py
-	@GGML_VK_VISIBLE_DEVICES= $(BIN)/python -m pytest -n 2 --rpc-servers=2 tests/native/test_backends.py tests/engine/test_rpc.py
 
 # Needs CUDA's toolkit, but no device: ggml is compiled for CUDA, and the tests run on the CPU, and on a device if there is
 # one. CUDA has the options: the architecture, and without a driver -DGGML_CUDA_NO_VMM=ON, which needs no libcuda.so.1.
@@ -90,11 +94,13 @@ LIBRARIES_ALONE := llama-index-llms-llama-cpp==0.7.0 llm-gguf==0.2
 test-libraries: $(VENV)-libraries/installed
 	@$(VENV)-libraries/bin/python -m pytest tests/libraries
 
-# The random tests of `make test`, for hours instead of seconds: sequences of calls, Ctrl-C, processes that die.
+# The random tests of `make test`, for hours instead of seconds: sequences of calls, Ctrl-C, processes that die. The
+# tests of Vulkan too, if there is a shader compiler.
 nightly: $(VENV)/installed-dev test-libraries
 	@$(BIN)/python -m pytest -n 2 --sequences-seconds=600 tests/native/test_sequences.py tests/native/test_several_sequences.py
 	@$(BIN)/python -m pytest --sigint-trials=1000 tests/faults/test_interrupts.py
 	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest tests/serving/test_server_load.py || exit 1; done
+	@if command -v glslc >/dev/null; then $(MAKE) --no-print-directory test-vulkan; else echo "No glslc: no test-vulkan."; fi
 
 # Random sequences of calls on models that stay open, OPERATIONS calls in all. Shows the process's memory at the end.
 soak: $(VENV)/installed-dev

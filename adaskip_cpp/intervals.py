@@ -1,14 +1,14 @@
 """95% intervals of ratios and means from few measurements, for all figures: ``ratio_interval``, ``mean_interval``.
 
-The plain percentile bootstrap is too narrow for few rounds: with 5 rounds it covers the true ratio in 81 to 89% of all
+The plain percentile bootstrap is too narrow for few rounds. With 5 rounds it covers the true ratio in 81 to 89% of all
 experiments instead of 95%. So it is widened in two ways, and the farther end of the two counts:
 
-- *expanded percentiles* (T. Hesterberg, "What teachers should know about the bootstrap", The American Statistician
-  69(4), 2015, section 5.4): the level of the quantiles is that of Student's t, with the factor sqrt(n / (n - 1));
-- *t with the bootstrap's standard error* (section 5.2), for 2 to 5 values, where no quantile reaches far enough.
+- *expanded percentiles*: the level of the quantiles is that of Student's t, with the factor sqrt(n / (n - 1));
+- *t with the bootstrap's standard error*, for 2 to 5 values, where no quantile reaches far enough.
 
-In simulations (noise of 3 and 20%, with and without outliers and drift, 3 to 60 rounds), the interval of a ratio covers
-the truth in at least 94% of all experiments, mostly in 96 to 98%.
+Both are from T. Hesterberg, "What teachers should know about the bootstrap", The American Statistician 69(4), 2015,
+sections 5.4 and 5.2. In simulations, the interval of a ratio covers the truth in at least 94% of all experiments,
+mostly in 96 to 98%. They had noise of 3 and 20%, with and without outliers and drift, and 3 to 60 rounds.
 """
 
 import math

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from oracles import tiny_families
 from oracles.drawn_sequences import run_drawn_sequences
@@ -144,7 +145,7 @@ def _or_skip(locate: Callable[[], Path]) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sequences", "sequences of calls that Hypothesis draws anew in every run")
-    group.addoption("--sequences-seed", type=int, help="draw those of this seed first")
+    group.addoption("--sequences-blob", help="repeat the sequence that @reproduce_failure(VERSION, b'BLOB') names")
     group.addoption("--sequences-seconds", type=float, default=2, help="of the processor per test (default: 2)")
     parser.addoption("--allocations-step", type=int, default=61, help="fail every n-th one; 1 for all (default: 61)")
     parser.addoption("--sigint-trials", type=int, default=6, help="times that verbs are interrupted (default: 6)")
@@ -156,8 +157,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Some tests press Ctrl-C, which a shell's background jobs ignore.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if config.option.sequences_seed is None:
-        config.option.sequences_seed = random.randrange(2**32)
     # With xdist each worker has its own, as a server serves one process; so has the process of the stock library.
     if (n_servers := config.option.rpc_servers) and (hasattr(config, "workerinput") or not config.option.numprocesses):
         os.environ[RPC_SERVERS] = str(n_servers)
@@ -166,22 +165,17 @@ def pytest_configure(config: pytest.Config) -> None:
             add_rpc_server(endpoint)
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"sequences: --sequences-seed={config.option.sequences_seed}"
-
-
 @pytest.fixture
 def explore(pytestconfig: pytest.Config) -> Callable[[Callable[[], Any]], None]:
     """``explore(machine)``: run this state machine on drawn sequences until the time for it is over."""
 
     def run(machine: Callable[[], Any]) -> None:
-        seed, end = pytestconfig.option.sequences_seed, time.process_time() + pytestconfig.option.sequences_seconds
+        if (blob := pytestconfig.option.sequences_blob) is not None:
+            again = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())
+            run_drawn_sequences(again(functools.partial(machine)))
+            return
+        end = time.process_time() + pytestconfig.option.sequences_seconds
         while time.process_time() < end:
-            try:
-                run_drawn_sequences(machine, seed)
-            except BaseException:
-                print(f"pytest --sequences-seed={seed} draws this sequence again")
-                raise
-            seed += 1
+            run_drawn_sequences(hypothesis.seed(random.randrange(2**32))(functools.partial(machine)))
 
     return run

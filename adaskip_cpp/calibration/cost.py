@@ -17,7 +17,7 @@ from ..errors import RequestError
 from ..model.arrays import Flags
 from ..model.cost_model import Computed, CostModel
 from ..model.plan import CELLS, Bulk, Phase, SkipPlan
-from ..model.skip_set import KINDS, SkipSet
+from ..model.skip_set import KINDS, SkipSet, marked
 from .cost_fit import Group, Sample, fit
 
 _LEAST_ROUNDS, _MAX_ROUNDS = 3, 12  # one round alone would take a busy moment of the machine for a slow sublayer
@@ -31,24 +31,32 @@ def measure_cost(
     contexts: Sequence[int] = (512, 2048, 6144),
     seconds: float = 15.0,
     on_progress: Callable[[float], object] = lambda fraction: None,
+    on_fill: Callable[[int], object] = lambda n_tokens: None,
 ) -> CostModel:
     """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
 
     3 to 12 rounds take ``seconds``, at most half of them on deep contexts. Attentions are timed at ``contexts``, in
-    tokens, ascending, if the model's context and the time allow. The model's plan is put back at the end, also after an
-    error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
+    tokens, ascending, if the model's context and the time allow. Between them the cache is filled with tokens that only
+    have K and V; ``on_fill`` gets their number. The model's plan is put back at the end, also after an error or Ctrl-C;
+    its KV cache is dropped. Raises RequestError if the context is too small.
     """
     with set_aside(llm):
-        return _Measurement(llm, contexts, seconds, on_progress).run()
+        return _Measurement(llm, contexts, seconds, on_progress, on_fill).run()
 
 
 class _Measurement:
     """The rounds that time ubatches without outputs, and tokens. With ``kept``, skipped attentions keep K and V."""
 
     def __init__(
-        self, llm: AdaSkipLlama, contexts: Sequence[int], seconds: float, on_progress: Callable[[float], object]
+        self,
+        llm: AdaSkipLlama,
+        contexts: Sequence[int],
+        seconds: float,
+        on_progress: Callable[[float], object],
+        on_fill: Callable[[int], object],
     ) -> None:
-        self.llm, self.seconds, self._contexts, self._on_progress = llm, seconds, contexts, on_progress
+        self.llm, self.seconds, self._contexts = llm, seconds, contexts
+        self._on_progress, self._on_fill = on_progress, on_fill
         self.groups = _groups(llm)
         self._rest_grows = not all(sublayer.in_bulk for sublayer in llm.sublayers)  # then time the rest at all contexts
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
@@ -126,10 +134,17 @@ class _Measurement:
                 self._deeper(self._contexts, f"subset of {index}" if group.elidable else None)
 
     def _deeper(self, contexts: Sequence[int], offset: str | None) -> None:
-        """Time ubatch after ubatch up to the last context; with an ``offset``, time tokens at each context too."""
+        """Time the ubatch before each context; with an ``offset``, time tokens at each context too.
+
+        If the cache cannot be filled, time ubatch after ubatch up to the last context.
+        """
         end = perf_counter() + self.seconds / (2 * max(sum(group.kind == 0 for group in self.groups), 1))
         remaining = list(contexts)
         while remaining and self._has_room(1):
+            n_missing = min(remaining[0], self._size - self._n_decode - 1) - self.n_tokens - self.llm.n_tokens
+            if n_missing > 0 and not self._rest_grows:
+                fill(self.llm, (self._tokens * math.ceil(n_missing / self.n_tokens))[:n_missing])
+                self._on_fill(n_missing)
             self._eval("prefill", self.n_tokens)
             is_last = perf_counter() > end or not self._has_room(2)
             if self.llm.n_tokens >= remaining[0] or is_last:
@@ -212,6 +227,24 @@ def _groups(llm: AdaSkipLlama) -> list[Group]:
         limit = cells if window and cells < llm.context_size else math.inf
         groups.append(Group(kind, tuple(layers), limit, elidable))
     return groups
+
+
+def can_fill(llm: AdaSkipLlama) -> bool:
+    """Return whether the bulk of a prompt can skip every sublayer, as :func:`fill` does."""
+    return all(row.in_bulk for row in llm.sublayers)
+
+
+def fill(llm: AdaSkipLlama, tokens: Sequence[int]) -> None:
+    """Put tokens into the cache at little cost, to time what comes after them: only K and V of each are computed.
+
+    The plan in force may read them.
+    """
+    plan, none = llm.plan, SkipSet.none(llm.n_layer)
+    skip = marked(llm.n_layer, *([row.layer for row in llm.sublayers if row.kind == kind] for kind in KINDS))
+    filling = replace(plan or SkipPlan(none, none), bulk=Bulk(SkipSet(skip, np.ones(skip.shape))))
+    llm.set_plan(filling, readable=() if plan is None else (plan,))
+    llm.eval_bulk(tokens)
+    llm.set_plan(plan, readable=(filling,))
 
 
 @contextmanager

@@ -185,8 +185,8 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     def has_lost_window(self, n: int) -> bool:
         """Return whether memory lacks tokens that a sliding window after the first ``n`` attends to."""
-        # llama.cpp writes over those that the window has left; with swa_full as well where it looks for room from the
-        # cache's start, as after a loaded state. Stock then reads on without them.
+        # llama.cpp overwrites cells that the window has left. With swa_full it does so too if it looks for room from
+        # the cache's start, as after a loaded state. Stock then continues without them.
         n_swa = llama_cpp.llama_model_n_swa(self.model)
         if n_swa == 0 or n == 0:
             return False
@@ -195,8 +195,8 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     def n_held(self, n: int) -> int:
         """Return how many of the first ``n`` tokens the memory holds: all, unless a call was cut short."""
-        # Where Ctrl-C or a failure comes between llama.cpp's part of a call and ours, the memory holds fewer tokens, or
-        # more, of which eval takes the others away. A recurrent state cannot give back what it has read.
+        # After Ctrl-C or a failure between llama.cpp's part of a call and ours, the memory holds fewer tokens, or more.
+        # eval removes the additional ones. A recurrent state cannot remove a token.
         memory = llama_cpp.llama_get_memory(self.ctx)
         last = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) if memory else n - 1
         if last == n - 1 or n == 0:

@@ -1,8 +1,8 @@
 """Saved states of prompts that one model has read, in memory and on disk. Start at :class:`PrefixCache`.
 
-A file has: ``MAGIC``; an HMAC-SHA256 of all that follows; the length of a JSON header; the header; token ids as int32,
-little endian; llama.cpp's state of sequence 0, which contains the skip set of each cell. llama.cpp trusts a state, so
-only the owner of the folder may access it and the key of the HMAC in it.
+A file has these parts: ``MAGIC``, an HMAC-SHA256 of all that follows, the length of a JSON header, the header, token
+ids, and a state. Numbers are little endian, and token ids are int32. The state is llama.cpp's, of sequence 0, with the
+skip set of each cell. llama.cpp trusts a state. So only the owner of the folder may access it and the key of the HMAC.
 """
 
 import contextlib

@@ -9,6 +9,7 @@ from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 
+from ..calibration.cost import can_fill, fill
 from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError, RequestError
 from ..measuring.cores import logical_cores, physical_cores
@@ -18,7 +19,7 @@ from ..progress import OnProgress
 
 MOST_TOKENS = 12_000  # that all trials together read through the model
 
-_DEPTH = 1280  # tokens of context before a piece is timed again, up to 1,792: longer contexts are extrapolated
+_READ_DEPTH = 1280  # tokens before a piece is timed again if all must be read; longer contexts are extrapolated then
 _PIECE, _SHORT_PIECE = 512, 256  # timed tokens of a prompt: a ubatch if depth matters; half to compare matrix products
 _N_DECODE = 12  # timed tokens of an answer, after an untimed one that builds the graph
 _WARM_UP = 2, 1  # untimed tokens of prompt and answer: they read the weights into memory and wake the threads
@@ -51,8 +52,11 @@ def fastest_settings(
     candidate is timed in turn with the best settings so far (best, candidate, candidate, best), in newly opened models.
     It replaces them if it is faster in both rounds and saves 3% of the request's time on average. If two rounds
     disagree, the median of three decides. For threads, the time of their own phase counts. A candidate that fails is
-    not chosen. Times are extrapolated linearly from depths up to 1,792 to ``context`` tokens. All trials together read
-    at most ``MOST_TOKENS`` tokens; settings that are not reached keep their defaults.
+    not chosen. All trials together read at most ``MOST_TOKENS`` tokens. Settings that are not reached keep their
+    defaults.
+
+    First and last tokens of a prompt are timed. Those between skip every sublayer, so they cost little, and are not
+    counted. If a sublayer cannot be skipped, times are extrapolated from a shorter prompt.
 
     ``open_model`` opens the model without a plan, with settings and a context of so many tokens. A prompt has
     ``context`` tokens, its answer ``n_answer``. The user's ``given`` settings are not varied.
@@ -80,6 +84,7 @@ class _Shape:
     piece: int
     n_decode: int
     depth: int = 0
+    fills: bool = True  # whether the tokens up to ``depth`` skip every sublayer; else they are read, and counted
 
     @property
     def part(self) -> int:
@@ -89,7 +94,13 @@ class _Shape:
     @property
     def first(self) -> int:
         """Tokens that a newly opened model reads up to the end of its first measurement."""
-        return sum(_WARM_UP) + (self.depth + self.part if self.depth else self.part)
+        before = 0 if not self.depth else self.part if self.fills else self.depth
+        return sum(_WARM_UP) + before + self.part
+
+    @property
+    def size(self) -> int:
+        """Most tokens in the context: a second measurement follows the first."""
+        return self.depth + 2 * self.part
 
 
 class _Visit:
@@ -99,9 +110,8 @@ class _Visit:
         self._llm, self._shape, self._count = llm, shape, count
         self._tokens = [index * 7919 % llm.n_vocab() for index in range(max(shape.piece, shape.depth, *_WARM_UP))]
         self._short: tuple[list[tuple[float, float]], list[tuple[float, float]]] | None = None
-        n_prompt, n_decoded = _WARM_UP
-        self._read(n_prompt)
-        self._decode(n_decoded)
+        self._read(_WARM_UP[0])
+        self._decode(_WARM_UP[1])
 
     def measure(self, base: _Rates) -> _Rates:
         """Time one round. Rates that this shape does not time are taken from ``base``."""
@@ -110,13 +120,21 @@ class _Visit:
             self._short = self._part()
         prompt, token = ([*points] for points in self._short)
         if self._shape.depth:
-            self._read(max(self._shape.depth - self._llm.n_tokens, 0))  # in the second round it is deeper already
+            self._go_to(self._shape.depth)
             for points, more in zip((prompt, token), self._part(), strict=True):
                 points.extend(more)
         return _Rates(
             SecondsByDepth.through(prompt, base.prompt.growth) if prompt else base.prompt,
             SecondsByDepth.through(token, base.token.growth) if token else base.token,
         )
+
+    def _go_to(self, depth: int) -> None:
+        """Put tokens into the cache up to a depth. In the second round it is deeper already."""
+        n = max(depth - self._llm.n_tokens, 0)
+        if n and self._shape.fills:
+            fill(self._llm, self._tokens[:n])
+        else:
+            self._read(n)
 
     def _part(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
         prompt, token, shape = [], [], self._shape
@@ -158,16 +176,14 @@ class _Search:
 
     def run(self) -> FoundSettings:
         piece, n_decode = min(_PIECE, self.context), _N_DECODE if self.n_answer else 0
-        depth = min(_DEPTH, self.context - piece)
-        self._deep = _Shape(piece, n_decode, depth if depth > piece + n_decode else 0)
+        self._deep = _Shape(piece, n_decode, self.context - piece if self.context > 2 * piece + n_decode else 0)
         short = _Shape(min(_SHORT_PIECE, self.context), n_decode)
         self._rates = self._measure(self._best, self._deep)
         self._record(self._best, [self._rates], chosen=True)
         self._try(self._deep, flash_attn=not self._best.flash_attn)
         if self._file_type not in _NOT_QUANTIZED:
             self._try(short, repack=not self._best.repack)
-        physical = physical_cores()
-        for n in dict.fromkeys((physical, physical - 1, logical_cores())):
+        for n in dict.fromkeys((physical_cores(), physical_cores() - 1, logical_cores())):
             if n >= 1 and n != self._threads["n_threads"] and n_decode:
                 self._try(replace(short, piece=0), n_threads=n)
             if n >= 1 and n != self._threads["n_threads_batch"]:
@@ -210,12 +226,12 @@ class _Search:
         if len(theirs) > 1:
             ours.append(self._measure(self._best, best_shape))
         ratios = [self._ratio(a, b, change) for a, b in zip(ours, theirs, strict=False)]
-        if len(ratios) > 1 and min(ratios) < 1 < max(ratios) and self._left >= shape.first + best_shape.first:
+        is_open = len(ratios) > 1 and min(ratios) <= 1 - _MARGIN and max(ratios) > 1
+        if is_open and self._left >= shape.first + best_shape.first:
             # One round was disturbed. A third one, between two turns of the best settings, decides.
             with contextlib.suppress(*_FAILURES):
                 theirs.append(self._measure(candidate, shape))
-                before_and_after = _mean([ours[1], self._measure(self._best, best_shape)])
-                ratios.append(self._ratio(before_and_after, theirs[2], change))
+                ratios.append(self._ratio(_mean([ours[1], self._measure(self._best, best_shape)]), theirs[2], change))
                 theirs = [theirs[ratios.index(median(ratios))]]
         chosen = _saves_time(ratios)
         self._record(candidate, theirs, chosen=chosen)
@@ -253,9 +269,11 @@ class _Search:
 
     @contextlib.contextmanager
     def _visit(self, settings: Settings, shape: _Shape) -> Iterator[_Visit]:
-        size = max(self.context + self.n_answer, shape.first + shape.part)
+        size = max(self.context + self.n_answer, shape.size, sum(_WARM_UP))
         with contextlib.closing(self.open_model(settings, size)) as llm:
             if not self._tried:
+                if not can_fill(llm):
+                    shape = self._deep = replace(shape, depth=min(shape.depth, _READ_DEPTH), fills=False)
                 self._file_type = str(llm.metadata.get("general.file_type", ""))
                 parameters: Any = llm.context_params
                 self._threads = {name: int(getattr(parameters, name)) for name in ("n_threads", "n_threads_batch")}

@@ -42,9 +42,9 @@ MOST_TOKENS = 150_000  # that calibration and tuning together read through a mod
 LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
 
 _N_REQUESTS, _N_DECODE = 32, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
-_COST_CONTEXTS, _COST_S = (512, 2048), 6.0
+_COST_CONTEXTS, _COST_S = (512, 2048, 8192), 6.0
 _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
-_N_CTX = _JUDGED_AT + 512
+_LEAST_CTX, _N_CTX = _JUDGED_AT + 512, _COST_CONTEXTS[-1] + 256  # that plans are judged in; for times of long prompts
 _FASTEST_AT = 4096  # tokens of the prompts for which sets are the fastest of their loss
 _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
 _SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windows are measured on the long ones
@@ -105,8 +105,8 @@ def tune(
         return _Tuning(model, None, *options, given or {}, kwargs).run(data, texts)
     if given:
         raise DataError(f"an opened model keeps its settings; leave out given ({', '.join(given)}), or pass its file")
-    if model.context_size < _N_CTX:
-        raise DataError(f"the model has a context of {model.context_size} tokens; open it with n_ctx={_N_CTX} or more")
+    if model.context_size < _LEAST_CTX:
+        raise DataError(f"the model's context has {model.context_size} tokens; open it with n_ctx={_LEAST_CTX} or more")
     machine = cost_settings(model)
     names = ("repack", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
     settings = {"flash_attn": machine.flash_attention, **{name: getattr(machine, name) for name in names}}
@@ -179,7 +179,8 @@ class _Tuning:
             found = self.memo.get("settings", FoundSettings, find)
         best = [each for each in found.tried if each.chosen][-1]
         if best.prompt_short_s > 0:
-            rate = 2 / (best.prompt_short_s + best.prompt_long_s)
+            share = min(_JUDGED_AT / 2 / self.context, 1.0)  # the other stages read shorter prompts
+            rate = 1 / (best.prompt_short_s + share * (best.prompt_long_s - best.prompt_short_s))
             took = max(round((MOST_TOKENS - found.n_tokens) / rate / 60), 1)
             self.tell(f"This model reads {rate:,.0f} tokens per second. The other stages take about {took} min.")
         return found
@@ -201,7 +202,13 @@ class _Tuning:
             on_stage=self.on_stage,
         )
         with self.on_stage("Timing sublayers") as on_progress:
-            cost = measure_cost(llm, contexts=_COST_CONTEXTS, seconds=_COST_S, on_progress=on_progress)
+            cost = measure_cost(
+                llm,
+                contexts=_COST_CONTEXTS,
+                seconds=_COST_S,
+                on_progress=on_progress,
+                on_fill=self._leave_out,
+            )
         profile = replace(profile, cost=cost)
         self.memo.keep_profile(profile)
         return profile
@@ -253,6 +260,10 @@ class _Tuning:
                     found[candidate] = judged(candidate)
                     on_progress(1 - max(left(), 0) / n_begin)
         return sorted(found.values(), key=lambda each: each.speedup(_LONG))
+
+    def _leave_out(self, n_tokens: int) -> None:
+        """Do not count tokens that ran no sublayer."""
+        self.n_before += n_tokens
 
     @contextmanager
     def _model(self, settings: Settings) -> Iterator[AdaSkipLlama]:

@@ -302,6 +302,15 @@ def test_a_slow_moment_does_not_change_the_costs_of_a_slow_model(timed: Open, sl
     np.testing.assert_allclose(found.prefill.growth, llm.growth * 512, rtol=0.3)
 
 
+def test_between_contexts_the_cache_is_filled(timed: Open) -> None:
+    """After a ubatch of 512 and 13 decoded tokens, 1,011 are missing to one that ends at 2,048, and so on."""
+    base, growth = UNIFORM
+    llm, filled = timed([8] * 12, base, growth, n_ctx=9000), list[int]()
+    found = cost.measure_cost(llm, seconds=60, contexts=[512, 2048, 8192], on_fill=filled.append)
+    assert set(filled) == {2048 - 512 - 525, 8192 - 512 - 2061} and found.deepest == 8192 + 13
+    np.testing.assert_allclose(found.prefill.growth, growth * 512, rtol=1e-6)
+
+
 def test_progress_goes_from_0_to_1_and_never_back(timed: Open) -> None:
     llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
     seen: list[float] = []
@@ -338,6 +347,24 @@ def test_a_context_without_room_is_refused_before_anything_runs(timed: Open) -> 
 
 
 # --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
+def test_tokens_that_fill_the_cache_are_not_read_again(name: str, open_tiny: Open) -> None:
+    llm = open_tiny(name, logits_all=False)
+    assert cost.can_fill(llm)
+    for plan in (None, SkipPlan.manual(llm.n_layer, ffn=[1], phase="bulk"), SkipPlan.manual(llm.n_layer, [1])):
+        llm.reset()
+        llm.set_plan(plan)
+        llm.eval([1, 5])
+        cost.fill(llm, [6] * 40)
+        assert llm.plan == plan
+        seen: list[Any] = []
+        with llm.collect_statistics(seen.append):
+            llm.eval_bulk([7, 8])
+            llm.eval_decode([9])
+        assert [batch.positions.tolist() for batch in seen] == [[42, 43], [44]]
+    assert not cost.can_fill(open_tiny("gemma3n"))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4", "gemma4-per-layer", "gemma3n"])

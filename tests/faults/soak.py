@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 from oracles.drawn_sequences import called, run_drawn_sequences
 from oracles.process_memory import malloc_bytes, resident_bytes
 from oracles.reference import ReferenceModel
@@ -87,7 +88,7 @@ class Soak:
 
         before = called.total()
         try:
-            run_drawn_sequences(machine, seed, shrinks=False)
+            run_drawn_sequences(hypothesis.seed(seed)(machine), shrinks=False)
         except Exception:
             self.n_failures[kind] += 1
             traceback.print_exc()

@@ -1,10 +1,10 @@
 """Devices of ggml other than the CPU: the same logits and statistics, no more splits or copies than without a plan.
 
-Skipped where there is none; `make test-backends` builds llama-cpp-python with Vulkan, which Mesa has in software too,
-and with RPC, over which the same tests run on two servers (`--rpc-servers=2`).
+Skipped where there is no such device. `make test-rpc` runs them on two rpc-servers (`--rpc-servers=2`), `make
+test-vulkan` on Vulkan, which Mesa also has in software.
 
-The CPU in this process is the truth, which the other tests hold against NumPy. What a device may differ by is measured:
-as much as the whole model differs between the two, times a few, as a plan leads other values through the same kernels.
+The CPU in this process is the truth. The other tests compare it with NumPy. The tolerance is measured: the difference
+of the whole model between CPU and device, times a few, because a plan sends other values through the same kernels.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Sequences of calls that Hypothesis draws: ten of up to twenty, the same for the same seed; and their number."""
+"""Sequences of calls that Hypothesis draws, ten of up to twenty calls, and the number of calls."""
 
 import functools
 from collections import Counter
@@ -28,10 +28,8 @@ def rule(**arguments: Any) -> Callable[[Callable[..., None]], Any]:
     return decorate
 
 
-def run_drawn_sequences(
-    machine: Callable[[], stateful.RuleBasedStateMachine], seed: int, *, shrinks: bool = True
-) -> None:
-    """Run a state machine; ``shrinks`` says whether a sequence that fails is told in its shortest form."""
+def run_drawn_sequences(machine: Callable[[], stateful.RuleBasedStateMachine], *, shrinks: bool = True) -> None:
+    """Run a state machine. ``shrinks``: whether a sequence that fails is reported in its shortest form."""
     phases = [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrinks else [])]
     options = hypothesis.settings(
         max_examples=10,
@@ -42,5 +40,4 @@ def run_drawn_sequences(
         phases=phases,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    seeded = hypothesis.seed(seed)(functools.partial(machine))
-    stateful.run_state_machine_as_test(seeded, settings=options)  # type: ignore[no-untyped-call]
+    stateful.run_state_machine_as_test(machine, settings=options)  # type: ignore[no-untyped-call]

@@ -271,7 +271,7 @@ def test_an_opened_model_goes_on_choosing_plans_by_itself(model: Path, calls: Ca
 
 def test_an_opened_model_of_a_small_context_is_refused(model: Path) -> None:
     llm = AdaSkipLlama(str(model), n_ctx=512, verbose=False)
-    with pytest.raises(DataError, match="a context of 512 tokens; open it with n_ctx=2560 or more"):
+    with pytest.raises(DataError, match="context has 512 tokens; open it with n_ctx=2560 or more"):
         adaskip_cpp.tune(llm)
     llm.close()
 
