@@ -36,9 +36,10 @@ def measure_cost(
     """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
 
     3 to 12 rounds take ``seconds``, at most half of them on deep contexts. Attentions are timed at ``contexts``, in
-    tokens, ascending, if the model's context and the time allow. Between them the cache is filled with tokens that only
-    have K and V; ``on_fill`` gets their number. The model's plan is put back at the end, also after an error or Ctrl-C;
-    its KV cache is dropped. Raises RequestError if the context is too small.
+    tokens, ascending, as far as the model's context allows: the first and the last, and those between if there is time.
+    Between them the cache is filled with tokens that only have K and V; ``on_fill`` gets their number. If a sublayer
+    cannot be skipped, all tokens are read, as long as there is time. The model's plan is put back at the end, also
+    after an error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
     """
     with set_aside(llm):
         return _Measurement(llm, contexts, seconds, on_progress, on_fill).run()
@@ -58,7 +59,7 @@ class _Measurement:
         self.llm, self.seconds, self._contexts = llm, seconds, contexts
         self._on_progress, self._on_fill = on_progress, on_fill
         self.groups = _groups(llm)
-        self._rest_grows = not all(sublayer.in_bulk for sublayer in llm.sublayers)  # then time the rest at all contexts
+        self._rest_grows = not can_fill(llm)  # then time the rest at all contexts
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
         self._size = llm.context_size
         self._n_decode = max(min(_N_DECODE, self._size // (2 * len(self._mixed()) + 2) - 1), 1)
@@ -146,9 +147,11 @@ class _Measurement:
                 fill(self.llm, (self._tokens * math.ceil(n_missing / self.n_tokens))[:n_missing])
                 self._on_fill(n_missing)
             self._eval("prefill", self.n_tokens)
-            is_last = perf_counter() > end or not self._has_room(2)
-            if self.llm.n_tokens >= remaining[0] or is_last:
-                remaining = [] if is_last else [context for context in remaining if context > self.llm.n_tokens]
+            deeper = [context for context in remaining if context > self.llm.n_tokens] if self._has_room(2) else []
+            if perf_counter() > end:
+                deeper = [] if self._rest_grows else deeper[-1:]  # a filled cache gives the last context in any case
+            if self.llm.n_tokens >= remaining[0] or not deeper:
+                remaining = deeper
                 if offset is not None:
                     self._decode(offset)
 

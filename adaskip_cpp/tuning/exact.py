@@ -19,7 +19,8 @@ from ..progress import OnProgress
 
 MOST_TOKENS = 12_000  # that all trials together read through the model
 
-_READ_DEPTH = 1280  # tokens before a piece is timed again if all must be read; longer contexts are extrapolated then
+_DEEPEST = 8192  # tokens of the longest prompts whose last tokens are timed; longer ones are extrapolated
+_READ_DEPTH = 1280  # tokens before a piece is timed again, if these must be read
 _PIECE, _SHORT_PIECE = 512, 256  # timed tokens of a prompt: a ubatch if depth matters; half to compare matrix products
 _N_DECODE = 12  # timed tokens of an answer, after an untimed one that builds the graph
 _WARM_UP = 2, 1  # untimed tokens of prompt and answer: they read the weights into memory and wake the threads
@@ -55,8 +56,8 @@ def fastest_settings(
     not chosen. All trials together read at most ``MOST_TOKENS`` tokens. Settings that are not reached keep their
     defaults.
 
-    First and last tokens of a prompt are timed. Those between skip every sublayer, so they cost little, and are not
-    counted. If a sublayer cannot be skipped, times are extrapolated from a shorter prompt.
+    First and last tokens of a prompt of up to 8,192 tokens are timed. Those between skip every sublayer, so they cost
+    little, and are not counted. If a sublayer cannot be skipped, times are extrapolated from a shorter prompt.
 
     ``open_model`` opens the model without a plan, with settings and a context of so many tokens. A prompt has
     ``context`` tokens, its answer ``n_answer``. The user's ``given`` settings are not varied.
@@ -94,13 +95,18 @@ class _Shape:
     @property
     def first(self) -> int:
         """Tokens that a newly opened model reads up to the end of its first measurement."""
-        before = 0 if not self.depth else self.part if self.fills else self.depth
-        return sum(_WARM_UP) + before + self.part
+        return sum(_WARM_UP) + self.part + (0 if not self.depth else self.part if self.fills else self.depth)
 
     @property
     def size(self) -> int:
         """Most tokens in the context: a second measurement follows the first."""
         return self.depth + 2 * self.part
+
+    def fitted(self, llm: AdaSkipLlama) -> "_Shape":
+        """Return the shape with a depth that suits the model: learned positions end where its training context does."""
+        fills, most = can_fill(llm), (llm.n_ctx_train or self.size) - 2 * self.part
+        depth = min(self.depth, most, self.depth if fills else _READ_DEPTH)
+        return replace(self, depth=depth if depth >= self.part else 0, fills=fills)
 
 
 class _Visit:
@@ -170,13 +176,13 @@ class _Search:
     on_progress: OnProgress
 
     def __post_init__(self) -> None:
-        self._best, self._words, self._n_tokens = Settings(**self.given), "", 0
+        self._best, self._words, self._left = Settings(**self.given), "", MOST_TOKENS
         self._rates = _Rates(SecondsByDepth(0.0, 0.0), SecondsByDepth(0.0, 0.0))  # of the best settings
         self._tried: list[Tried] = []
 
     def run(self) -> FoundSettings:
         piece, n_decode = min(_PIECE, self.context), _N_DECODE if self.n_answer else 0
-        self._deep = _Shape(piece, n_decode, self.context - piece if self.context > 2 * piece + n_decode else 0)
+        self._deep = _Shape(piece, n_decode, max(min(self.context, _DEEPEST) - piece, 0))
         short = _Shape(min(_SHORT_PIECE, self.context), n_decode)
         self._rates = self._measure(self._best, self._deep)
         self._record(self._best, [self._rates], chosen=True)
@@ -190,7 +196,7 @@ class _Search:
                 self._try(replace(short, n_decode=0), n_threads_batch=n)
         self._try_batch_sizes()
         self.on_progress(1.0)
-        return FoundSettings(self._best, tuple(self._tried), self._n_tokens)
+        return FoundSettings(self._best, tuple(self._tried), MOST_TOKENS - self._left)
 
     def _try_batch_sizes(self) -> None:
         """Try larger batches while they are faster; if none is, try a smaller one."""
@@ -259,10 +265,6 @@ class _Search:
         times = prompt.at(0), prompt.at(self.context), token, self._request_s(known) if rates else math.inf
         self._tried.append(Tried(settings, *times, chosen))
 
-    @property
-    def _left(self) -> int:
-        return MOST_TOKENS - self._n_tokens
-
     def _measure(self, settings: Settings, shape: _Shape) -> _Rates:
         with self._visit(settings, shape) as visit:
             return visit.measure(self._rates)
@@ -272,16 +274,15 @@ class _Search:
         size = max(self.context + self.n_answer, shape.size, sum(_WARM_UP))
         with contextlib.closing(self.open_model(settings, size)) as llm:
             if not self._tried:
-                if not can_fill(llm):
-                    shape = self._deep = replace(shape, depth=min(shape.depth, _READ_DEPTH), fills=False)
+                shape = self._deep = shape.fitted(llm)
                 self._file_type = str(llm.metadata.get("general.file_type", ""))
                 parameters: Any = llm.context_params
                 self._threads = {name: int(getattr(parameters, name)) for name in ("n_threads", "n_threads_batch")}
             yield _Visit(llm, shape, self._count)
 
     def _count(self, n: int) -> None:
-        self._n_tokens += n
-        self.on_progress(min(self._n_tokens / MOST_TOKENS, 1.0), self._words)
+        self._left -= n
+        self.on_progress(min(1 - self._left / MOST_TOKENS, 1.0), self._words)
 
 
 def _saves_time(ratios: Sequence[float]) -> bool:

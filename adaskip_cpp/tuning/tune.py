@@ -44,7 +44,8 @@ LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
 _N_REQUESTS, _N_DECODE = 32, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
 _COST_CONTEXTS, _COST_S = (512, 2048, 8192), 6.0
 _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
-_LEAST_CTX, _N_CTX = _JUDGED_AT + 512, _COST_CONTEXTS[-1] + 256  # that plans are judged in; for times of long prompts
+_LEAST_CTX = _JUDGED_AT + 512  # tokens of a context in which plans can be judged
+_ROOM = 256  # tokens of a context beyond the longest prompt whose sublayers are timed
 _FASTEST_AT = 4096  # tokens of the prompts for which sets are the fastest of their loss
 _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
 _SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windows are measured on the long ones
@@ -70,8 +71,8 @@ def tune(
 ) -> Frontier:
     """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
-    At most 150,000 tokens are read. Let nothing else run meanwhile, because times are measured. Only the memo writes
-    files.
+    At most 150,000 tokens are read; those that skip every sublayer do not count. Let nothing else run meanwhile,
+    because times are measured. Only the memo writes files.
 
     Args:
         model: a GGUF file, or an opened model. An opened model keeps its settings. Its plan is set again at the end,
@@ -204,7 +205,7 @@ class _Tuning:
         with self.on_stage("Timing sublayers") as on_progress:
             cost = measure_cost(
                 llm,
-                contexts=_COST_CONTEXTS,
+                contexts=[each for each in _COST_CONTEXTS if each + _ROOM <= (llm.n_ctx_train or llm.context_size)],
                 seconds=_COST_S,
                 on_progress=on_progress,
                 on_fill=self._leave_out,
@@ -268,7 +269,8 @@ class _Tuning:
     @contextmanager
     def _model(self, settings: Settings) -> Iterator[AdaSkipLlama]:
         """Yield the user's opened model, or one opened with these settings; count the tokens that it reads."""
-        llm = self._open(settings, _N_CTX) if self.opened is None else self.opened
+        n_ctx = max(_LEAST_CTX, min(self.context, _COST_CONTEXTS[-1]) + _ROOM)
+        llm = self._open(settings, n_ctx) if self.opened is None else self.opened
         self.n_before = llm.n_evaluated
         try:
             with set_aside(llm):

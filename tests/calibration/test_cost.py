@@ -311,6 +311,13 @@ def test_between_contexts_the_cache_is_filled(timed: Open) -> None:
     np.testing.assert_allclose(found.prefill.growth, growth * 512, rtol=1e-6)
 
 
+def test_the_last_context_is_timed_however_slow_the_model_is(timed: Open) -> None:
+    llm, filled = timed([8] * 12, *UNIFORM, n_ctx=9000), list[int]()
+    found = cost.measure_cost(llm, seconds=0.1, contexts=[512, 2048, 8192], on_fill=filled.append)
+    assert set(filled) == {8192 - 512 - 525} and found.deepest == 8192 + 13
+    np.testing.assert_allclose(found.prefill.growth, UNIFORM[1] * 512, rtol=1e-6)
+
+
 def test_progress_goes_from_0_to_1_and_never_back(timed: Open) -> None:
     llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
     seen: list[float] = []
@@ -349,7 +356,7 @@ def test_a_context_without_room_is_refused_before_anything_runs(timed: Open) -> 
 # --- a real model -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3moe", "gemma4", "gemma4-per-layer"])
 def test_tokens_that_fill_the_cache_are_not_read_again(name: str, open_tiny: Open) -> None:
     llm = open_tiny(name, logits_all=False)
     assert cost.can_fill(llm)

@@ -3,8 +3,8 @@
 Skipped where there is no such device. `make test-rpc` runs them on two rpc-servers (`--rpc-servers=2`), `make
 test-vulkan` on Vulkan, which Mesa also has in software.
 
-The CPU in this process is the truth. The other tests compare it with NumPy. The tolerance is measured: the difference
-of the whole model between CPU and device, times a few, because a plan sends other values through the same kernels.
+The CPU in this process is the truth. The other tests compare it with NumPy. The tolerance is measured: it is a few
+times the difference of the whole model between CPU and device. A plan sends other values through the same kernels.
 """
 
 import ctypes

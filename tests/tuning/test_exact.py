@@ -38,6 +38,7 @@ class Machine:
         fails: raises what a model with these settings fails with, when it is opened (0) or so many tokens deep.
         file_type: ``general.file_type`` of the model.
         can_fill: whether the bulk can skip every sublayer of the model.
+        n_ctx_train: tokens that the model has positions for, 0 for any number.
         events: the settings of every model that was opened.
     """
 
@@ -46,6 +47,7 @@ class Machine:
     fails: Callable[[Settings, int], None] = lambda settings, depth: None
     file_type: str = "2"
     can_fill: bool = True
+    n_ctx_train: int = 0
     now: float = 0.0
     n_open: int = 0
     n_tokens: int = 0
@@ -64,7 +66,7 @@ class Model:
         self._machine, self._settings, self._n_ctx = machine, settings, n_ctx
         self._pending = 0.0
         self.plan: SkipPlan | None = None
-        self.n_tokens, self.n_layer = 0, 1
+        self.n_tokens, self.n_layer, self.n_ctx_train = 0, 1, machine.n_ctx_train
         self.sublayers = [SimpleNamespace(layer=0, kind=kind, in_bulk=machine.can_fill) for kind in KINDS]
         self.metadata = {"general.file_type": machine.file_type}
         self.context_params = SimpleNamespace(
@@ -93,7 +95,7 @@ class Model:
     def _eval(self, tokens: list[int], seconds: Seconds) -> None:
         assert tokens and all(0 <= token < 100 for token in tokens)
         self._machine.n_tokens += 0 if self.plan else len(tokens)
-        assert self.n_tokens + len(tokens) <= self._n_ctx
+        assert self.n_tokens + len(tokens) <= min(self._n_ctx, self.n_ctx_train or self._n_ctx)
         for _ in tokens:
             self._machine.fails(self._settings, self.n_tokens)
             self._pending += 0.0 if self.plan else seconds(self._settings, self.n_tokens)
@@ -239,11 +241,11 @@ def test_settings_that_are_fast_only_at_the_start_of_a_prompt_are_not_chosen(sea
     assert tried.prompt_long_s == pytest.approx(prompt(tried.settings, 8000), rel=0.06)
 
 
-@pytest.mark.parametrize("can_fill", [True, False])
+@pytest.mark.parametrize(("can_fill", "n_ctx_train"), [(True, 0), (False, 0), (True, 2048), (False, 2048)])
 @pytest.mark.parametrize("context", [1200, 6000, 32000])
-def test_a_requests_time_is_that_of_its_tokens(context: int, can_fill: bool, search: Search) -> None:
+def test_a_requests_time_is_that_of_its_tokens(context: int, can_fill: bool, n_ctx_train: int, search: Search) -> None:
     machine = Machine(lambda settings, depth: 1e-3 + 2e-7 * depth, lambda settings, depth: 1e-2 + 1e-6 * depth)
-    machine.can_fill = can_fill
+    machine.can_fill, machine.n_ctx_train = can_fill, n_ctx_train
     tried = search(machine, context, 200).tried[0]
     prompt = sum(machine.prompt(DEFAULT, depth) for depth in range(context))
     answer = sum(machine.token(DEFAULT, depth) for depth in range(context, context + 200))
