@@ -360,7 +360,8 @@ def test_a_context_without_room_is_refused_before_anything_runs(timed: Open) -> 
 def test_tokens_that_fill_the_cache_are_not_read_again(name: str, open_tiny: Open) -> None:
     llm = open_tiny(name, logits_all=False)
     assert cost.can_fill(llm)
-    for plan in (None, SkipPlan.manual(llm.n_layer, ffn=[1], phase="bulk"), SkipPlan.manual(llm.n_layer, [1])):
+    skippable = next(row.layer for row in llm.sublayers if row.kind == "attention" and row.skippable)
+    for plan in (None, SkipPlan.manual(llm.n_layer, ffn=[1], phase="bulk"), SkipPlan.manual(llm.n_layer, [skippable])):
         llm.reset()
         llm.set_plan(plan)
         llm.eval([1, 5])
