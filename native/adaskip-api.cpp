@@ -169,6 +169,13 @@ int32_t adaskip_n_layer_kv(const llama_context * ctx) {
     });
 }
 
+int32_t adaskip_n_positions(const llama_context * ctx) {
+    return guarded(ctx, [&] {
+        const ggml_tensor * learned = ctx->get_model().pos_embd;
+        return learned ? (int32_t) learned->ne[1] : 0;
+    });
+}
+
 int32_t adaskip_sublayers(llama_context * ctx, adaskip_sublayer * out, int32_t n_out) {
     return guarded(ctx, [&] {
         const int32_t n = 2 * n_layer_of(*ctx);

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 12
+#define ADASKIP_ABI_VERSION 13
 
 struct llama_context;
 struct llama_vocab;
@@ -186,6 +186,9 @@ int32_t adaskip_n_layer(const struct llama_context * ctx);
 
 // number of layers up to the last one that has KV or a state of its own; those above it read other layers' KV
 int32_t adaskip_n_layer_kv(const struct llama_context * ctx);
+
+// number of positions that the model has learned embeddings for, which ggml asserts; 0 for any number
+int32_t adaskip_n_positions(const struct llama_context * ctx);
 
 // fills out[2*n_layer]; the first call builds a graph, so the next llama_decode rebuilds its own
 int32_t adaskip_sublayers(struct llama_context * ctx, struct adaskip_sublayer * out, int32_t n_out);

@@ -116,6 +116,7 @@ class NativeContext:
         self._error: BaseException | None = None
         self.n_layer: int = self._check(lib.adaskip_n_layer(self._ctx))
         self.n_layer_kv: int = self._check(lib.adaskip_n_layer_kv(self._ctx))  # up to the last that has KV of its own
+        self.n_positions: int = self._check(lib.adaskip_n_positions(self._ctx))  # that were learned; 0 for any number
 
     def _check(self, code: int) -> int:
         if code >= 0:
@@ -137,9 +138,8 @@ class NativeContext:
         ) from error
 
     def sublayers(self) -> tuple[Sublayer, ...]:
-        n = 2 * self.n_layer
-        rows = ffi.new("struct adaskip_sublayer[]", n)
-        self._check(lib.adaskip_sublayers(self._ctx, rows, n))
+        rows = ffi.new("struct adaskip_sublayer[]", 2 * self.n_layer)
+        self._check(lib.adaskip_sublayers(self._ctx, rows, len(rows)))
 
         def read(row: Any) -> Sublayer:
             may, reason = (bool(row.skippable), bool(row.in_bulk)), ffi.string(row.reason).decode()

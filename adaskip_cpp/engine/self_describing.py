@@ -45,6 +45,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
                 "--ctx)."
             ) from error
         self._n_ctx = self.context_size  # that by which llama_cpp.Llama bounds prompts and answers
+        self.n_batch = min(self.n_batch, self._adaskip.n_positions or self.n_batch)  # embed cuts texts to it
 
     @cached_property
     def _adaskip(self) -> NativeContext:
@@ -60,10 +61,11 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @property
     def context_size(self) -> int:
-        """Tokens that the context holds."""
+        """Tokens that the context holds. A model with learned positions has no more than these, as GPT-2 has 1,024."""
         # llama.cpp rounds n_ctx up to a multiple of 256, as n_ctx() says. llama_cpp.Llama's own record of tokens is for
         # the n_ctx asked for.
-        return min(self.n_ctx(), len(self.input_ids))
+        n_ctx = min(self.n_ctx(), len(self.input_ids))
+        return min(n_ctx, self._adaskip.n_positions or n_ctx)
 
     @property
     def n_ctx_train(self) -> int:

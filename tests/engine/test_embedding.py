@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.stock import EXACT, Job, run_stock
-from oracles.tiny_families import ENCODERS, N_LAYER
+from oracles.tiny_families import ENCODERS, N_CTX_TRAIN, N_LAYER
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NotSkippableError
@@ -113,3 +113,12 @@ def test_an_encoder_whose_sublayers_are_not_found_says_so_and_still_runs(tiny: T
     with pytest.raises(NotSkippableError, match="leave it out of the plan"):
         llm.set_plan(SkipPlan.manual(N_LAYER, ffn=[1]))
     np.testing.assert_array_equal(llm.embed(TEXTS), whole)
+
+
+def test_a_text_beyond_the_learned_positions_is_cut(tiny: Tiny, open_model: Open) -> None:
+    """ggml ends the process at a position without an embedding. With batches of 512, llama-cpp-python cuts texts there."""
+    text, size = "the other " * 400, N_CTX_TRAIN + 256
+    longer = open_model(tiny("bert"), embedding=True, n_ctx=size, n_batch=size, n_ubatch=size)
+    same = open_model(tiny("bert"), embedding=True, n_ctx=N_CTX_TRAIN, n_batch=N_CTX_TRAIN, n_ubatch=N_CTX_TRAIN)
+    assert len(longer.tokenize(text.encode())) > N_CTX_TRAIN
+    np.testing.assert_array_equal(longer.embed(text), same.embed(text))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.stock import EXACT
+from oracles.tiny_families import N_CTX_TRAIN
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
@@ -311,6 +312,20 @@ def test_decoding_past_holes_on_the_bare_context_fails(tiny: Tiny, open_model: O
 
 
 # -- a full context --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_has_no_more_positions_than_it_learned(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+    """GPT-2 has an embedding for each position. ggml ends the process at a position without one."""
+    llm = open_model(tiny("gpt2"), n_ctx=N_CTX_TRAIN + 100, logits_all=False)
+    llm.eval(tokens(N_CTX_TRAIN))
+    for n in (1, 50):
+        with pytest.raises(RequestError, match=rf"{N_CTX_TRAIN + n} tokens exceed context window of {N_CTX_TRAIN}"):
+            llm.eval([5] * n)
+    assert llm.n_tokens == N_CTX_TRAIN
+    with pytest.raises(RequestError, match=f"context window of {N_CTX_TRAIN}"):
+        next(llm.generate(tokens(N_CTX_TRAIN + 1), temp=0))
+    answer = llm.create_completion(tokens(N_CTX_TRAIN - 4), max_tokens=50, logit_bias={2: -100})
+    assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["total_tokens"] == N_CTX_TRAIN
 
 
 @pytest.mark.parametrize("plan", [None, BOTH, DECODE_ONLY], ids=["no plan", "both", "decode only"])

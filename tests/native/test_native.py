@@ -282,7 +282,7 @@ def test_what_was_learned_may_be_asked_for_in_part(ctx: Any, llm: Any) -> None:
 
 
 def test_the_library_is_of_the_version_of_its_header() -> None:
-    assert lib.adaskip_abi_version() == lib.ADASKIP_ABI_VERSION == 12
+    assert lib.adaskip_abi_version() == lib.ADASKIP_ABI_VERSION == 13
 
 
 def test_a_mask_of_elided_kv_is_of_one_thread_and_one_constructor(open_tiny: Open) -> None:
