@@ -116,7 +116,7 @@ def test_an_encoder_whose_sublayers_are_not_found_says_so_and_still_runs(tiny: T
 
 
 def test_a_text_beyond_the_learned_positions_is_cut(tiny: Tiny, open_model: Open) -> None:
-    """ggml ends the process at a position without an embedding. With batches of 512, llama-cpp-python cuts texts there."""
+    """ggml ends the process at a position without an embedding. Stock cuts texts at n_batch tokens."""
     text, size = "the other " * 400, N_CTX_TRAIN + 256
     longer = open_model(tiny("bert"), embedding=True, n_ctx=size, n_batch=size, n_ubatch=size)
     same = open_model(tiny("bert"), embedding=True, n_ctx=N_CTX_TRAIN, n_batch=N_CTX_TRAIN, n_ubatch=N_CTX_TRAIN)
