@@ -70,11 +70,12 @@ def test_statistics_of_parallel_sublayers_follow_the_chain_attention_then_ffn(ti
 def test_the_first_input_is_the_token_embedding_and_each_output_the_next_input(
     name: str, tiny: Tiny, open_tiny: Open
 ) -> None:
-    # The embedding is read from the file; gemma models scale it by sqrt(n_embd). Of an output and the next input it is
-    # the same tensor that is reduced twice: equal to float32 rounding.
-    table = next(t.data for t in GGUFReader(tiny(name)).tensors if t.name == "token_embd.weight")
-    scale = N_EMBD if name.startswith("gemma") else 1
-    expected = scale * (np.asarray(table, np.float64)[tokens(40)] ** 2).sum(axis=-1)
+    # The embedding is read from the file. Gemma's models scale it by sqrt(n_embd), and GPT-2 adds that of the position.
+    # The same tensor is reduced as an output and as the next input: both are equal to float32 rounding.
+    tables = {t.name: np.asarray(t.data, np.float64) for t in GGUFReader(tiny(name)).tensors if "_embd." in t.name}
+    first = tables["token_embd.weight"][tokens(40)] * np.sqrt(N_EMBD if name.startswith("gemma") else 1)
+    first += tables["position_embd.weight"][:40] if name == "gpt2" else 0
+    expected = (first**2).sum(axis=-1)
     trace = collect(open_tiny(name), tokens(40), 30)
     np.testing.assert_allclose(trace.u_sq[0, 0], expected, rtol=1e-5)
     u_sq, v_sq = (values.reshape(2 * SKIPPABLE[name].n_layer, -1) for values in (trace.u_sq, trace.v_sq))
