@@ -25,8 +25,6 @@ from .native import OnlineResult, elide_kv
 from .settings import is_here
 from .statistics import StatisticsSink
 
-_SHORTEN = "shorten the prompt, or open the model with a larger n_ctx (--ctx)"
-
 
 class Rows(Protocol):
     """Takes the logits after consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
@@ -499,7 +497,14 @@ class AdaSkipLlama(EditedPromptsLlama):
     def _check_room(self, n: int) -> None:
         """Refuse ``n`` tokens in all: llama.cpp may hold more than ``n_ctx``, of which there is no record."""
         if n > self.context_size:
-            raise RequestError(f"{n} tokens exceed context window of {self.context_size}; {_SHORTEN}")
+            raise RequestError(f"{n} tokens exceed context window of {self.context_size}; {self._shorten}")
+
+    @property
+    def _shorten(self) -> str:
+        """What to do about a prompt that is too long."""
+        if self._adaskip.n_positions == self.context_size:
+            return "shorten the prompt: this model has learned no further positions"
+        return "shorten the prompt, or open the model with a larger n_ctx (--ctx)"
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         reads_prompt = kwargs.get("echo") and kwargs.get("logprobs") is not None
@@ -516,7 +521,7 @@ class AdaSkipLlama(EditedPromptsLlama):
             if not str(error).startswith("Requested tokens"):
                 raise
             words = str(error).rpartition(" ")[0]  # the last word is the context as llama.cpp rounds it up
-            raise RequestError(f"{words} {self.context_size}; {_SHORTEN}") from error
+            raise RequestError(f"{words} {self.context_size}; {self._shorten}") from error
 
     @contextmanager
     def _reading_prompt(self, rows: Rows | None = None) -> Iterator[None]:

@@ -103,9 +103,9 @@ class _Shape:
         return self.depth + 2 * self.part
 
     def fitted(self, llm: AdaSkipLlama) -> "_Shape":
-        """Return the shape with a depth that suits the model: learned positions end where its training context does."""
-        fills, most = can_fill(llm), (llm.n_ctx_train or self.size) - 2 * self.part
-        depth = min(self.depth, most, self.depth if fills else _READ_DEPTH)
+        """Return the shape with a depth for which this model has room. It is less if the tokens must be read."""
+        fills = can_fill(llm)
+        depth = min(self.depth if fills else _READ_DEPTH, self.depth, llm.context_size - 2 * self.part)
         return replace(self, depth=depth if depth >= self.part else 0, fills=fills)
 
 

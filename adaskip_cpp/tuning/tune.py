@@ -106,8 +106,6 @@ def tune(
         return _Tuning(model, None, *options, given or {}, kwargs).run(data, texts)
     if given:
         raise DataError(f"an opened model keeps its settings; leave out given ({', '.join(given)}), or pass its file")
-    if model.context_size < _LEAST_CTX:
-        raise DataError(f"the model's context has {model.context_size} tokens; open it with n_ctx={_LEAST_CTX} or more")
     machine = cost_settings(model)
     names = ("repack", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
     settings = {"flash_attn": machine.flash_attention, **{name: getattr(machine, name) for name in names}}
@@ -135,6 +133,11 @@ class _Tuning:
         kinds = unseen_texts() if texts is None else [texts]
         with self._model(Settings(**self.given)) as llm:  # before the minutes of trying settings: is there enough text?
             may_skip = any(row.in_bulk for row in llm.sublayers)
+            if may_skip and llm.context_size < _LEAST_CTX:
+                raise DataError(
+                    f"the model's context has {llm.context_size} tokens, and plans are judged in {_LEAST_CTX}; open it with "
+                    f"n_ctx={_LEAST_CTX} or more, or take a model with more positions"
+                )
             held = hold_out(llm, kinds, (_N_SEARCHED, _N_TEXTS), _JUDGED_AT + _ANSWER[0]) if may_skip else None
             prompt = self._prompt(llm, kinds)
         found = FoundSettings(Settings(**self.given), (), 0) if self.opened is not None else self._find_settings()
@@ -205,7 +208,7 @@ class _Tuning:
         with self.on_stage("Timing sublayers") as on_progress:
             cost = measure_cost(
                 llm,
-                contexts=[each for each in _COST_CONTEXTS if each + _ROOM <= (llm.n_ctx_train or llm.context_size)],
+                contexts=_COST_CONTEXTS,
                 seconds=_COST_S,
                 on_progress=on_progress,
                 on_fill=self._leave_out,

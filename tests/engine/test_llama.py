@@ -319,7 +319,9 @@ def test_a_model_has_no_more_positions_than_it_learned(tiny: Tiny, open_model: O
     llm = open_model(tiny("gpt2"), n_ctx=N_CTX_TRAIN + 100, logits_all=False)
     llm.eval(tokens(N_CTX_TRAIN))
     for n in (1, 50):
-        with pytest.raises(RequestError, match=rf"{N_CTX_TRAIN + n} tokens exceed context window of {N_CTX_TRAIN}"):
+        with pytest.raises(
+            RequestError, match=rf"{N_CTX_TRAIN + n} tokens exceed .* of {N_CTX_TRAIN}; .*no further pos"
+        ):
             llm.eval([5] * n)
     assert llm.n_tokens == N_CTX_TRAIN
     with pytest.raises(RequestError, match=f"context window of {N_CTX_TRAIN}"):

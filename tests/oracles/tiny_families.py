@@ -226,16 +226,7 @@ SKIPPABLE: dict[str, Family] = {
     "phi3": Family("phi3", qkv="fused", ffn="fused"),
     "gptneox-parallel": replace(_GPTNEOX, parallel=True, metadata={"use_parallel_residual": True}),
     "gptneox-sequential": replace(_GPTNEOX, metadata={"use_parallel_residual": False}),
-    "gpt2": Family(
-        "gpt2",
-        n_kv=N_HEAD,
-        norm="layer",
-        qkv="fused",
-        ffn="plain",
-        biases=True,
-        tied=True,
-        extra={"position_embd.weight": (N_CTX_TRAIN, N_EMBD)},
-    ),
+    "gpt2": replace(_GPTNEOX, architecture="gpt2", tied=True, extra={"position_embd.weight": (N_CTX_TRAIN, N_EMBD)}),
     "falcon": Family("falcon", n_kv=1, norm="layer", qkv="fused", ffn="plain", before=("attn_norm",), parallel=True),
     "falcon-two-norms": Family(
         "falcon", norm="layer", qkv="fused", ffn="plain", before=("attn_norm", "attn_norm_2"), parallel=True

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from oracles.served import edited_frontier
 from oracles.small_tuning import ANSWER, JUDGED_AT, N_FILLED, TEXTS, make_small, write_idle_model
+from oracles.tiny_families import N_CTX_TRAIN
 
 import adaskip_cpp
 from adaskip_cpp import AdaSkipLlama, Frontier
@@ -272,9 +273,14 @@ def test_an_opened_model_goes_on_choosing_plans_by_itself(model: Path, calls: Ca
 
 def test_an_opened_model_of_a_small_context_is_refused(model: Path) -> None:
     llm = AdaSkipLlama(str(model), n_ctx=512, verbose=False)
-    with pytest.raises(DataError, match="context has 512 tokens; open it with n_ctx=2560 or more"):
+    with pytest.raises(DataError, match=r"context has 512 tokens.*; open it with n_ctx=2560 or more"):
         adaskip_cpp.tune(llm)
     llm.close()
+
+
+def test_a_model_with_too_few_positions_is_refused(tiny: Any, calls: Calls) -> None:
+    with pytest.raises(DataError, match=rf"context has {N_CTX_TRAIN} tokens.*take a model with more positions"):
+        tune(tiny("gpt2"), calls)
 
 
 def test_an_opened_model_takes_no_other_settings(model: Path) -> None:
