@@ -135,8 +135,8 @@ class _Tuning:
             may_skip = any(row.in_bulk for row in llm.sublayers)
             if may_skip and llm.context_size < _LEAST_CTX:
                 raise DataError(
-                    f"the model's context has {llm.context_size} tokens, and plans are judged in {_LEAST_CTX}; open it with "
-                    f"n_ctx={_LEAST_CTX} or more, or take a model with more positions"
+                    f"the model's context has {llm.context_size} tokens, and plans are judged in {_LEAST_CTX}; "
+                    f"open it with n_ctx={_LEAST_CTX} or more, or take a model with more positions"
                 )
             held = hold_out(llm, kinds, (_N_SEARCHED, _N_TEXTS), _JUDGED_AT + _ANSWER[0]) if may_skip else None
             prompt = self._prompt(llm, kinds)
