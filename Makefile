@@ -51,8 +51,9 @@ test: $(VENV)/installed-dev
 test-fast: $(VENV)/installed-dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not model and not slow"
 
-# Tests of native/ alone: everything that another release of llama-cpp-python can change.
-test-native: $(VENV)/installed-dev
+# Tests of native/ alone: everything that another release of llama-cpp-python can change. Its environment has no more
+# packages than these tests need.
+test-native: $(VENV)/installed-$(if $(LLAMA_CPP_PYTHON),test-native,dev)
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not model and not slow" tests/native tests/engine/test_library.py
 
 # Runs on two rpc-servers of this machine. ggml sees them as devices, so layers are divided between them.

@@ -7,8 +7,8 @@ A prompt of each text is read, then an edited form of it under ``reuse="edits"``
 saved, and put together. Divergence and added loss compare the following tokens with the whole model, which reads the
 edited prompt anew. One answer continues the prompt, one copies from it. An edit also changes a pass key and the name of
 a ship, which are then asked for: the new one must be found, the old one never. Texts are those of
-benchmarks/promise.py. With ``--max-loss`` the plan of that promise is used, and figures include its loss. Times are
-those to the first token of an answer; run nothing else meanwhile. Start at :func:`main`.
+benchmarks/promise.py. With ``--max-loss`` the plan is used that `serve` takes for that promise. Losses and times
+include it. Times are those to the first token of an answer; run nothing else meanwhile. Start at :func:`main`.
 """
 
 from __future__ import annotations
@@ -133,16 +133,18 @@ def main() -> None:
     args = parser.parse_args()
     threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
     llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, flash_attn=bool(args.time), verbose=False, **threads)
-    if args.time:
-        [text] = cut(llm, "\n\n".join(unseen_texts().values()), 1, args.prompt)
-        print(f"{args.model}, whole model, flash attention, {args.threads} threads, {args.time} rounds\n")
-        llm.set_reuse("edits")
-        time_edits(llm, list(text), tokens_of(llm, LINE), args.time)
-        return
     plan = None
     if args.max_loss is not None:
         frontier = plan_beside(args.model).frontier
-        plan = None if frontier is None else frontier.choose(args.prompt, args.max_loss)
+        plan = None if frontier is None else frontier.choose(args.prompt, args.max_loss, edited=True)
+    used = "the whole model" if plan is None else f"the plan of the promise {args.max_loss:g}"
+    if args.time:
+        [text] = cut(llm, "\n\n".join(unseen_texts().values()), 1, args.prompt)
+        print(f"{args.model}, {used}, flash attention, {args.threads} threads, {args.time} rounds\n")
+        llm.set_reuse("edits")
+        llm.set_plan(plan)
+        time_edits(llm, list(text), tokens_of(llm, LINE), args.time)
+        return
     line, figures, keys = tokens_of(llm, LINE), defaultdict(list), defaultdict(list)
 
     def read(prompt: Tokens) -> Any:
@@ -217,8 +219,7 @@ def main() -> None:
                 right = [all(p.argmax(axis=1) == each[n_same:]) for p, each in zip(both, answers_, strict=True)]
                 keys[what, name].append((right[1], right[0]))
         print(f"{number + 1} of {len(pieces)} texts", flush=True)
-    print(f"\n{args.model}, edited prompts of about {n_prompt:,} tokens, {len(pieces)} texts", end="; ")
-    print("the whole model\n" if plan is None else f"the plan of the promise {args.max_loss:g}\n")
+    print(f"\n{args.model}, edited prompts of about {n_prompt:,} tokens, {len(pieces)} texts; {used}\n")
     print("| edit | mend | read | time | divergence | added loss | copies: divergence | added loss |")
     print("|---|---|---|---|---|---|---|---|")
     for (kind, mend), values in figures.items():

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Column
 
 from ..intervals import Interval
-from ..model.edits import WIDE
+from ..model.edits import FEW, MANY, TOGETHER
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, GROWTH, Frontier
 from ..model.settings import Settings
 from ..pictures.profile_plots import LENGTHS
@@ -14,6 +14,7 @@ from .report import seconds
 from .terminal import table
 
 _PROMISES = (0.02, DEFAULT_LOSS, 0.1)
+_EDITS = {FEW: "small", MANY: "new order", TOGETHER: "together"}
 
 
 def print_frontier(out: Console, frontier: Frontier) -> None:
@@ -120,7 +121,7 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
     for each in frontier.edits:
         needed = each.needs(each.judged_at) / EDITS_SHARE
         rows.add_row(
-            "small" if each.edits.most_moves < WIDE else "new order",
+            _EDITS.get(each.edits.most_moves, ""),
             _short(each.continuation.divergence),
             _short(each.continuation.loss),
             _short(each.copying.divergence),
@@ -132,10 +133,11 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
     out.print(rows)
     out.print(
         "If the promise allows it, tokens that an edited prompt shares with the one before are not read again. small: "
-        "lines and messages are changed or dropped. new order: five documents change places, four times. changed keys: "
-        "edited pass keys that answers give, and that the whole model gives. from a promise of: the least promise that "
-        "allows this, of which edits may use half. The plan has the rest in `serve`, elsewhere from the first edited "
-        "prompt on.\n",
+        "lines and messages are changed or dropped. new order: five documents change places, four times. together: "
+        "five documents that were read alone are put together, then change places; measured if the default promise "
+        "allows new orders. changed keys: edited pass keys that answers give, and that the whole model gives. from a "
+        "promise of: the least promise that allows this, of which edits may use half. The plan has the rest in "
+        "`serve`, elsewhere from the first edited prompt on.\n",
         style="dim",
     )
 

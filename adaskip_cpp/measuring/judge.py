@@ -3,8 +3,7 @@
 For calibration, tuning, evaluation and the demo. Start at :class:`Judge`; :func:`probes_of` makes its probes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
@@ -83,15 +82,15 @@ class Judge:
         pairs = zip(self._whole, self._answers(plan), self.probes, strict=True)
         return tuple(whole.scores(logits, _targets(probe)) for whole, logits, probe in pairs)
 
-    def edited(self, before: Mapping[str, Sequence[Sequence[int]]]) -> tuple[list[Probe], list[Scores]]:
-        """Return the probes of some texts, and the scores of the whole model that reaches each prompt by edits.
+    def edited(self, texts: Collection[str], read: Callable[[Probe], object]) -> tuple[list[Probe], list[Scores]]:
+        """Return the probes of these texts, and the scores of the whole model that reaches each prompt by edits.
 
-        ``before`` has, by the name of a text, the prompts that are read in order before the prompt of its probes.
+        ``read`` fills the empty memory with earlier forms of a probe's prompt, and then with this prompt.
         """
         self.read_whole()
-        kept = [(probe, whole) for probe, whole in zip(self.probes, self._whole, strict=True) if probe.text in before]
+        kept = [(probe, whole) for probe, whole in zip(self.probes, self._whole, strict=True) if probe.text in texts]
         probes = [probe for probe, _ in kept]
-        answers = zip(kept, self._answers(None, probes, before), strict=True)
+        answers = zip(kept, self._answers(None, probes, read), strict=True)
         return probes, [whole.scores(logits, _targets(probe)) for (probe, whole), logits in answers]
 
     @property
@@ -110,7 +109,7 @@ class Judge:
         self,
         plan: SkipPlan | None,
         probes: Sequence[Probe] | None = None,
-        before: Mapping[str, Sequence[Sequence[int]]] | None = None,
+        read: Callable[[Probe], object] | None = None,
     ) -> Iterator[Logits]:
         """Yield, for each probe, the logits that predict its judged tokens, float32 ``[n, n_vocab]``."""
         llm = self._llm
@@ -123,11 +122,9 @@ class Judge:
             is_same = text is tokens and not llm.has_state
             if is_same and n_prompt == probe.n_prompt:
                 llm.truncate(n_prompt)
-            elif before is not None:
+            elif read is not None:
                 llm.reset()
-                for prompt in (*before[probe.text], tokens[: probe.n_prompt]):
-                    with closing(llm.generate(prompt, temp=0.0)) as steps:
-                        next(steps)
+                read(probe)
             else:
                 if is_same and begin >= n_bulk:
                     llm.truncate(n_bulk)

@@ -4,16 +4,16 @@ The earlier forms of a prompt are made backwards, one edit at a time, from a pro
 """
 
 import random
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from itertools import pairwise
 
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
-from ..measuring.judge import Judge, passkey, passkey_line
-from ..model.edits import FEW, MANY, WIDE, Edits
-from ..model.frontier import EditPoint
+from ..measuring.judge import Judge, Probe, passkey, passkey_line
+from ..model.edits import FEW, MANY, TOGETHER, WIDE, Edits
+from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, EditPoint
 from .figures import Judged
 from .memo import Memo
 
@@ -26,11 +26,12 @@ _Tokens = list[int]
 
 
 def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callable[[float], object]) -> list[EditPoint]:
-    """Measure small edits, then new orders of documents. Return [] if the model or the prompts allow no moves.
+    """Measure small edits, new orders of documents, and documents that were read alone and are put together.
 
-    Small edits change, insert and delete lines, and one drops a message of a twelfth of the prompt. Each kind is
-    measured after as many edits as its ``most_moves`` allows. The last edit changes a pass key: the judge's probes must
-    have pass keys, numbered as :func:`passkey` does.
+    Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
+    and one drops a message of a twelfth of the prompt. Documents are not put together if their new orders already lose
+    more than the default promise allows. The last edit changes a pass key: the judge's probes must have pass keys,
+    numbered as :func:`passkey` does. Return [] if the model or the prompts allow no moves.
     """
     prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
@@ -42,33 +43,55 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         prompt, message, draw = list(prompts[i][1]), list(prompts[i - 1][1][: judged_at // 12]), random.Random(i)
         new, old = (passkey_line(llm, passkey(number)) for number in (i, i + len(prompts)))
         forms = [_replaced(prompt, new, old)]
-        if most_moves == MANY:
-            forms[0] = _reordered(forms[0], draw)
-            forms += [_reordered(forms[0], draw) for _ in range((MANY - FEW) // WIDE - 1)]
-        else:
+        if most_moves == FEW:
             cuts = [(line, len(line) - 3), (line, 0), ([], len(line)), (message, 0), ([], len(line)), (line, 0)]
             for n, (older, n_newer) in enumerate([*cuts, cuts[0]]):
                 at = _HEAD if older is message else draw.randrange(_HEAD, judged_at - _TAIL)
                 forms.append([*forms[n][:at], *older, *forms[n][at + n_newer :]])
+        else:
+            forms[0] = _reordered(forms[0], draw)
+            n_orders = (MANY - FEW) // WIDE if most_moves == MANY else 1
+            forms += [_reordered(forms[0], draw) for _ in range(n_orders - 1)]
         return forms[::-1]
+
+    def read(most_moves: int, probe: Probe) -> None:
+        """Read the earlier forms of a probe's prompt and the prompt; first its documents alone, if these are asked."""
+        i = [text for text, _ in prompts].index(probe.text)
+        forms = before(i, most_moves)
+        if most_moves == TOGETHER:
+            saved = []
+            for document in _documents(forms[0]):
+                llm.reset()
+                llm.eval([*forms[0][:_HEAD], *document])
+                saved.append(llm.save_prompt())
+            llm.reset()
+            llm.saved_prompts = saved
+        for n, prompt in enumerate([*forms, prompts[i][1]]):
+            with closing(llm.generate(prompt, temp=0.0)) as steps:
+                next(steps)
+            if llm.n_moved == 0 and (n == len(forms) or llm.saved_prompts):
+                raise _NothingMovedError
 
     def judged(edits: Edits) -> Judged:
         numbers = range(0, len(prompts), max(len(prompts) // _N_TEXTS, 1))
-        own = llm.reuse
+        own = llm.reuse, llm.saved_prompts
+        llm.saved_prompts = ()
         llm.set_reuse(edits)
         try:
-            scores = judge.edited({prompts[i][0]: before(i, edits.most_moves) for i in numbers})
+            scores = judge.edited([prompts[i][0] for i in numbers], partial(read, edits.most_moves))
         finally:
-            llm.set_reuse(own)
-        if llm.n_moved == 0:
-            raise _NothingMovedError
+            llm.saved_prompts = own[1]
+            llm.set_reuse(own[0])
         return Judged.of(*scores)
 
     with suppress(_NothingMovedError):
-        for edits in (Edits(most_moves=FEW), Edits(most_moves=MANY)):
-            one = memo.get(f"edits {edits.most_moves}", Judged, partial(judged, edits))
+        for most_moves in (FEW, MANY, TOGETHER):
+            if most_moves == TOGETHER and found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
+                break
+            edits = Edits(most_moves=most_moves)
+            one = memo.get(f"edits {most_moves}", Judged, partial(judged, edits))
             found.append(EditPoint(judged_at, one.continuation, one.copying, one.passkeys, (), edits))
-            on_progress(len(found) / 2)
+            on_progress(len(found) / 3)
     return found
 
 
@@ -76,12 +99,16 @@ class _NothingMovedError(Exception):
     """The memory lacks the tokens to move, for example because they left a sliding window."""
 
 
-def _reordered(tokens: _Tokens, draw: random.Random) -> _Tokens:
-    """Return a prompt with its documents in another order."""
+def _documents(tokens: Sequence[int]) -> list[_Tokens]:
+    """Return the documents of a prompt."""
     n = len(tokens) - _HEAD - _TAIL
     ends = [_HEAD + i * n // _N_DOCUMENTS for i in range(_N_DOCUMENTS + 1)]
-    documents = [tokens[begin:end] for begin, end in pairwise(ends)]
-    order = documents
+    return [list(tokens[begin:end]) for begin, end in pairwise(ends)]
+
+
+def _reordered(tokens: _Tokens, draw: random.Random) -> _Tokens:
+    """Return a prompt with its documents in another order."""
+    order = documents = _documents(tokens)
     while order == documents:
         order = draw.sample(documents, len(documents))
     return [*tokens[:_HEAD], *(token for each in order for token in each), *tokens[-_TAIL:]]

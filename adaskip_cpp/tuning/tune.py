@@ -51,8 +51,14 @@ _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lo
 _SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windows are measured on the long ones
 _N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
-_AIMS = (0.05, 0.02, 0.1, 0.035, 0.07, 0.2)  # promises to find the fastest plan for, in order, while tokens last
+# The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
+# the tokens of the prompt. The first four are the most useful.
+_AIMS = (
+    *((0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)),
+    *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG)),
+)
 _SAFER = 0.8  # share of a promise that the last plan is sought for, if none keeps it: there is no second try
+_WORTHWHILE = 0.97  # of the time of a plan that keeps a promise: another one is judged for it only if it takes less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
@@ -253,13 +259,15 @@ class _Tuning:
 
         with self.on_stage("Judging") as on_progress:
             n_begin, of_edits = max(left(), 1), Frontier((), edits=tuple(edits))
-            for promise, edited, length in product(_AIMS, (False, True), (_JUDGED_AT, _LONG)):
+            for promise, edited, length in _AIMS:
                 while not found or left() >= each_costs:
                     needs = {each: point.needs(length) for each, point in found.items()}
                     wanted = of_edits.left(length, promise, edited=edited)
                     if left() < 2 * each_costs and min(needs.values(), default=math.inf) > wanted:
                         wanted *= _SAFER
-                    if (candidate := aim(path, needs, wanted)) is None:
+                    kept = min((seconds(each) for each, need in needs.items() if need <= wanted), default=math.inf)
+                    candidate = aim(path, needs, wanted)
+                    if candidate is None or seconds(candidate) > _WORTHWHILE * kept:
                         break
                     found[candidate] = judged(candidate)
                     on_progress(1 - max(left(), 0) / n_begin)

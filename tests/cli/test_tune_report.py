@@ -9,7 +9,7 @@ from rich.console import Console
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.cli.tune_report import print_frontier
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.edits import FEW, MANY, Edits
+from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, Edits
 from adaskip_cpp.model.frontier import EditPoint, Passkeys, Point, Quality, SpeedUp
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.settings import Settings, Tried
@@ -27,6 +27,7 @@ KINDS = quality(0.011, 0.012, 0.83), quality(0.021, 0.022, 0.73)
 POINT = Point(2048, *KINDS, Passkeys(5, 4, 3), SPEEDUPS, SkipPlan(NONE, NONE, bulk=BULK))
 SMALL = EditPoint(2048, *KINDS, Passkeys(5, 4, 4), (), Edits(most_moves=FEW))
 ORDER = EditPoint(2048, *KINDS, Passkeys(5, 4, 3), (), Edits(most_moves=MANY))
+APART = EditPoint(2048, *KINDS, Passkeys(5, 4, 4), (), Edits(most_moves=TOGETHER))
 TRIED = (
     Tried(Settings(), 0.01, 0.02, 0.1, 9.0, True),
     Tried(Settings(flash_attn=True), 0.005, 0.01, 0.2, 8.0, True),
@@ -38,7 +39,7 @@ SPEED = SpeedUp("plan", 2048, Interval(1.5, 1.4, 1.6, 3), (3.0, 2.0))
 def lines() -> Sequence[str]:
     """What is printed, with one space between words."""
     out = Console(file=io.StringIO(), width=100)
-    found = Frontier((POINT,), Settings(flash_attn=True), None, TRIED, (SPEED,), 9, {}, (SMALL, ORDER))
+    found = Frontier((POINT,), Settings(flash_attn=True), None, TRIED, (SPEED,), 9, {}, (SMALL, ORDER, APART))
     print_frontier(out, found)
     assert isinstance(out.file, io.StringIO)
     return [" ".join(each.split()) for each in out.file.getvalue().splitlines()]
@@ -48,17 +49,17 @@ def after(lines: Sequence[str], title: str) -> list[str]:
     """The lines with words of the table of this title."""
     begin = next(i for i, each in enumerate(lines) if each.startswith(title)) + 1
     words = [each for each in lines[begin:] if each.strip("─ ")]
-    return words[:4]
+    return words[:5]
 
 
 def test_settings(lines: Sequence[str]) -> None:
-    first, second, default, changed = after(lines, "Settings, of the whole model")
+    first, second, default, changed, *_ = after(lines, "Settings, of the whole model")
     assert (first, second) == ("prompt, start prompt, end answer request", "tokens/s tokens/s tokens/s s")
     assert (default, changed) == ("default 100 50 10.0 9.0", "flash_attn True 200 100 5.0 8.0")
 
 
 def test_plans(lines: Sequence[str]) -> None:
-    first, second, row, _ = after(lines, "Plans, judged after prompts of 2,048 tokens")
+    first, second, row, *_ = after(lines, "Plans, judged after prompts of 2,048 tokens")
     assert first.startswith("win- diver- added in same pass speed")
     assert second.startswith("attn FFN dows gence loss copies token keys at 2k at 8k at 32k")
     assert row.startswith("2 3 1 0.011±.002 0.012±.002 0.021±.002 83% 3/4 1.20 1.60 1.90")
@@ -66,10 +67,11 @@ def test_plans(lines: Sequence[str]) -> None:
 
 def test_edits(lines: Sequence[str]) -> None:
     """Edits may use half of a promise. Those that lose a changed pass key keep none."""
-    first, second, small, order = after(lines, "Edited prompts of 2,048 tokens")
+    first, second, small, order, together = after(lines, "Edited prompts of 2,048 tokens")
     assert (first, second) == ("diver- added in same changed from a", "edits gence loss copies token keys promise of")
     assert small == "small 0.011±.002 0.012±.002 0.021±.002 83% 4/4 0.042"
     assert order == "new order 0.011±.002 0.012±.002 0.021±.002 83% 3/4 none"
+    assert together == "together 0.011±.002 0.012±.002 0.021±.002 83% 4/4 0.042"
 
 
 def test_speed(lines: Sequence[str]) -> None:

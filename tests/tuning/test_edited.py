@@ -9,7 +9,8 @@ from oracles.tiny_families import N_LAYER
 from oracles.tiny_models import write_model
 
 from adaskip_cpp.measuring.judge import Judge, passkey, passkey_line, probes_of
-from adaskip_cpp.model.edits import FEW, MANY, WIDE
+from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, WIDE
+from adaskip_cpp.tuning import edited
 from adaskip_cpp.tuning.edited import edit_points
 from adaskip_cpp.tuning.memo import Memo
 
@@ -32,7 +33,13 @@ def measured(llm: Any, judge: Judge, memo: Memo | None = None) -> list[Any]:
     return edit_points(llm, judge, memo or Memo(), lambda share: None)
 
 
-def test_small_edits_and_new_orders_are_measured(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+@pytest.fixture
+def all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default promise allows whatever new orders lose."""
+    monkeypatch.setattr(edited, "DEFAULT_LOSS", 9.0)
+
+
+def test_three_kinds_of_edits_are_measured(tiny: Tiny, tokens: Tokens, open_model: Open, all_kinds: None) -> None:
     llm = open_model(tiny(), **OPTIONS, reuse="prefix")
     judge, prompts = judge_of(llm, tokens), []
     generate = llm.generate
@@ -42,17 +49,18 @@ def test_small_edits_and_new_orders_are_measured(tiny: Tiny, tokens: Tokens, ope
         return generate(prompt, **kwargs)
 
     llm.generate = read
-    few, many = measured(llm, judge)
-    assert (few.edits.most_moves, many.edits.most_moves) == (FEW, MANY) and llm.reuse == "prefix"
-    for each in (few, many):
+    found = measured(llm, judge)
+    assert [each.edits.most_moves for each in found] == [FEW, MANY, TOGETHER]
+    assert llm.reuse == "prefix" and llm.saved_prompts == ()
+    for each in found:
         assert each.judged_at == N_PROMPT and each.continuation.n_texts == 2 and each.passkeys.n == 2
         assert each.continuation.divergence.value > 1e-4 and each.copying.divergence.value > 1e-4
     # Every prompt is an edit away from the next, and the last one of each text is that which is judged.
     first, second = (list(probe.tokens[:N_PROMPT]) for probe in judge.probes[::3])
     ends = [i for i, prompt in enumerate(prompts) if prompt in (first, second)]
     n_orders = (MANY - FEW) // WIDE
-    assert ends == [FEW, 2 * FEW + 1, 2 * FEW + 2 + n_orders, 2 * FEW + 3 + 2 * n_orders]
-    assert len({tuple(prompt) for prompt in prompts}) == len(prompts) - 2
+    lengths = FEW, FEW, n_orders, n_orders, 1, 1
+    assert ends == [sum(lengths[: i + 1]) + i for i in range(6)]
     orders = prompts[2 * FEW + 2 : 2 * FEW + 2 + n_orders]
     assert all(sorted(prompt[:-200]) != sorted(first[:-200]) for prompt in orders), "the pass key is another"
     assert all(sorted(prompt) == sorted(orders[0]) and prompt[:64] == first[:64] for prompt in orders)
@@ -93,3 +101,32 @@ def test_nothing_is_measured_where_nothing_is_moved(
     """Edits that were never made would seem to lose nothing."""
     llm = open_model(tiny(family), **{**OPTIONS, **options})
     assert measured(llm, judge_of(llm, tokens, n_prompt)) == []
+
+
+def test_documents_that_were_read_alone_are_put_together(
+    tiny: Tiny, tokens: Tokens, open_model: Open, all_kinds: None
+) -> None:
+    llm = open_model(tiny(), **OPTIONS)
+    judge, reads = judge_of(llm, tokens), []
+    generate = llm.generate
+
+    def read(prompt: Any, **kwargs: Any) -> Any:
+        first = next(generate(prompt, **kwargs))
+        reads.append((list(prompt), [each.tokens.tolist() for each in llm.saved_prompts], llm.n_moved))
+        yield first
+
+    llm.generate = read
+    measured(llm, judge)
+    prompt, saved, n_moved = next(each for each in reads if each[1])
+    assert len(saved) == 5 and all(each[:64] == prompt[:64] for each in saved)
+    assert [token for each in saved for token in each[64:]] == prompt[64:-128]
+    # All documents but the first, which is a prefix, move; the first 16 tokens of each are read again.
+    assert n_moved == sum(len(each) - 64 - 16 for each in saved[1:])
+
+
+def test_documents_are_not_put_together_if_new_orders_lose_too_much(
+    tiny: Tiny, tokens: Tokens, open_model: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edited, "DEFAULT_LOSS", 0.0)
+    llm = open_model(tiny(), **OPTIONS)
+    assert [each.edits.most_moves for each in measured(llm, judge_of(llm, tokens))] == [FEW, MANY]

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +214,7 @@ def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(
     monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: aimed.append(promise))
     tune(model, calls)
     left = Frontier((), edits=edits).left
-    every = product(tuning._AIMS, (False, True), (JUDGED_AT, tuning._LONG))
-    assert aimed == [left(n, promise, edited=edited) for promise, edited, n in every]
+    assert aimed == [left(n, promise, edited=edited) for promise, edited, n in tuning._AIMS]
     assert aimed[0] == 0.05 > aimed[2]
 
 
@@ -229,6 +227,19 @@ def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
     monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: aimed.append(promise))
     tune(model, calls)
     assert aimed[0] == pytest.approx(0.8 * 0.05)
+
+
+def test_a_plan_that_is_hardly_faster_than_a_kept_one_is_not_judged(
+    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
+    monkeypatch.setattr(tuning, "aim", lambda path, needs, _: next((each for each in path if each not in needs), None))
+    monkeypatch.setattr(tuning, "_AIMS", [(9.0, False, JUDGED_AT)])
+    n_judged = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(tuning, "_WORTHWHILE", share)
+        n_judged.append(len(tune(model, calls).points))
+    assert n_judged[0] == 1 < n_judged[1]
 
 
 def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
