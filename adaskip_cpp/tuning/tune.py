@@ -7,7 +7,6 @@ llama-cpp-python (``speed``). A ``memo`` keeps results as they come, so that a r
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,7 +56,7 @@ _AIMS = (
     *((0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)),
     *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG)),
 )
-_SAFER = 0.8  # share of a promise that the last plan is sought for, if none keeps it: there is no second try
+_NEAR = 0.8  # share of a promise: a plan that needs as much is near enough, and the next try after a failure aims at it
 _WORTHWHILE = 0.97  # of the time of a plan that keeps a promise: another one is judged for it only if it takes less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
@@ -260,16 +259,18 @@ class _Tuning:
         with self.on_stage("Judging") as on_progress:
             n_begin, of_edits = max(left(), 1), Frontier((), edits=tuple(edits))
             for promise, edited, length in _AIMS:
+                wanted, has_failed = of_edits.left(length, promise, edited=edited), False
                 while not found or left() >= each_costs:
                     needs = {each: point.needs(length) for each, point in found.items()}
-                    wanted = of_edits.left(length, promise, edited=edited)
-                    if left() < 2 * each_costs and min(needs.values(), default=math.inf) > wanted:
-                        wanted *= _SAFER
-                    kept = min((seconds(each) for each, need in needs.items() if need <= wanted), default=math.inf)
-                    candidate = aim(path, needs, wanted)
-                    if candidate is None or seconds(candidate) > _WORTHWHILE * kept:
+                    kept = sorted((each for each, need in needs.items() if need <= wanted), key=seconds)
+                    if kept and needs[kept[0]] >= _NEAR * wanted:
+                        break
+                    is_careful = has_failed or (not kept and left() < 2 * each_costs)  # there may be no other try
+                    candidate = aim(path, needs, _NEAR * wanted if is_careful else wanted)
+                    if candidate is None or (kept and seconds(candidate) > _WORTHWHILE * seconds(kept[0])):
                         break
                     found[candidate] = judged(candidate)
+                    has_failed = found[candidate].needs(length) > wanted
                     on_progress(1 - max(left(), 0) / n_begin)
         return sorted(found.values(), key=lambda each: each.speedup(_LONG))
 

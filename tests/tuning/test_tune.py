@@ -4,7 +4,7 @@ Oracles: the figures of a Judge that the test calls itself, and a count of the t
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -229,17 +229,53 @@ def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
     assert aimed[0] == pytest.approx(0.8 * 0.05)
 
 
+@pytest.fixture
+def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[float]]:
+    """``one_promise(x)``: from now on, plans are judged for this one, slow ones first; returns what is aimed at."""
+
+    def one(promise: float) -> list[float]:
+        aimed = list[float]()
+
+        def aim(path: Any, needs: Any, wanted: float) -> Any:
+            aimed.append(wanted)
+            return next((each for each in path if each not in needs), None)
+
+        monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
+        monkeypatch.setattr(tuning, "aim", aim)
+        monkeypatch.setattr(tuning, "_AIMS", [(promise, False, JUDGED_AT)])
+        return aimed
+
+    return one
+
+
+OnePromise = Callable[[float], list[float]]
+
+
 def test_a_plan_that_is_hardly_faster_than_a_kept_one_is_not_judged(
-    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    model: Path, calls: Calls, one_promise: OnePromise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
-    monkeypatch.setattr(tuning, "aim", lambda path, needs, _: next((each for each in path if each not in needs), None))
-    monkeypatch.setattr(tuning, "_AIMS", [(9.0, False, JUDGED_AT)])
+    one_promise(9.0)
     n_judged = []
     for share in (0.0, 1.0):
         monkeypatch.setattr(tuning, "_WORTHWHILE", share)
         n_judged.append(len(tune(model, calls).points))
     assert n_judged[0] == 1 < n_judged[1]
+
+
+def test_a_plan_that_nearly_needs_the_promise_is_the_last_for_it(
+    model: Path, calls: Calls, one_promise: OnePromise
+) -> None:
+    aimed = one_promise(9.0)
+    every = tune(model, calls).points
+    assert len(aimed) == len(every) + 1  # in vain at the end
+    aimed = one_promise(max(each.needs(JUDGED_AT) for each in every) / 0.9)
+    assert tune(model, calls).points == every and len(aimed) == len(every)
+
+
+def test_after_a_failure_a_plan_is_sought_with_a_margin(model: Path, calls: Calls, one_promise: OnePromise) -> None:
+    aimed = one_promise(1e-9)
+    tune(model, calls)
+    assert aimed[0] == 1e-9 and aimed[-1] == pytest.approx(0.8e-9)
 
 
 def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
