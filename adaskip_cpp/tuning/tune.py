@@ -265,7 +265,7 @@ class _Tuning:
                     kept = sorted((each for each, need in needs.items() if need <= wanted), key=seconds)
                     if kept and needs[kept[0]] >= _NEAR * wanted:
                         break
-                    is_careful = has_failed or (not kept and left() < 2 * each_costs)  # there may be no other try
+                    is_careful = has_failed or left() < 2 * each_costs  # there may be no other try
                     candidate = aim(path, needs, _NEAR * wanted if is_careful else wanted)
                     if candidate is None or (kept and seconds(candidate) > _WORTHWHILE * seconds(kept[0])):
                         break
