@@ -134,8 +134,8 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
     out.print(
         "If the promise allows it, tokens that an edited prompt shares with the one before are not read again. small: "
         "lines and messages are changed or dropped. new order: five documents change places, four times. together: "
-        "five documents that were read alone are put together, then change places; measured if the default promise "
-        "allows new orders. changed keys: edited pass keys that answers give, and that the whole model gives. from a "
+        "five documents that were read alone are put together, then change places; measured if the default promise may "
+        "allow it. changed keys: edited pass keys that answers give, and that the whole model gives. from a "
         "promise of: the least promise that allows this, of which edits may use half. The plan has the rest in "
         "`serve`, elsewhere from the first edited prompt on.\n",
         style="dim",

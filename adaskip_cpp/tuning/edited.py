@@ -20,6 +20,7 @@ from .memo import Memo
 _N_TEXTS = 2  # texts whose prompts are edited: they take as many tokens as judging a plan
 _HEAD, _TAIL = 64, 128  # tokens at the two ends of a prompt that stay, like a system prompt and a question
 _N_DOCUMENTS = 5
+_APART = 2.0  # documents that were read alone lose at least so many times as much as new orders: docs/dev/method.md
 _LINE = "\nThe limit was raised to 4096 in March, as the notes of the maintainers say.\n"
 
 _Tokens = list[int]
@@ -29,8 +30,8 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     """Measure small edits, new orders of documents, and documents that were read alone and are put together.
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
-    and one drops a message of a twelfth of the prompt. Documents are not put together if their new orders already lose
-    more than the default promise allows. The last edit changes a pass key: the judge's probes must have pass keys,
+    and one drops a message of a twelfth of the prompt. Documents are not put together if the default promise will
+    hardly allow it, because they lose twice as much as new orders. The last edit changes a pass key: the judge's probes must have pass keys,
     numbered as :func:`passkey` does. Return [] if the model or the prompts allow no moves.
     """
     prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
@@ -86,7 +87,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     with suppress(_NothingMovedError):
         for most_moves in (FEW, MANY, TOGETHER):
-            if most_moves == TOGETHER and found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
+            if most_moves == TOGETHER and _APART * found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
                 break
             edits = Edits(most_moves=most_moves)
             one = memo.get(f"edits {most_moves}", Judged, partial(judged, edits))

@@ -56,7 +56,7 @@ _AIMS = (
     *((0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)),
     *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG)),
 )
-_NEAR = 0.8  # share of a promise: a plan that needs as much is near enough, and the next try after a failure aims at it
+_NEAR, _SAFER = 0.9, 0.8  # shares of a promise: near enough to stop; to aim at after a failure, and in the last try
 _WORTHWHILE = 0.97  # of the time of a plan that keeps a promise: another one is judged for it only if it takes less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
@@ -266,7 +266,7 @@ class _Tuning:
                     if kept and needs[kept[0]] >= _NEAR * wanted:
                         break
                     is_careful = has_failed or left() < 2 * each_costs  # there may be no other try
-                    candidate = aim(path, needs, _NEAR * wanted if is_careful else wanted)
+                    candidate = aim(path, needs, _SAFER * wanted if is_careful else wanted)
                     if candidate is None or (kept and seconds(candidate) > _WORTHWHILE * seconds(kept[0])):
                         break
                     found[candidate] = judged(candidate)
