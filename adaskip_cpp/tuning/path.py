@@ -24,7 +24,7 @@ from ..model.skip_set import marked
 
 Lost: TypeAlias = tuple[float, float]  # nats per token that a set loses in continuations and in copies
 
-LEVELS = tuple(0.006 * 1.2**i for i in range(18))  # nats per token: the path has a set for each of these losses
+LEVELS = tuple(0.006 * 1.1**i for i in range(34))  # nats per token: the path has a set for each of these losses
 SHARES = (8, 4)  # windows that are tried: an eighth and a quarter of the prompt
 
 _FIRST = 2.0
