@@ -17,7 +17,7 @@ from rich.console import Console
 from adaskip_cpp import Profile
 from adaskip_cpp.cli.tune_report import print_frontier
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.edits import WIDE, Edits
+from adaskip_cpp.model.edits import MANY, Edits
 from adaskip_cpp.model.frontier import EditPoint, Passkeys
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.mode import MODES
@@ -151,7 +151,7 @@ def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) ->
 def test_edited_prompts_have_all_words_and_figures_within_80_columns() -> None:
     doubtful = Interval(-0.123, -0.456, 0.21, 4)
     figures = replace(quality(0.1), divergence=doubtful, loss=doubtful)
-    edited = EditPoint(2048, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=WIDE))
+    edited = EditPoint(2048, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=MANY))
     out = Console(file=io.StringIO(), width=80)
     print_frontier(out, frontier([], edits=(edited,)))
     told = out.file.getvalue()  # type: ignore[attr-defined]
