@@ -121,7 +121,7 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
     for each in frontier.edits:
         needed = each.needs(each.judged_at) / EDITS_SHARE
         rows.add_row(
-            _EDITS.get(each.edits.most_moves, ""),
+            _EDITS.get(each.edits.most_moves, f"{each.edits.most_moves} moves"),
             _short(each.continuation.divergence),
             _short(each.continuation.loss),
             _short(each.copying.divergence),

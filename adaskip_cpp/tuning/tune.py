@@ -51,7 +51,7 @@ _SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windo
 _N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
-# the tokens of the prompt. The first four are the most useful.
+# the tokens of the prompt. The first four are the most useful; the second time, more sets are judged to aim by.
 _AIMS = (
     *((0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)),
     *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG)),
@@ -262,12 +262,12 @@ class _Tuning:
                 wanted, has_failed = of_edits.left(length, promise, edited=edited), False
                 while not found or left() >= each_costs:
                     needs = {each: point.needs(length) for each, point in found.items()}
-                    kept = sorted((each for each, need in needs.items() if need <= wanted), key=seconds)
-                    if kept and needs[kept[0]] >= _NEAR * wanted:
+                    best = min((each for each, need in needs.items() if need <= wanted), key=seconds, default=None)
+                    if best is not None and needs[best] >= _NEAR * wanted:
                         break
                     is_careful = has_failed or left() < 2 * each_costs  # there may be no other try
                     candidate = aim(path, needs, _SAFER * wanted if is_careful else wanted)
-                    if candidate is None or (kept and seconds(candidate) > _WORTHWHILE * seconds(kept[0])):
+                    if candidate is None or (best and seconds(candidate) > _WORTHWHILE * seconds(best)):
                         break
                     found[candidate] = judged(candidate)
                     has_failed = found[candidate].needs(length) > wanted
