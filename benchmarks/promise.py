@@ -50,7 +50,7 @@ def probes(llm: AdaSkipLlama, prompt: int, n_each: int) -> list[Probe]:
     for kind, text in unseen_texts().items():
         pieces = cut(llm, text, n_each, prompt + N_CONTINUED)
         for i, piece in enumerate(piece for piece in pieces if len(piece) == prompt + N_CONTINUED):
-            key = str(20011 + 6007 * len(found) % 69997), (i + 0.5) / n_each
+            key = 1000 + len(found), (i + 0.5) / n_each  # other pass keys than those of tune
             found += probes_of(
                 llm, f"{kind} {i}", piece, (prompt,), n_continued=N_CONTINUED, n_copied=N_COPIED, key=key
             )

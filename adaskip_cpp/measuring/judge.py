@@ -32,7 +32,7 @@ class Probe:
     """A prompt and an answer of known tokens."""
 
     text: str  # name of its text; probes of different texts are independent, those of one text are not
-    kind: ProbeKind  # whether the answer continues the prompt, copies a part of it, or names its pass key
+    kind: ProbeKind  # whether the answer continues the prompt, copies a part of it, or is a pass key
     tokens: tuple[int, ...]  # the text, one object for all its probes; the prompt is its first n_prompt tokens
     n_prompt: int
     answer: tuple[int, ...]  # tokens that follow the prompt
@@ -204,14 +204,21 @@ def _with_rest(log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return np.concatenate([log_p, np.log(rest)[:, None]], axis=1).astype(np.float32)
 
 
-def passkey(i: int) -> str:
-    """Return the number that is hidden in the prompt of the i-th text."""
-    return str(10007 + 7919 * i % 89989)
+_SHIPS = "Ophelia Endeavour Kestrel Aurora Nautilus Meridian Calypso Halcyon Sirius Tempest".split()
+_HIDDEN = "The pass key", "The name of the ship"
+_USED = "\n\nThe captain says that the ship sails at dawn.\n\n"
 
 
-def passkey_line(tokenizer: AdaSkipLlama, word: str) -> list[int]:
-    """Return the tokens that hide a pass key in a prompt."""
-    return tokens_of(tokenizer, f"\n\nThe pass key is {word}. Remember it. {word} is the pass key.\n\n")
+def passkeys(i: int) -> tuple[str, str]:
+    """Return what the prompt of the i-th text hides: a number and the name of a ship; those of -1 - i are others."""
+    return str(10007 + 7919 * i % 89989), _SHIPS[i % len(_SHIPS)]
+
+
+def passkey_line(tokenizer: AdaSkipLlama, i: int) -> list[int]:
+    """Return the tokens that hide the pass keys of the i-th text in a prompt."""
+    pairs = zip(_HIDDEN, passkeys(i), strict=True)
+    lines = [f"{name} is {word}. Remember it. {word} is {name.lower()}.\n\n" for name, word in pairs]
+    return tokens_of(tokenizer, "\n\n" + "".join(lines))
 
 
 def probes_of(
@@ -222,31 +229,32 @@ def probes_of(
     *,
     n_continued: int = N_CONTINUED,
     n_copied: int = N_COPIED,
-    key: tuple[str, float] | None = None,
+    key: tuple[int, float] | None = None,
 ) -> list[Probe]:
     """Return the probes of a text: for each prompt length in ``cuts`` a continuation and, if it fits, a copy.
 
-    A copy repeats the prompt from a quarter of its length on. ``key`` hides a pass key at a depth, 0 to 1, of the
-    longest prompt, and asks for it after that prompt. Raises DataError if the text is too short: it must have
-    ``n_continued`` tokens after the last cut.
+    A copy repeats the prompt from a quarter of its length on. ``key`` hides the pass keys of that number at a depth, 0
+    to 1, of the longest prompt, and asks for them after that prompt. Half-way between, the prompt uses the name: it
+    speaks of the ship. Raises DataError if the text is too short: it must have ``n_continued`` tokens after the last
+    cut.
     """
     if not cuts or len(tokens) < max(cuts) + n_continued:
         raise DataError(f"text {text!r} has {len(tokens)} tokens, prompts up to {max(cuts, default=0)} need "
                         f"{max(cuts, default=0) + n_continued}; give a longer text")  # fmt: skip
-    given, question = list(tokens), list[int]()
+    given = list(tokens)
     if key is not None:
-        word, depth = key
-        at = max(round(depth * max(cuts)), 1)
-        given[at:at] = passkey_line(tokenizer, word)
-        question = tokens_of(tokenizer, "\n\nThe pass key is")
+        at = max(round(key[1] * max(cuts)), 1)
+        later = (at + max(cuts)) // 2
+        given[later:later] = tokens_of(tokenizer, _USED)
+        given[at:at] = passkey_line(tokenizer, key[0])
     whole, found = tuple(given), list[Probe]()
     for cut in sorted(cuts):
         found.append(Probe(text, "continuation", whole, cut, whole[cut : cut + n_continued]))
         copied = whole[cut // 4 : cut // 4 + n_copied]
         if len(copied) > 2 * N_CUE and cut // 4 + n_copied <= cut:
             found.append(Probe(text, "copying", whole, cut, copied, N_CUE))
-        if key is not None and cut == max(cuts):
-            stated = tokens_of(tokenizer, f"\n\nThe pass key is {key[0]}")
-            n_same = next((i for i, (a, b) in enumerate(zip(question, stated, strict=False)) if a != b), len(question))
-            found.append(Probe(text, "retrieval", whole, cut, tuple(stated), n_same))
+    for name, word in () if key is None else zip(_HIDDEN, passkeys(key[0]), strict=True):
+        question, stated = (tokens_of(tokenizer, f"\n\n{name} is{rest}") for rest in ("", f" {word}"))
+        n_same = next((i for i, (a, b) in enumerate(zip(question, stated, strict=False)) if a != b), len(question))
+        found.append(Probe(text, "retrieval", whole, max(cuts), tuple(stated), n_same))
     return found

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
-from ..measuring.judge import Judge, Probe, passkey, passkey_line
+from ..measuring.judge import Judge, Probe, passkey_line
 from ..model.edits import FEW, MANY, TOGETHER, WIDE, Edits
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, EditPoint
 from .figures import Judged
@@ -31,8 +31,8 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
     and one drops a message of a twelfth of the prompt. Documents are not put together if the default promise will
-    hardly allow it, because they lose twice as much as new orders. The last edit changes a pass key: the judge's probes
-    must have pass keys, numbered as :func:`passkey` does. Return [] if the model or the prompts allow no moves.
+    hardly allow it, because they lose twice as much as new orders. The last edit changes the line of the pass keys: the
+    i-th text of the judge must have those of number i. Return [] if the model or the prompts allow no moves.
     """
     prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
@@ -42,7 +42,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     def before(i: int, most_moves: int) -> list[_Tokens]:
         """Return the earlier forms of a prompt, the oldest first."""
         prompt, message, draw = list(prompts[i][1]), list(prompts[i - 1][1][: judged_at // 12]), random.Random(i)
-        new, old = (passkey_line(llm, passkey(number)) for number in (i, i + len(prompts)))
+        new, old = (passkey_line(llm, number) for number in (i, -1 - i))
         forms = [_replaced(prompt, new, old)]
         if most_moves == FEW:
             cuts = [(line, len(line) - 3), (line, 0), ([], len(line)), (message, 0), ([], len(line)), (line, 0)]

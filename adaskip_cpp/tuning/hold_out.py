@@ -13,7 +13,7 @@ from llama_cpp import Llama
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..measuring.corpus import held_out
-from ..measuring.judge import Probe, passkey, probes_of
+from ..measuring.judge import Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources, readmes, text_items
 
 
@@ -84,9 +84,9 @@ def _halves(texts: Mapping[str, str]) -> list[dict[str, str]]:
 def passkey_probes(
     llm: AdaSkipLlama, items: Sequence[TextItem], n_prompt: int, n_answer: tuple[int, int]
 ) -> list[Probe]:
-    """Return probes of texts with a pass key each; ``n_answer`` counts the tokens to continue and to copy."""
+    """Return probes of texts with pass keys; ``n_answer`` counts the tokens to continue and to copy."""
     (n_continued, n_copied), found = n_answer, list[Probe]()
     for i, item in enumerate(items):
-        key = passkey(i), (i + 0.5) / len(items)
+        key = i, (i + 0.5) / len(items)
         found += probes_of(llm, item.id, item.tokens, (n_prompt,), n_continued=n_continued, n_copied=n_copied, key=key)
     return found

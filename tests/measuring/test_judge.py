@@ -14,7 +14,7 @@ from oracles.tiny_families import tokens
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring.corpus import tokens_of
-from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, probes_of
+from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, passkeys, probes_of
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -280,17 +280,28 @@ def test_a_prompt_too_short_to_copy_from_is_continued_alone_and_a_text_too_short
         probes_of(NO_LLM, "short", range(447), (100, 400))
 
 
-def test_a_pass_key_is_hidden_at_its_depth_of_the_longest_prompt_and_asked_for_after_that(open_tiny: Open) -> None:
+def test_pass_keys_are_hidden_at_their_depth_of_the_longest_prompt_and_asked_for_after_that(open_tiny: Open) -> None:
     llm = open_tiny()
-    text = [9] * 500
-    found = probes_of(llm, "hidden", text, (200, 400), key=("10007", 0.25))
-    assert [each.kind for each in found] == ["continuation", "copying"] * 2 + ["retrieval"]
-    stated = tokens_of(llm, "\n\nThe pass key is 10007. Remember it. 10007 is the pass key.\n\n")
-    assert list(found[0].tokens) == text[:100] + stated + text[100:]
-    asked = found[-1]
-    assert asked.n_prompt == 400 and list(asked.answer) == tokens_of(llm, "\n\nThe pass key is 10007")
-    assert list(asked.answer[: asked.n_cue]) == tokens_of(llm, "\n\nThe pass key is")[: asked.n_cue]
-    assert 1 <= asked.n_cue < len(asked.answer)
+    text = list(range(500))
+    found = probes_of(llm, "hidden", text, (200, 400), key=(0, 0.25))
+    assert [each.kind for each in found] == ["continuation", "copying"] * 2 + ["retrieval"] * 2
+    stated = tokens_of(
+        llm,
+        "\n\nThe pass key is 10007. Remember it. 10007 is the pass key.\n\n"
+        "The name of the ship is Ophelia. Remember it. Ophelia is the name of the ship.\n\n",
+    )
+    used = tokens_of(llm, "\n\nThe captain says that the ship sails at dawn.\n\n")
+    assert list(found[0].tokens) == text[:100] + stated + text[100:250] + used + text[250:]
+    for asked, question, word in zip(found[4:], ("The pass key", "The name of the ship"), ("10007", "Ophelia")):
+        assert asked.n_prompt == 400 and list(asked.answer) == tokens_of(llm, f"\n\n{question} is {word}")
+        assert list(asked.answer[: asked.n_cue]) == tokens_of(llm, f"\n\n{question} is")[: asked.n_cue]
+        assert 1 <= asked.n_cue < len(asked.answer)
+
+
+def test_pass_keys_differ_from_text_to_text_and_from_those_before_an_edit() -> None:
+    numbers, _ = zip(*map(passkeys, range(-50, 50)))
+    assert len(set(numbers)) == 100 and all(len(number) == 5 for number in numbers)
+    assert all(old != new for i in range(50) for old, new in zip(passkeys(-1 - i), passkeys(i)))
 
 
 @pytest.mark.parametrize(

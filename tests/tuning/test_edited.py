@@ -8,7 +8,7 @@ import pytest
 from oracles.tiny_families import N_LAYER
 from oracles.tiny_models import write_model
 
-from adaskip_cpp.measuring.judge import Judge, passkey, passkey_line, probes_of
+from adaskip_cpp.measuring.judge import Judge, passkey_line, probes_of
 from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, WIDE
 from adaskip_cpp.tuning import edited
 from adaskip_cpp.tuning.edited import edit_points
@@ -18,13 +18,13 @@ Tiny = Callable[..., Path]
 Tokens = Callable[..., list[int]]
 Open = Callable[..., Any]
 
-N_PROMPT = 900
+N_PROMPT = 1100
 OPTIONS: dict[str, Any] = {"n_ctx": 1536, "type_k": 0, "type_v": 0, "logits_all": False}
 
 
 def judge_of(llm: Any, tokens: Tokens, n_prompt: int = N_PROMPT) -> Judge:
-    """Two texts with a pass key each."""
-    texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (passkey(i), 0.3)) for i in range(2)]
+    """Two texts with pass keys."""
+    texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (i, 0.5)) for i in range(2)]
     found = (probes_of(llm, text, ids, (n_prompt,), n_continued=16, n_copied=24, key=key) for text, ids, key in texts)
     return Judge(llm, [probe for probes in found for probe in probes])
 
@@ -53,10 +53,10 @@ def test_three_kinds_of_edits_are_measured(tiny: Tiny, tokens: Tokens, open_mode
     assert [each.edits.most_moves for each in found] == [FEW, MANY, TOGETHER]
     assert llm.reuse == "prefix" and llm.saved_prompts == ()
     for each in found:
-        assert each.judged_at == N_PROMPT and each.continuation.n_texts == 2 and each.passkeys.n == 2
+        assert each.judged_at == N_PROMPT and each.continuation.n_texts == 2 and each.passkeys.n == 4
         assert each.continuation.divergence.value > 1e-4 and each.copying.divergence.value > 1e-4
     # Every prompt is an edit away from the next, and the last one of each text is that which is judged.
-    first, second = (list(probe.tokens[:N_PROMPT]) for probe in judge.probes[::3])
+    first, second = (list(probe.tokens[:N_PROMPT]) for probe in judge.probes[::4])
     ends = [i for i, prompt in enumerate(prompts) if prompt in (first, second)]
     n_orders = (MANY - FEW) // WIDE
     lengths = FEW, FEW, n_orders, n_orders, 1, 1
@@ -66,7 +66,7 @@ def test_three_kinds_of_edits_are_measured(tiny: Tiny, tokens: Tokens, open_mode
     orders = prompts[2 * FEW + 2 : 2 * FEW + 2 + n_orders]
     assert all(sorted(prompt[:-200]) != sorted(first[:-200]) for prompt in orders), "the pass key is another"
     assert all(sorted(prompt) == sorted(orders[0]) and prompt[:64] == first[:64] for prompt in orders)
-    old, new = (str(passkey_line(llm, passkey(number)))[1:-1] for number in (2, 0))
+    old, new = (str(passkey_line(llm, number))[1:-1] for number in (-1, 0))
     assert old in str(prompts[FEW - 1]) and new not in str(prompts[FEW - 1]) and new in str(first)
 
 

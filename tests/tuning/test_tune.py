@@ -119,7 +119,7 @@ def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
             (JUDGED_AT,),
             n_continued=ANSWER[0],
             n_copied=ANSWER[1],
-            key=(str(10007 + 7919 * i), (i + 0.5) / 4),
+            key=(i, (i + 0.5) / 4),
         )
     ]
 
@@ -146,7 +146,7 @@ def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model:
         for kind in ("continuation", "copying"):
             mine = getattr(each, kind)
             assert mine == quality_of(probes, scores, kind)  # type: ignore[arg-type]
-        assert each.passkeys == passkeys_of(probes, scores) and each.passkeys.n == 4
+        assert each.passkeys == passkeys_of(probes, scores) and each.passkeys.n == 8
         assert each.judged_at == JUDGED_AT and each.continuation.n_texts == 4
     llm.close()
 
