@@ -204,7 +204,7 @@ def _with_rest(log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     return np.concatenate([log_p, np.log(rest)[:, None]], axis=1).astype(np.float32)
 
 
-_SHIPS = "Ophelia Endeavour Kestrel Aurora Nautilus Meridian Calypso Halcyon Sirius Tempest".split()
+_SHIPS = "Ophelia", "Endeavour", "Kestrel", "Aurora", "Nautilus", "Meridian", "Calypso", "Halcyon", "Sirius", "Tempest"
 _HIDDEN = "The pass key", "The name of the ship"
 _USED = "\n\nThe captain says that the ship sails at dawn.\n\n"
 
@@ -233,25 +233,31 @@ def probes_of(
 ) -> list[Probe]:
     """Return the probes of a text: for each prompt length in ``cuts`` a continuation and, if it fits, a copy.
 
-    A copy repeats the prompt from a quarter of its length on. ``key`` hides the pass keys of that number at a depth, 0
-    to 1, of the longest prompt, and asks for them after that prompt. Half-way between, the prompt uses the name: it
-    speaks of the ship. Raises DataError if the text is too short: it must have ``n_continued`` tokens after the last
-    cut.
+    A copy repeats the prompt from a quarter of its length on. If pass keys stand there, it begins after them, where the
+    prompt is long enough: models copy these more easily than text. ``key`` hides the pass keys of that number at a
+    depth, 0 to 1, of the longest prompt, and asks for them after that prompt. Half-way between, the prompt uses the
+    name: it speaks of the ship. Raises DataError if the text is too short: it must have ``n_continued`` tokens after
+    the last cut.
     """
     if not cuts or len(tokens) < max(cuts) + n_continued:
         raise DataError(f"text {text!r} has {len(tokens)} tokens, prompts up to {max(cuts, default=0)} need "
                         f"{max(cuts, default=0) + n_continued}; give a longer text")  # fmt: skip
-    given = list(tokens)
+    given, hidden = list(tokens), range(0)
     if key is not None:
         at = max(round(key[1] * max(cuts)), 1)
         later = (at + max(cuts)) // 2
         given[later:later] = tokens_of(tokenizer, _USED)
-        given[at:at] = passkey_line(tokenizer, key[0])
+        lines = passkey_line(tokenizer, key[0])
+        given[at:at] = lines
+        hidden = range(at, at + len(lines))
     whole, found = tuple(given), list[Probe]()
     for cut in sorted(cuts):
         found.append(Probe(text, "continuation", whole, cut, whole[cut : cut + n_continued]))
-        copied = whole[cut // 4 : cut // 4 + n_copied]
-        if len(copied) > 2 * N_CUE and cut // 4 + n_copied <= cut:
+        begin = cut // 4
+        if begin < hidden.stop and hidden.start < begin + n_copied and hidden.stop + n_copied <= cut:
+            begin = hidden.stop
+        copied = whole[begin : begin + n_copied]
+        if len(copied) > 2 * N_CUE and begin + n_copied <= cut:
             found.append(Probe(text, "copying", whole, cut, copied, N_CUE))
     for name, word in () if key is None else zip(_HIDDEN, passkeys(key[0]), strict=True):
         question, stated = (tokens_of(tokenizer, f"\n\n{name} is{rest}") for rest in ("", f" {word}"))

@@ -43,7 +43,7 @@ class Passkeys:
     """Pass keys that were found.
 
     Attributes:
-        n: number of prompts, each with a pass key.
+        n: number of pass keys: each prompt hides a number and a name.
         whole: pass keys that the whole model finds clearly.
         plan: those of them that the plan finds.
     """
@@ -177,7 +177,7 @@ class Point(Figures):
 class EditPoint(Figures):
     """The figures of edited prompts, in which the whole model reads only the new tokens.
 
-    Its pass keys are those whose number an edit changed.
+    Its pass keys are those that an edit changed.
 
     Attributes:
         edits: how runs were moved; its ``most_moves`` are the moves that were measured.

@@ -1,4 +1,4 @@
-"""Finds the path of a frontier: the fastest set of skipped sublayers and windows for each of several losses.
+"""Finds the paths of a frontier: the fastest set of skipped sublayers and windows for each of several losses.
 
 For ``tune.py``. Start at :func:`measure`, then :func:`find_path`. This module knows no model: callers pass functions
 for the loss and the time of a set.
@@ -139,13 +139,14 @@ def measure(
 def find_path(
     losses: Losses, seconds: Callable[[Candidate], float], *, levels: Sequence[float] = LEVELS
 ) -> list[Candidate]:
-    """Return the sets of a path: one for each level of loss that saves more time, each containing the one before.
+    """Return the sets of a path: the fastest for each level of loss that saves more time than the level before.
 
-    ``seconds`` predicts the time of a prompt with a set.
+    ``seconds`` predicts the time of a prompt with a set. A set need not contain the one before: eight FFNs may lose
+    less than twelve attentions and save more.
     """
     grid, whole, path = losses.grid(seconds), seconds(Candidate()), list[Candidate]()
     for level in levels:
-        found = _fastest([each for each in grid if not path or _contains(each[0], path[-1])], level, whole)
+        found = _fastest(grid, level, whole)
         if found is not None and (not path or found != path[-1]):
             path.append(replace(found, level=level))
     return path
@@ -155,20 +156,25 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
     """Return the set of a path to judge next for a promise; None if the judged sets suffice.
 
     This is the fastest set that is expected to keep the promise. The least promise of a set is its level times a
-    factor. The factor is known for judged sets and interpolated between them; before any is judged, it is
-    :data:`_FIRST`. The levels of ``path`` ascend. ``needs`` has the least promise of each judged set; it is infinite
-    for a set that keeps none.
+    factor, and at least that of the sets within it. The factor is known for judged sets, and interpolated between those
+    that contain the set or are within it. If there are none, it is the least of all judged sets. Before any is judged,
+    it is :data:`_FIRST`. The levels of ``path`` ascend. ``needs`` has the least promise of each judged set; it is
+    infinite for a set that keeps none.
     """
-    known = sorted((math.log(each.level), math.log(max(need, 1e-9) / each.level))
-                   for each, need in needs.items() if math.isfinite(need))  # fmt: skip
-    levels, factors = zip(*known or [(0.0, math.log(_FIRST))], strict=True)
+    known = [
+        (math.log(each.level), math.log(max(need, 1e-9) / each.level), each)
+        for each, need in sorted(needs.items(), key=lambda item: item[0].level)
+        if math.isfinite(need)
+    ]
+    least = min((factor for _, factor, _ in known), default=math.log(_FIRST))
 
     def expected(candidate: Candidate) -> float:
         if candidate in needs:
             return needs[candidate]
-        if any(math.isinf(need) and _contains(candidate, each) for each, need in needs.items()):
-            return math.inf
-        return candidate.level * math.exp(np.interp(math.log(candidate.level), levels, factors))
+        at_least = max((need for each, need in needs.items() if _contains(candidate, each)), default=0.0)
+        near = [one for one in known if _contains(candidate, one[2]) or _contains(one[2], candidate)]
+        levels, factors = ([one[i] for one in near] or [least] for i in (0, 1))
+        return max(at_least, candidate.level * math.exp(np.interp(math.log(candidate.level), levels, factors)))
 
     kept = [candidate for candidate in path if expected(candidate) <= promise]
     if kept and kept[-1] not in needs:

@@ -45,7 +45,6 @@ _COST_CONTEXTS, _COST_S = (512, 2048, 8192), 6.0
 _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _LEAST_CTX = _JUDGED_AT + 512  # tokens of a context in which plans can be judged
 _ROOM = 256  # tokens of a context beyond the longest prompt whose sublayers are timed
-_FASTEST_AT = 4096  # tokens of the prompts for which sets are the fastest of their loss
 _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
 _SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windows are measured on the long ones
 _N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
@@ -225,7 +224,7 @@ class _Tuning:
     def _points(
         self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge, edits: Sequence[EditPoint]
     ) -> list[Point]:
-        """Find the path. While tokens last, judge its plans for :data:`_AIMS`, and for what edits leave of these."""
+        """Find a path for each length of :data:`_AIMS`. While tokens last, judge plans of the paths for these aims."""
         planned = Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
             judges = [Judge(llm, passkey_probes(llm, held.search, n, (N_CONTINUED, N_COPIED))) for n in _SEARCHED_AT]
@@ -239,8 +238,9 @@ class _Tuning:
 
                 return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))  # type: ignore[return-value]
 
-            seconds = partial(planned.seconds, context=_FASTEST_AT)
-            path = find_path(measure(planned.orders, lost, seconds, on_progress=on_progress), seconds)
+            seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
+            losses = measure(planned.orders, lost, seconds[min(seconds)], on_progress=on_progress)
+            paths = {length: find_path(losses, of) for length, of in seconds.items()}
         probes = judge.probes
         each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
@@ -259,15 +259,15 @@ class _Tuning:
         with self.on_stage("Judging") as on_progress:
             n_begin, of_edits = max(left(), 1), Frontier((), edits=tuple(edits))
             for promise, edited, length in _AIMS:
-                wanted, has_failed = of_edits.left(length, promise, edited=edited), False
+                wanted, has_failed, takes = of_edits.left(length, promise, edited=edited), False, seconds[length]
                 while not found or left() >= each_costs:
                     needs = {each: point.needs(length) for each, point in found.items()}
-                    best = min((each for each, need in needs.items() if need <= wanted), key=seconds, default=None)
+                    best = min((each for each, need in needs.items() if need <= wanted), key=takes, default=None)
                     if best is not None and needs[best] >= _NEAR * wanted:
                         break
                     is_careful = has_failed or left() < 2 * each_costs  # there may be no other try
-                    candidate = aim(path, needs, _SAFER * wanted if is_careful else wanted)
-                    if candidate is None or (best and seconds(candidate) > _WORTHWHILE * seconds(best)):
+                    candidate = aim(paths[length], needs, _SAFER * wanted if is_careful else wanted)
+                    if candidate is None or (best and takes(candidate) > _WORTHWHILE * takes(best)):
                         break
                     found[candidate] = judged(candidate)
                     has_failed = found[candidate].needs(length) > wanted

@@ -14,7 +14,7 @@ from oracles.tiny_families import tokens
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring.corpus import tokens_of
-from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, passkeys, probes_of
+from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, passkey_line, passkeys, probes_of
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -292,16 +292,36 @@ def test_pass_keys_are_hidden_at_their_depth_of_the_longest_prompt_and_asked_for
     )
     used = tokens_of(llm, "\n\nThe captain says that the ship sails at dawn.\n\n")
     assert list(found[0].tokens) == text[:100] + stated + text[100:250] + used + text[250:]
-    for asked, question, word in zip(found[4:], ("The pass key", "The name of the ship"), ("10007", "Ophelia")):
+    for asked, question, word in zip(
+        found[4:], ("The pass key", "The name of the ship"), ("10007", "Ophelia"), strict=True
+    ):
         assert asked.n_prompt == 400 and list(asked.answer) == tokens_of(llm, f"\n\n{question} is {word}")
         assert list(asked.answer[: asked.n_cue]) == tokens_of(llm, f"\n\n{question} is")[: asked.n_cue]
         assert 1 <= asked.n_cue < len(asked.answer)
 
 
+@pytest.mark.parametrize(
+    ("depth", "after"),
+    [(0.25, True), (0.2, True), (0.3, True), (0.0, False), (0.4, False)],
+    ids=["at the copy", "reaching into the copy", "inside the copy", "far before the copy", "far after the copy"],
+)
+def test_a_copy_begins_after_pass_keys(depth: float, after: bool, open_tiny: Open) -> None:
+    llm = open_tiny()
+    n_lines = len(passkey_line(llm, 0))
+    _, copying, *_ = probes_of(llm, "hidden", range(1100), (1000,), key=(0, depth))
+    begin = max(round(1000 * depth), 1) + n_lines if after else 250
+    assert copying.answer == copying.tokens[begin : begin + 72]
+
+
+def test_where_no_room_is_left_after_pass_keys_the_copy_has_them(open_tiny: Open) -> None:
+    _, copying, *_ = probes_of(open_tiny(), "hidden", range(300), (200,), key=(0, 0.25))
+    assert copying.kind == "copying" and copying.answer == copying.tokens[50 : 50 + 72]
+
+
 def test_pass_keys_differ_from_text_to_text_and_from_those_before_an_edit() -> None:
-    numbers, _ = zip(*map(passkeys, range(-50, 50)))
+    numbers, _ = zip(*map(passkeys, range(-50, 50)), strict=True)
     assert len(set(numbers)) == 100 and all(len(number) == 5 for number in numbers)
-    assert all(old != new for i in range(50) for old, new in zip(passkeys(-1 - i), passkeys(i)))
+    assert all(old != new for i in range(50) for old, new in zip(passkeys(-1 - i), passkeys(i), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -62,14 +62,22 @@ def prefixes(every: Orders) -> list[Candidate]:
 
 @pytest.mark.parametrize("losses", [(0.002, 0.001), (0.001, 0.008), (0.02, 0.02), (0.0, 0.0)])
 @pytest.mark.parametrize("sizes", [(8, 8, 12), (20, 20, 30), (8, 3, 0), (0, 8, 8), (1, 1, 1)])
-def test_every_set_of_a_path_contains_the_one_before_it_and_is_faster(
-    losses: Lost, sizes: tuple[int, int, int]
-) -> None:
+def test_every_set_of_a_path_is_faster_than_the_one_before_it(losses: Lost, sizes: tuple[int, int, int]) -> None:
     path = find_path(orders_of(sizes, 30), adding(*losses), seconds)
     for less, more in pairwise(path):
-        assert all({*getattr(less, part)} <= {*getattr(more, part)} for part in PARTS)
         assert seconds(more) < seconds(less)
     assert Candidate() not in path and len(path) <= len(LEVELS)
+
+
+def test_a_set_need_not_contain_the_one_before_it() -> None:
+    """Eight FFNs lose as much as one of them, and more than five attentions. So they replace attentions."""
+
+    def lost(candidate: Candidate, long: bool = False) -> Lost:
+        loss = 0.003 * len(candidate.attention) + 0.02 * bool(candidate.ffn)
+        return loss, loss
+
+    path = find_path(all_last(8, 8), lost, seconds, levels=(0.016, 0.021, 0.045))
+    assert [(len(each.attention), len(each.ffn)) for each in path] == [(5, 0), (0, 8), (8, 8)]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -118,7 +126,7 @@ def test_a_layer_that_copies_ends_the_path_before_it_however_little_continuation
 
 def test_windows_join_where_they_lose_little() -> None:
     path = find_path(all_last(8, 8, 12), adding(0.01, 0.01, windowed=(1e-4, 1e-4)), seconds)
-    assert all(each.windowed == tuple(range(12)) for each in path)
+    assert path and all(len(each.windowed) >= 10 for each in path)
 
 
 def test_windows_are_tried_in_eighths_of_the_layers() -> None:
@@ -231,3 +239,15 @@ def test_no_set_is_judged_beyond_one_that_loses_a_pass_key() -> None:
     path = path_of(0.01, 0.02, 0.03)
     assert aim(path, {path[1]: math.inf}, 0.5) is path[0]
     assert aim(path, {Candidate(ffn=(9,), level=0.01): math.inf}, 0.03) is path[0], "it skips another sublayer"
+
+
+def test_a_judged_set_tells_nothing_of_a_set_that_neither_contains_it_nor_is_within_it() -> None:
+    attentions, ffns = Candidate((7, 8, 9), level=0.02), Candidate((), (7, 8, 9), level=0.03)
+    both = Candidate((7, 8, 9), (7, 8, 9), level=0.04)
+    path = [Candidate((9,), level=0.01), attentions, ffns, both]
+    # The attentions need three times their level. Nothing is known of the FFNs.
+    judged = {path[0]: 0.011, attentions: 0.06}
+    assert aim(path, judged, 0.05) is ffns, "the least factor that is known"
+    assert aim(path, {**judged, ffns: 0.031}, 0.05) is None
+    assert aim(path, {**judged, ffns: 0.031}, 0.059) is None, "both need at least what the attentions need"
+    assert aim(path, {**judged, ffns: 0.031}, 0.06) is both
