@@ -172,8 +172,8 @@ def aim(path: Sequence[Candidate], needs: Mapping[Candidate, float], promise: fl
         if candidate in needs:
             return needs[candidate]
         at_least = max((need for each, need in needs.items() if _contains(candidate, each)), default=0.0)
-        near = [one for one in known if _contains(candidate, one[2]) or _contains(one[2], candidate)]
-        levels, factors = ([one[i] for one in near] or [least] for i in (0, 1))
+        near = [(at, by) for at, by, each in known if _contains(candidate, each) or _contains(each, candidate)]
+        levels, factors = zip(*near or [(0.0, least)], strict=True)
         return max(at_least, candidate.level * math.exp(np.interp(math.log(candidate.level), levels, factors)))
 
     kept = [candidate for candidate in path if expected(candidate) <= promise]
