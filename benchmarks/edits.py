@@ -27,13 +27,13 @@ from promise import unseen_texts
 from adaskip_cpp import AdaSkipLlama, Edits
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.corpus import cut, tokens_of
+from adaskip_cpp.measuring.judge import passkeys
 from adaskip_cpp.model.plan_file import plan_beside
 
 N_ANSWER = 128
 LINE = "\n# The limit was raised to 4096 in March, see the notes of the maintainers.\n"
 HEAD = 60  # first tokens, which stay in their places when texts are dropped or swapped
 N_DOCUMENTS = 5
-NAMES = ["Ophelia", "Endeavour", "Kestrel", "Aurora", "Nautilus", "Meridian", "Calypso", "Halcyon", "Sirius", "Tempest"]
 SHIP = "\n\nLet the ship of this story be called {}. It sails at dawn.\n\n", "\n\nThe ship of this story is called {}"
 KEY = "\n\nThe pass key is {}. Remember it.\n\n", "\n\nThe pass key is {}"
 
@@ -206,8 +206,7 @@ def main() -> None:
         for mend in args.mend:
             pairs = zip(found["whole"], found[mend], given, strict=True)
             rows[kind, mend].append([value for pair in pairs for value in lost(*pair)])
-        digits = [str(20011 + 6007 * (2 * number + i) % 69997) for i in range(2)]
-        names = [NAMES[(2 * number + i) % len(NAMES)] for i in range(2)]
+        digits, names = zip(passkeys(-1 - number), passkeys(number), strict=True)
         for what, (told, asked), words in (("pass key", KEY, digits), ("name", SHIP, names)):
             lines, answers_ = ([tokens_of(llm, form.format(word)) for word in words] for form in (told, asked))
             n_same = next(i for i, (a, b) in enumerate(zip(*answers_, strict=False)) if a != b)

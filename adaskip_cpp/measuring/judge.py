@@ -206,7 +206,7 @@ def _with_rest(log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
 
 _SHIPS = "Ophelia", "Endeavour", "Kestrel", "Aurora", "Nautilus", "Meridian", "Calypso", "Halcyon", "Sirius", "Tempest"
 _HIDDEN = "The pass key", "The name of the ship"
-_USED = "\n\nThe captain says that the ship sails at dawn.\n\n"
+_LATER = "\n\nThe captain says that the ship sails at dawn.\n\n"
 
 
 def passkeys(i: int) -> tuple[str, str]:
@@ -214,7 +214,7 @@ def passkeys(i: int) -> tuple[str, str]:
     return str(10007 + 7919 * i % 89989), _SHIPS[i % len(_SHIPS)]
 
 
-def passkey_line(tokenizer: AdaSkipLlama, i: int) -> list[int]:
+def passkey_lines(tokenizer: AdaSkipLlama, i: int) -> list[int]:
     """Return the tokens that hide the pass keys of the i-th text in a prompt."""
     pairs = zip(_HIDDEN, passkeys(i), strict=True)
     lines = [f"{name} is {word}. Remember it. {word} is {name.lower()}.\n\n" for name, word in pairs]
@@ -235,9 +235,9 @@ def probes_of(
 
     A copy repeats the prompt from a quarter of its length on. If pass keys stand there, it begins after them, where the
     prompt is long enough: models copy these more easily than text. ``key`` hides the pass keys of that number at a
-    depth, 0 to 1, of the longest prompt, and asks for them after that prompt. Half-way between, the prompt uses the
-    name: it speaks of the ship. Raises DataError if the text is too short: it must have ``n_continued`` tokens after
-    the last cut.
+    depth, 0 to 1, of the longest prompt, and asks for them after that prompt. Half-way between, a line speaks of the
+    ship without its name. Raises DataError if the text is too short: it must have ``n_continued`` tokens after the last
+    cut.
     """
     if not cuts or len(tokens) < max(cuts) + n_continued:
         raise DataError(f"text {text!r} has {len(tokens)} tokens, prompts up to {max(cuts, default=0)} need "
@@ -246,8 +246,8 @@ def probes_of(
     if key is not None:
         at = max(round(key[1] * max(cuts)), 1)
         later = (at + max(cuts)) // 2
-        given[later:later] = tokens_of(tokenizer, _USED)
-        lines = passkey_line(tokenizer, key[0])
+        given[later:later] = tokens_of(tokenizer, _LATER)
+        lines = passkey_lines(tokenizer, key[0])
         given[at:at] = lines
         hidden = range(at, at + len(lines))
     whole, found = tuple(given), list[Probe]()

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
-from ..measuring.judge import Judge, Probe, passkey_line
+from ..measuring.judge import Judge, Probe, passkey_lines
 from ..model.edits import FEW, MANY, TOGETHER, WIDE, Edits
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, EditPoint
 from .figures import Judged
@@ -42,7 +42,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     def before(i: int, most_moves: int) -> list[_Tokens]:
         """Return the earlier forms of a prompt, the oldest first."""
         prompt, message, draw = list(prompts[i][1]), list(prompts[i - 1][1][: judged_at // 12]), random.Random(i)
-        new, old = (passkey_line(llm, number) for number in (i, -1 - i))
+        new, old = (passkey_lines(llm, number) for number in (i, -1 - i))
         forms = [_replaced(prompt, new, old)]
         if most_moves == FEW:
             cuts = [(line, len(line) - 3), (line, 0), ([], len(line)), (message, 0), ([], len(line)), (line, 0)]

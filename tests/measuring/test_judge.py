@@ -14,7 +14,7 @@ from oracles.tiny_families import tokens
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring.corpus import tokens_of
-from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, passkey_line, passkeys, probes_of
+from adaskip_cpp.measuring.judge import N_CUE, Judge, Logits, Probe, Scores, passkey_lines, passkeys, probes_of
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
@@ -307,7 +307,7 @@ def test_pass_keys_are_hidden_at_their_depth_of_the_longest_prompt_and_asked_for
 )
 def test_a_copy_begins_after_pass_keys(depth: float, after: bool, open_tiny: Open) -> None:
     llm = open_tiny()
-    n_lines = len(passkey_line(llm, 0))
+    n_lines = len(passkey_lines(llm, 0))
     _, copying, *_ = probes_of(llm, "hidden", range(1100), (1000,), key=(0, depth))
     begin = max(round(1000 * depth), 1) + n_lines if after else 250
     assert copying.answer == copying.tokens[begin : begin + 72]

@@ -8,7 +8,7 @@ import pytest
 from oracles.tiny_families import N_LAYER
 from oracles.tiny_models import write_model
 
-from adaskip_cpp.measuring.judge import Judge, passkey_line, probes_of
+from adaskip_cpp.measuring.judge import Judge, passkey_lines, probes_of
 from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, WIDE
 from adaskip_cpp.tuning import edited
 from adaskip_cpp.tuning.edited import edit_points
@@ -66,7 +66,7 @@ def test_three_kinds_of_edits_are_measured(tiny: Tiny, tokens: Tokens, open_mode
     orders = prompts[2 * FEW + 2 : 2 * FEW + 2 + n_orders]
     assert all(sorted(prompt[:-200]) != sorted(first[:-200]) for prompt in orders), "the pass key is another"
     assert all(sorted(prompt) == sorted(orders[0]) and prompt[:64] == first[:64] for prompt in orders)
-    old, new = (str(passkey_line(llm, number))[1:-1] for number in (-1, 0))
+    old, new = (str(passkey_lines(llm, number))[1:-1] for number in (-1, 0))
     assert old in str(prompts[FEW - 1]) and new not in str(prompts[FEW - 1]) and new in str(first)
 
 

@@ -218,6 +218,22 @@ def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(
     assert aimed[:2] == [0.05, 0.05] and aimed[2] < 0.05 and aimed[3] == 0.1
 
 
+def test_plans_for_a_length_are_sought_on_the_path_of_that_length(
+    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_path, paths, used = tuning.find_path, dict[int, Any](), list[Any]()
+
+    def finding(losses: Any, seconds: Any) -> Any:
+        paths[seconds.keywords["context"]] = find_path(losses, seconds)
+        return paths[seconds.keywords["context"]]
+
+    monkeypatch.setattr(tuning, "find_path", finding)
+    monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: used.append(path))
+    tune(model, calls)
+    assert sorted(paths) == [2048, 8192]
+    assert all(path is paths[n] for path, (_, _, n) in zip(used, tuning._AIMS, strict=True))
+
+
 def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
     model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
