@@ -16,7 +16,8 @@ from .engine.generation import Generation, Timing, chat_tokens
 from .engine.llama import AdaSkipLlama
 from .errors import ModelFileError
 from .measuring import corpus
-from .measuring.judge import Judge, Probe
+from .measuring.judge import Judge
+from .measuring.probes import Probe
 from .measuring.synthetic import synthetic_items
 from .measuring.tasks import fill, greedy_text, python_sources, text_items
 from .model.plan import SkipPlan

@@ -27,7 +27,7 @@ from promise import unseen_texts
 from adaskip_cpp import AdaSkipLlama, Edits
 from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.corpus import cut, tokens_of
-from adaskip_cpp.measuring.judge import passkeys
+from adaskip_cpp.measuring.probes import passkeys
 from adaskip_cpp.model.plan_file import plan_beside
 
 N_ANSWER = 128

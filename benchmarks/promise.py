@@ -22,7 +22,8 @@ from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.engine.settings import is_here
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.corpus import cut
-from adaskip_cpp.measuring.judge import Judge, Probe, probes_of
+from adaskip_cpp.measuring.judge import Judge
+from adaskip_cpp.measuring.probes import Probe, probes_of
 from adaskip_cpp.model.plan_file import plan_beside
 from adaskip_cpp.tuning.figures import passkeys_of, quality_of
 from adaskip_cpp.tuning.speed import measure_speed

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..engine.llama import AdaSkipLlama
-from ..measuring.judge import Judge, Probe, ProbeKind, Scores, probes_of
+from ..measuring.judge import Judge, Scores
+from ..measuring.probes import Probe, ProbeKind, probes_of
 from ..model.arrays import Floats
 from ..model.plan import Bulk, SkipPlan
 from ..model.profile import Windows

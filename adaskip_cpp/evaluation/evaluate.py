@@ -12,8 +12,9 @@ import numpy as np
 
 from ..engine.llama import AdaSkipLlama
 from ..files import content_hash
-from ..measuring.judge import Judge, Probe
+from ..measuring.judge import Judge
 from ..measuring.metrics import continuation_rouge_l
+from ..measuring.probes import Probe
 from ..measuring.tasks import QuestionItem, TextItem, greedy_text
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn, time_request
 from .contenders import FULL, Contender

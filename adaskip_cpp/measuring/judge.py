@@ -1,12 +1,12 @@
 """Judges quality: compares a plan with the whole model, token by token, on known answers that follow prompts.
 
-For calibration, tuning, evaluation and the demo. Start at :class:`Judge`; :func:`probes_of` makes its probes.
+For calibration, tuning, evaluation and the demo. Start at :class:`Judge`; ``probes.py`` makes its probes.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,29 +14,13 @@ import numpy.typing as npt
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, SkipPlan
-from .corpus import tokens_of
+from .probes import Probe
 
 Logits: TypeAlias = npt.NDArray[np.float32]
-ProbeKind: TypeAlias = Literal["continuation", "copying", "retrieval"]
-KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
-
-N_CONTINUED, N_COPIED, N_CUE = 48, 72, 8  # tokens of continuing and copying answers; the cue of a copy is not judged
 
 _MOST_KEPT = 1024
 """Likeliest tokens of the whole model whose probabilities are kept; the rest counts as one token. On 1,304 judged
 tokens of SmolLM2 that lowers a mean divergence of 0.065 by 2.3%, 0.027 by 1.7%, 0.84 by 0.8%. Each token takes 8 KB."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A prompt and an answer of known tokens."""
-
-    text: str  # name of its text; probes of different texts are independent, those of one text are not
-    kind: ProbeKind  # whether the answer continues the prompt, copies a part of it, or is a pass key
-    tokens: tuple[int, ...]  # the text, one object for all its probes; the prompt is its first n_prompt tokens
-    n_prompt: int
-    answer: tuple[int, ...]  # tokens that follow the prompt
-    n_cue: int = 1  # tokens of the answer that are given and not judged, at least 1
 
 
 @dataclass(frozen=True)
@@ -202,65 +186,3 @@ def _with_rest(log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     """Append to each row the logarithm of 1 minus the sum of its probabilities."""
     rest = np.maximum(1.0 - np.exp(log_p.astype(np.float64)).sum(axis=1), 1e-12)
     return np.concatenate([log_p, np.log(rest)[:, None]], axis=1).astype(np.float32)
-
-
-_SHIPS = "Ophelia", "Endeavour", "Kestrel", "Aurora", "Nautilus", "Meridian", "Calypso", "Halcyon", "Sirius", "Tempest"
-_HIDDEN = "The pass key", "The name of the ship"
-_LATER = "\n\nThe captain says that the ship sails at dawn.\n\n"
-
-
-def passkeys(i: int) -> tuple[str, str]:
-    """Return what the prompt of the i-th text hides: a number and the name of a ship; those of -1 - i are others."""
-    return str(10007 + 7919 * i % 89989), _SHIPS[i % len(_SHIPS)]
-
-
-def passkey_lines(tokenizer: AdaSkipLlama, i: int) -> list[int]:
-    """Return the tokens that hide the pass keys of the i-th text in a prompt."""
-    pairs = zip(_HIDDEN, passkeys(i), strict=True)
-    lines = [f"{name} is {word}. Remember it. {word} is {name.lower()}.\n\n" for name, word in pairs]
-    return tokens_of(tokenizer, "\n\n" + "".join(lines))
-
-
-def probes_of(
-    tokenizer: AdaSkipLlama,
-    text: str,
-    tokens: Sequence[int],
-    cuts: Sequence[int],
-    *,
-    n_continued: int = N_CONTINUED,
-    n_copied: int = N_COPIED,
-    key: tuple[int, float] | None = None,
-) -> list[Probe]:
-    """Return the probes of a text: for each prompt length in ``cuts`` a continuation and, if it fits, a copy.
-
-    A copy repeats the prompt from a quarter of its length on. If pass keys stand there, it begins after them, where the
-    prompt is long enough: models copy these more easily than text. ``key`` hides the pass keys of that number at a
-    depth, 0 to 1, of the longest prompt, and asks for them after that prompt. Half-way between, a line speaks of the
-    ship without its name. Raises DataError if the text is too short: it must have ``n_continued`` tokens after the last
-    cut.
-    """
-    if not cuts or len(tokens) < max(cuts) + n_continued:
-        raise DataError(f"text {text!r} has {len(tokens)} tokens, prompts up to {max(cuts, default=0)} need "
-                        f"{max(cuts, default=0) + n_continued}; give a longer text")  # fmt: skip
-    given, hidden = list(tokens), range(0)
-    if key is not None:
-        at = max(round(key[1] * max(cuts)), 1)
-        later = (at + max(cuts)) // 2
-        given[later:later] = tokens_of(tokenizer, _LATER)
-        lines = passkey_lines(tokenizer, key[0])
-        given[at:at] = lines
-        hidden = range(at, at + len(lines))
-    whole, found = tuple(given), list[Probe]()
-    for cut in sorted(cuts):
-        found.append(Probe(text, "continuation", whole, cut, whole[cut : cut + n_continued]))
-        begin = cut // 4
-        if begin < hidden.stop and hidden.start < begin + n_copied and hidden.stop + n_copied <= cut:
-            begin = hidden.stop
-        copied = whole[begin : begin + n_copied]
-        if len(copied) > 2 * N_CUE and begin + n_copied <= cut:
-            found.append(Probe(text, "copying", whole, cut, copied, N_CUE))
-    for name, word in () if key is None else zip(_HIDDEN, passkeys(key[0]), strict=True):
-        question, stated = (tokens_of(tokenizer, f"\n\n{name} is{rest}") for rest in ("", f" {word}"))
-        n_same = next((i for i, (a, b) in enumerate(zip(question, stated, strict=False)) if a != b), len(question))
-        found.append(Probe(text, "retrieval", whole, max(cuts), tuple(stated), n_same))
-    return found

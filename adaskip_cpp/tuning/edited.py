@@ -11,7 +11,8 @@ from itertools import pairwise
 
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
-from ..measuring.judge import Judge, Probe, passkey_lines
+from ..measuring.judge import Judge
+from ..measuring.probes import Probe, passkey_lines
 from ..model.edits import FEW, MANY, TOGETHER, WIDE, Edits
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, EditPoint
 from .figures import Judged

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..intervals import mean_error, mean_interval
-from ..measuring.judge import KINDS, Probe, ProbeKind, Scores
+from ..measuring.judge import Scores
+from ..measuring.probes import KINDS, Probe, ProbeKind
 from ..model.frontier import Passkeys, Quality
 
 _SURE = np.log(2.0)  # nats by which the whole model must prefer each token of a pass key to any other, to find it

@@ -13,7 +13,7 @@ from llama_cpp import Llama
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..measuring.corpus import held_out
-from ..measuring.judge import Probe, probes_of
+from ..measuring.probes import Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources, readmes, text_items
 
 

@@ -22,7 +22,8 @@ from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.cores import busy_warning, load_average
-from ..measuring.judge import N_CONTINUED, N_COPIED, Judge
+from ..measuring.judge import Judge
+from ..measuring.probes import N_CONTINUED, N_COPIED
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point
 from ..model.plan import window_size_for
 from ..model.settings import Settings

@@ -8,7 +8,8 @@ import pytest
 from oracles.tiny_families import N_LAYER
 from oracles.tiny_models import write_model
 
-from adaskip_cpp.measuring.judge import Judge, passkey_lines, probes_of
+from adaskip_cpp.measuring.judge import Judge
+from adaskip_cpp.measuring.probes import passkey_lines, probes_of
 from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, WIDE
 from adaskip_cpp.tuning import edited
 from adaskip_cpp.tuning.edited import edit_points

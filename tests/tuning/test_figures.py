@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from adaskip_cpp.intervals import mean_interval
-from adaskip_cpp.measuring.judge import Probe, Scores
+from adaskip_cpp.measuring.judge import Scores
+from adaskip_cpp.measuring.probes import Probe
 from adaskip_cpp.model.frontier import Passkeys
 from adaskip_cpp.tuning.figures import passkeys_of, quality_of
 

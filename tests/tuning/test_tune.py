@@ -20,7 +20,8 @@ from adaskip_cpp import AdaSkipLlama, Frontier
 from adaskip_cpp.engine.settings import is_here
 from adaskip_cpp.errors import DataError, ModelFileError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.measuring.judge import Judge, Probe, probes_of
+from adaskip_cpp.measuring.judge import Judge
+from adaskip_cpp.measuring.probes import Probe, probes_of
 from adaskip_cpp.model.frontier import SpeedUp
 from adaskip_cpp.model.plan import SkipPlan
 from adaskip_cpp.model.settings import Settings
