@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prompt")
-    parser.add_argument("--pieces", type=int, default=2, help="prompts of each kind of text")
+    parser.add_argument("--pieces", type=int, default=4, help="prompts of each kind of text")
     parser.add_argument("--max-loss", type=float, nargs="*", default=[0.02, 0.05, 0.1])
     parser.add_argument("--time", type=int, default=0, metavar="N", help="rounds of timing")
     args = parser.parse_args()

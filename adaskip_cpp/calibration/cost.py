@@ -31,18 +31,17 @@ def measure_cost(
     contexts: Sequence[int] = (512, 2048, 6144),
     seconds: float = 15.0,
     on_progress: Callable[[float], object] = lambda fraction: None,
-    on_fill: Callable[[int], object] = lambda n_tokens: None,
 ) -> CostModel:
     """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
 
     3 to 12 rounds take ``seconds``, at most half of them on deep contexts. Attentions are timed at ``contexts``, in
     tokens, ascending, as far as the model's context allows: the first and the last, and those between if there is time.
-    Between them the cache is filled with tokens that only have K and V; ``on_fill`` gets their number. If a sublayer
-    cannot be skipped, all tokens are read, as long as there is time. The model's plan is put back at the end, also
-    after an error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
+    Between them the cache is filled with tokens that only have K and V. If a sublayer cannot be skipped, all tokens are
+    read, as long as there is time. The model's plan is put back at the end, also after an error or Ctrl-C; its KV cache
+    is dropped. Raises RequestError if the context is too small.
     """
     with set_aside(llm):
-        return _Measurement(llm, contexts, seconds, on_progress, on_fill).run()
+        return _Measurement(llm, contexts, seconds, on_progress).run()
 
 
 class _Measurement:
@@ -54,10 +53,9 @@ class _Measurement:
         contexts: Sequence[int],
         seconds: float,
         on_progress: Callable[[float], object],
-        on_fill: Callable[[int], object],
     ) -> None:
         self.llm, self.seconds, self._contexts = llm, seconds, contexts
-        self._on_progress, self._on_fill = on_progress, on_fill
+        self._on_progress = on_progress
         self.groups = _groups(llm)
         self._rest_grows = not can_fill(llm)  # then time the rest at all contexts
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
@@ -145,7 +143,6 @@ class _Measurement:
             n_missing = min(remaining[0], self._size - self._n_decode - 1) - self.n_tokens - self.llm.n_tokens
             if n_missing > 0 and not self._rest_grows:
                 fill(self.llm, (self._tokens * math.ceil(n_missing / self.n_tokens))[:n_missing])
-                self._on_fill(n_missing)
             self._eval("prefill", self.n_tokens)
             deeper = [context for context in remaining if context > self.llm.n_tokens] if self._has_room(2) else []
             if perf_counter() > end:

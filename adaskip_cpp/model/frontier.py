@@ -127,16 +127,17 @@ class Figures:
 
         For prompts twice as long as the judged ones, it is 1.3 times as large.
         """
-        return max(self.continuation.harm, self.copying.harm) * self._growth(context)
+        return max(self.continuation.harm, self.copying.harm) * growth(context / self.judged_at)
 
     def needs(self, context: int) -> float:
         """Return the smallest promise that is kept, in nats per token, as ``harm``; infinite if a pass key is lost."""
-        if self.passkeys.plan < self.passkeys.whole:
-            return math.inf
-        return max(self.continuation.needs, self.copying.needs) * self._growth(context)
+        return max(self.needs_by_kind) * growth(context / self.judged_at)
 
-    def _growth(self, context: int) -> float:
-        return float(GROWTH ** max(math.log2(context / self.judged_at), 0.0))
+    @property
+    def needs_by_kind(self) -> tuple[float, float]:
+        """The smallest promises that continuations and copies keep after prompts of ``judged_at`` tokens, as ``needs``."""
+        loses_key = self.passkeys.plan < self.passkeys.whole
+        return (math.inf, math.inf) if loses_key else (self.continuation.needs, self.copying.needs)
 
     def speedup(self, context: int) -> float:
         """Return the predicted speed-up of the first token at the length in ``speedups`` nearest to ``context``."""
@@ -274,6 +275,11 @@ class Frontier:
         left = {n: self.left(n, max_loss, edited=edited) for n in lengths}
         kept = [(each, n) for each in self.points for n in lengths if each.needs(n) <= left[n]]
         return tuple({id(plan): plan for plan in (each.plan_for(n) for each, n in kept)}.values())
+
+
+def growth(ratio: float) -> float:
+    """Return the assumed factor of a plan's loss if a prompt is ``ratio`` times as long: 1.3 per doubling."""
+    return float(GROWTH ** max(math.log2(ratio), 0.0))
 
 
 def context_for(n_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Makes plans from the sets of a path, and predicts their times. Used by ``tune.py``: see :class:`Planned`."""
+"""Makes plans from the sets of sublayers, and predicts their times. Used by ``tune.py``: see :class:`Planned`."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from ..model.skip_set import SkipSet
 from ..planning.modes import compensated_plan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
-from .path import Candidate
+from .losses import Candidate
 
 
 class Planned:

@@ -1,7 +1,7 @@
 """Finds the settings under which a model is fastest here, then its frontier of plans. Start at :func:`tune`.
 
-The stages are settings (``exact``), calibration, edited prompts (``edited``), the path of sets on one part of the
-held-out text (``path``, ``planned``), the figures of its plans on the other part (``figures``), and speed against stock
+The stages are settings (``exact``), calibration, edited prompts (``edited``), losses of some sets on one part of the
+held-out text (``losses``, ``planned``), the figures of plans on the other part (``figures``), and speed against stock
 llama-cpp-python (``speed``). A ``memo`` keeps results as they come, so that a run continues where it was stopped.
 """
 
@@ -23,8 +23,8 @@ from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
-from ..measuring.probes import N_CONTINUED, N_COPIED
-from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point
+from ..measuring.probes import N_COPIED
+from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point, growth
 from ..model.plan import window_size_for
 from ..model.settings import Settings
 from ..planning.profile import Profile
@@ -33,8 +33,8 @@ from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
 from .figures import Judged, quality_of
 from .hold_out import HeldOut, hold_out, passkey_probes, unseen_texts
+from .losses import Candidate, Lost, aim, measure
 from .memo import Memo
-from .path import Candidate, aim, find_path, measure
 from .planned import Planned
 from .speed import measure_speed
 
@@ -47,16 +47,14 @@ _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _LEAST_CTX = _JUDGED_AT + 512  # tokens of a context in which plans can be judged
 _ROOM = 256  # tokens of a context beyond the longest prompt whose sublayers are timed
 _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
-_SEARCHED_AT = 512, 1024  # tokens of the search's short and long prompts; windows are measured on the long ones
+_SEARCHED_AT = 512, _JUDGED_AT  # tokens of the search's short and long prompts; FFNs are measured on the short ones
 _N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
-# the tokens of the prompt. The first four are the most useful; the second time, more sets are judged to aim by.
-_AIMS = (
-    *((0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)),
-    *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG)),
-)
-_NEAR, _SAFER = 0.9, 0.8  # shares of a promise: near enough to stop; to aim at after a failure, and in the last try
+# the tokens of the prompt. For the first four, which are the most useful, any plan is enough at first.
+_FIRST_AIMS = (0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
+_AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
+_NEAR, _SAFER = 0.9, 0.8  # shares of a promise to aim at: near enough to stop; after a failure, and in the last try
 _WORTHWHILE = 0.97  # of the time of a plan that keeps a promise: another one is judged for it only if it takes less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
@@ -76,7 +74,7 @@ def tune(
 ) -> Frontier:
     """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
-    At most 160,000 tokens are read; those that skip every sublayer do not count. Let nothing else run meanwhile,
+    At most 160,000 tokens are read, besides those that time sublayers for some seconds. Let nothing else run meanwhile,
     because times are measured. Only the memo writes files.
 
     Args:
@@ -130,7 +128,7 @@ class _Tuning:
     given: Mapping[str, Any]
     kwargs: Mapping[str, Any]
     n_read: int = 0
-    n_before: int = 0  # tokens that the current model had evaluated before
+    n_before: int = 0  # tokens that the current model had evaluated before, or that do not count
 
     def run(self, data: Mapping[str, str] | None, texts: Mapping[str, str] | None) -> Frontier:
         if warning := busy_warning(load_average()):
@@ -210,14 +208,10 @@ class _Tuning:
             description=", ".join(data) if data else None,
             on_stage=self.on_stage,
         )
+        n_evaluated = llm.n_evaluated
         with self.on_stage("Timing sublayers") as on_progress:
-            cost = measure_cost(
-                llm,
-                contexts=_COST_CONTEXTS,
-                seconds=_COST_S,
-                on_progress=on_progress,
-                on_fill=self._leave_out,
-            )
+            cost = measure_cost(llm, contexts=_COST_CONTEXTS, seconds=_COST_S, on_progress=on_progress)
+        self.n_before += llm.n_evaluated - n_evaluated  # it is bounded by seconds, and skips most of the model
         profile = replace(profile, cost=cost)
         self.memo.keep_profile(profile)
         return profile
@@ -225,10 +219,10 @@ class _Tuning:
     def _points(
         self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge, edits: Sequence[EditPoint]
     ) -> list[Point]:
-        """Find a path for each length of :data:`_AIMS`. While tokens last, judge plans of the paths for these aims."""
+        """Measure the losses of parts. While tokens last, judge the plans that are expected to keep :data:`_AIMS`."""
         planned = Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
-            judges = [Judge(llm, passkey_probes(llm, held.search, n, (N_CONTINUED, N_COPIED))) for n in _SEARCHED_AT]
+            judges = [Judge(llm, passkey_probes(llm, held.search, n, (_ANSWER[0], N_COPIED))) for n in _SEARCHED_AT]
 
             def lost(candidate: Candidate, long: bool) -> tuple[float, float]:
                 search, n_prompt = judges[long], _SEARCHED_AT[long]
@@ -240,12 +234,13 @@ class _Tuning:
                 return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))  # type: ignore[return-value]
 
             seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
-            losses = measure(planned.orders, lost, seconds[min(seconds)], on_progress=on_progress)
-            paths = {length: find_path(losses, of) for length, of in seconds.items()}
+            losses = measure(planned.orders, lost, on_progress)
+            sets = {length: losses.sets(of) for length, of in seconds.items()}
         probes = judge.probes
         each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found: dict[Candidate, Point] = {}
+        needs: dict[Candidate, Lost] = {}
 
         def judged(candidate: Candidate) -> Point:
             plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
@@ -259,25 +254,24 @@ class _Tuning:
 
         with self.on_stage("Judging") as on_progress:
             n_begin, of_edits = max(left(), 1), Frontier((), edits=tuple(edits))
-            for promise, edited, length in _AIMS:
-                wanted, has_failed, takes = of_edits.left(length, promise, edited=edited), False, seconds[length]
+            for number, (promise, edited, length) in enumerate(_AIMS):
+                wanted = of_edits.left(length, promise, edited=edited) / growth(length / _JUDGED_AT)
+                has_failed, takes = False, seconds[length]
                 while not found or left() >= each_costs:
-                    needs = {each: point.needs(length) for each, point in found.items()}
-                    best = min((each for each, need in needs.items() if need <= wanted), key=takes, default=None)
-                    if best is not None and needs[best] >= _NEAR * wanted:
+                    best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
+                    if best is not None and max(needs[best]) >= _NEAR * wanted:
                         break
                     is_careful = has_failed or left() < 2 * each_costs  # there may be no other try
-                    candidate = aim(paths[length], needs, _SAFER * wanted if is_careful else wanted)
+                    candidate = aim(sets[length], needs, (_SAFER if is_careful else _NEAR) * wanted)
                     if candidate is None or (best and takes(candidate) > _WORTHWHILE * takes(best)):
                         break
                     found[candidate] = judged(candidate)
-                    has_failed = found[candidate].needs(length) > wanted
+                    needs[candidate] = found[candidate].needs_by_kind
+                    has_failed = max(needs[candidate]) > wanted
                     on_progress(1 - max(left(), 0) / n_begin)
+                    if number < len(_FIRST_AIMS) and not has_failed:
+                        break
         return sorted(found.values(), key=lambda each: each.speedup(_LONG))
-
-    def _leave_out(self, n_tokens: int) -> None:
-        """Do not count tokens that ran no sublayer."""
-        self.n_before += n_tokens
 
     @contextmanager
     def _model(self, settings: Settings) -> Iterator[AdaSkipLlama]:

@@ -302,18 +302,26 @@ def test_a_slow_moment_does_not_change_the_costs_of_a_slow_model(timed: Open, sl
     np.testing.assert_allclose(found.prefill.growth, llm.growth * 512, rtol=0.3)
 
 
-def test_between_contexts_the_cache_is_filled(timed: Open) -> None:
+@pytest.fixture
+def filled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of tokens with which the cache is filled."""
+    numbers, fill = list[int](), cost.fill
+    monkeypatch.setattr(cost, "fill", lambda llm, tokens: (numbers.append(len(tokens)), fill(llm, tokens)))
+    return numbers
+
+
+def test_between_contexts_the_cache_is_filled(timed: Open, filled: list[int]) -> None:
     """After a ubatch of 512 and 13 decoded tokens, 1,011 are missing to one that ends at 2,048, and so on."""
     base, growth = UNIFORM
-    llm, filled = timed([8] * 12, base, growth, n_ctx=9000), list[int]()
-    found = cost.measure_cost(llm, seconds=60, contexts=[512, 2048, 8192], on_fill=filled.append)
+    llm = timed([8] * 12, base, growth, n_ctx=9000)
+    found = cost.measure_cost(llm, seconds=60, contexts=[512, 2048, 8192])
     assert set(filled) == {2048 - 512 - 525, 8192 - 512 - 2061} and found.deepest == 8192 + 13
     np.testing.assert_allclose(found.prefill.growth, growth * 512, rtol=1e-6)
 
 
-def test_the_last_context_is_timed_however_slow_the_model_is(timed: Open) -> None:
-    llm, filled = timed([8] * 12, *UNIFORM, n_ctx=9000), list[int]()
-    found = cost.measure_cost(llm, seconds=0.1, contexts=[512, 2048, 8192], on_fill=filled.append)
+def test_the_last_context_is_timed_however_slow_the_model_is(timed: Open, filled: list[int]) -> None:
+    llm = timed([8] * 12, *UNIFORM, n_ctx=9000)
+    found = cost.measure_cost(llm, seconds=0.1, contexts=[512, 2048, 8192])
     assert set(filled) == {8192 - 512 - 525} and found.deepest == 8192 + 13
     np.testing.assert_allclose(found.prefill.growth, UNIFORM[1] * 512, rtol=1e-6)
 

@@ -136,7 +136,7 @@ def interrupted_in(monkeypatch: pytest.MonkeyPatch, name: str, *, when: int = 1)
     return calls
 
 
-@pytest.mark.parametrize("where", ["fastest_settings", "calibrate", "find_path", "measure_speed"])
+@pytest.mark.parametrize("where", ["fastest_settings", "calibrate", "measure", "measure_speed"])
 def test_ctrl_c_leaves_all_files_as_they_were_and_the_next_run_goes_on_and_cleans_up(
     where: str, tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +161,7 @@ def test_with_other_options_it_begins_anew(
     change: tuple[object, ...], tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = interrupted_in(monkeypatch, "fastest_settings", when=0)
-    interrupted_in(monkeypatch, "find_path")
+    interrupted_in(monkeypatch, "measure")
     assert tune().exit_code == 130
     assert tune(*change).exit_code == 0
     assert tried == [2]

@@ -1,7 +1,5 @@
 """Makes `tune` small enough for tiny models: short texts, few requests, and invented times of sublayers."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,13 @@ from oracles.tiny_models import write_model
 import adaskip_cpp.model.frontier
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.tuning import tune as tuning
-from adaskip_cpp.tuning.path import find_path
 
-__all__ = ["ANSWER", "IDLE", "JUDGED_AT", "N_FILLED", "TEXTS", "make_small", "write_idle_model"]
+__all__ = ["ANSWER", "IDLE", "JUDGED_AT", "N_TIMED", "TEXTS", "make_small", "write_idle_model"]
 
 JUDGED_AT, ANSWER = 192, (64, 72)
 """Tokens of the prompts that plans are judged on, and of the answers that continue and that copy."""
 
-N_FILLED = 100
+N_TIMED = 100
 """Tokens that the timing of sublayers evaluates, and that are not counted."""
 
 IDLE = ((1, "ffn"), (2, "ffn"))
@@ -45,16 +42,15 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "LEAST_CONTEXT": 64,
         "LONGEST": 512,
         "load_average": lambda: None,
-        "find_path": partial(find_path, levels=(0.001, 30.0)),  # what adds nothing, and then all
+        "_AIMS": ((0.001, False, JUDGED_AT), (100.0, False, JUDGED_AT)),  # what adds nothing, and then all
     }.items():
         monkeypatch.setattr(tuning, name, value)
     monkeypatch.setattr(adaskip_cpp.model.frontier, "LEAST_CONTEXT", 64)
     monkeypatch.setattr(corpus, "N_TOKENS", 64)
 
-    def measure_cost(llm: Any, *, on_fill: Callable[[int], object], **_: Any) -> Any:
+    def measure_cost(llm: Any, **_: Any) -> Any:
         llm.reset()
-        llm.eval_bulk([5] * N_FILLED)
-        on_fill(N_FILLED)
+        llm.eval_bulk([5] * N_TIMED)
         return cost_model(0.1, [1.0] * llm.n_layer, [1.0] * llm.n_layer, size=32, kept=[0.2] * llm.n_layer)
 
     monkeypatch.setattr(tuning, "measure_cost", measure_cost)

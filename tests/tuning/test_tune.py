@@ -3,6 +3,7 @@
 Oracles: the figures of a Judge that the test calls itself, and a count of the tokens that are handed to llama.cpp.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from oracles.served import edited_frontier
-from oracles.small_tuning import ANSWER, JUDGED_AT, N_FILLED, TEXTS, make_small, write_idle_model
+from oracles.small_tuning import ANSWER, JUDGED_AT, N_TIMED, TEXTS, make_small, write_idle_model
 from oracles.tiny_families import N_CTX_TRAIN
 
 import adaskip_cpp
@@ -30,8 +31,11 @@ from adaskip_cpp.tuning import figures
 from adaskip_cpp.tuning import tune as tuning
 from adaskip_cpp.tuning.figures import passkeys_of, quality_of
 from adaskip_cpp.tuning.hold_out import HeldOut, hold_out
+from adaskip_cpp.tuning.losses import Candidate, Losses
 from adaskip_cpp.tuning.memo import Memo
 
+AIMS, FIRST_AIMS = tuning._AIMS, tuning._FIRST_AIMS
+IDLE_SET, EVERY_SET = Candidate(ffn=(1, 2)), Candidate((1, 2), (1, 2))
 DATA = {"manual": " ".join(TEXTS.values())[::-1]}
 GIVEN = {"flash_attn": False, "repack": True, "n_batch": 512, "n_ubatch": 512, "n_threads": 1, "n_threads_batch": 1}
 """All settings: which one is faster here, chance would decide."""
@@ -194,7 +198,7 @@ def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls:
 def test_the_tokens_that_were_read_are_counted(done: tuple[Frontier, Calls]) -> None:
     found, calls = done
     n_timed = 3 * 3 * JUDGED_AT  # three rounds of stock, ours, and ours with a plan, in processes of their own
-    n_here = sum(calls.tokens.values()) - N_FILLED
+    n_here = sum(calls.tokens.values()) - N_TIMED
     assert found.n_read == pytest.approx(n_here + n_timed, abs=4)  # llama.cpp counts none as 1
     assert found.n_read < tuning.MOST_TOKENS
 
@@ -212,27 +216,32 @@ def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(
 ) -> None:
     edits, aimed = edited_frontier(0.01).edits, list[float]()
     monkeypatch.setattr(tuning, "edit_points", lambda *_: [*edits])
-    monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: aimed.append(promise))
+    monkeypatch.setattr(tuning, "_AIMS", AIMS)
+    monkeypatch.setattr(tuning, "aim", lambda sets, needs, promise: aimed.append(promise))
     tune(model, calls)
+    # In prompts twice as long plans lose 1.3 times as much, so they are sought for less. They are judged after 192 tokens,
+    # and nine tenths of the promise are near enough.
     left = Frontier((), edits=edits).left
-    assert aimed == [left(n, promise, edited=edited) for promise, edited, n in tuning._AIMS]
-    assert aimed[:2] == [0.05, 0.05] and aimed[2] < 0.05 and aimed[3] == 0.1
+    grown = {n: 1.3 ** math.log2(n / JUDGED_AT) for n in (2048, 8192)}
+    assert aimed == pytest.approx([0.9 * left(n, promise, edited=edited) / grown[n] for promise, edited, n in AIMS])
+    assert aimed[0] * grown[2048] == pytest.approx(0.9 * 0.05) and aimed[1] == pytest.approx(aimed[0] / 1.69)
+    assert aimed[2] < aimed[0] and aimed[3] == pytest.approx(2 * aimed[0])
 
 
-def test_plans_for_a_length_are_sought_on_the_path_of_that_length(
+def test_plans_for_a_length_are_sought_among_the_fastest_sets_for_that_length(
     model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_path, paths, used = tuning.find_path, dict[int, Any](), list[Any]()
+    find, found, used = Losses.sets, dict[int, Any](), list[Any]()
 
     def finding(losses: Any, seconds: Any) -> Any:
-        paths[seconds.keywords["context"]] = find_path(losses, seconds)
-        return paths[seconds.keywords["context"]]
+        return found.setdefault(seconds.keywords["context"], find(losses, seconds))
 
-    monkeypatch.setattr(tuning, "find_path", finding)
-    monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: used.append(path))
+    monkeypatch.setattr(Losses, "sets", finding)
+    monkeypatch.setattr(tuning, "_AIMS", AIMS)
+    monkeypatch.setattr(tuning, "aim", lambda sets, needs, promise: used.append(sets))
     tune(model, calls)
-    assert sorted(paths) == [2048, 8192]
-    assert all(path is paths[n] for path, (_, _, n) in zip(used, tuning._AIMS, strict=True))
+    assert sorted(found) == [2048, 8192]
+    assert all(sets is found[n] for sets, (_, _, n) in zip(used, AIMS, strict=True))
 
 
 def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
@@ -241,7 +250,8 @@ def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
     aimed = list[float]()
     monkeypatch.setattr(tuning, "MOST_TOKENS", 0)
     monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
-    monkeypatch.setattr(tuning, "aim", lambda path, needs, promise: aimed.append(promise))
+    monkeypatch.setattr(tuning, "_AIMS", [(0.05, False, JUDGED_AT)])
+    monkeypatch.setattr(tuning, "aim", lambda sets, needs, promise: aimed.append(promise))
     tune(model, calls)
     assert aimed[0] == pytest.approx(0.8 * 0.05)
 
@@ -253,13 +263,14 @@ def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[float
     def one(promise: float) -> list[float]:
         aimed = list[float]()
 
-        def aim(path: Any, needs: Any, wanted: float) -> Any:
+        def aim(sets: Any, needs: Any, wanted: float) -> Any:
             aimed.append(wanted)
-            return next((each for each in path if each not in needs), None)
+            return next((each for each in (IDLE_SET, EVERY_SET) if each not in needs), None)
 
         monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
         monkeypatch.setattr(tuning, "aim", aim)
         monkeypatch.setattr(tuning, "_AIMS", [(promise, False, JUDGED_AT)])
+        monkeypatch.setattr(tuning, "_FIRST_AIMS", ())
         return aimed
 
     return one
@@ -292,7 +303,16 @@ def test_a_plan_that_nearly_needs_the_promise_is_the_last_for_it(
 def test_after_a_failure_a_plan_is_sought_with_a_margin(model: Path, calls: Calls, one_promise: OnePromise) -> None:
     aimed = one_promise(1e-9)
     tune(model, calls)
-    assert aimed[0] == 1e-9 and aimed[-1] == pytest.approx(0.8e-9)
+    assert aimed[0] == pytest.approx(0.9e-9) and aimed[-1] == pytest.approx(0.8e-9)
+
+
+def test_for_the_most_useful_promises_any_plan_is_enough_at_first(
+    model: Path, calls: Calls, one_promise: OnePromise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aimed = one_promise(9.0)
+    monkeypatch.setattr(tuning, "_FIRST_AIMS", tuning._AIMS)
+    assert len(tune(model, calls).points) == 1 == len(aimed)
+    assert AIMS[: len(FIRST_AIMS)] == FIRST_AIMS and {*FIRST_AIMS} <= {*AIMS[len(FIRST_AIMS) :]}
 
 
 def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
@@ -323,7 +343,7 @@ def test_an_opened_model_keeps_its_settings_and_its_plan(model: Path, calls: Cal
     found = adaskip_cpp.tune(llm, data=DATA, texts=TEXTS, on_stage=calls.on_stage)
     assert found.points == whole.points and found.settings == Settings(**GIVEN) and found.tried == ()
     assert "Trying settings" not in calls.tokens
-    assert found.n_read == pytest.approx(sum(calls.tokens.values()) - N_FILLED + 3 * 3 * JUDGED_AT, abs=4)
+    assert found.n_read == pytest.approx(sum(calls.tokens.values()) - N_TIMED + 3 * 3 * JUDGED_AT, abs=4)
     assert llm.plan is mine and llm.readable == (whole.points[0].plan,) and llm.n_tokens == 0
     llm.close()
 
