@@ -135,7 +135,7 @@ class Figures:
 
     @property
     def needs_by_kind(self) -> tuple[float, float]:
-        """The smallest promises that continuations and copies keep after prompts of ``judged_at`` tokens, as ``needs``."""
+        """The smallest promises kept in continuations and in copies, after ``judged_at`` tokens, as ``needs``."""
         loses_key = self.passkeys.plan < self.passkeys.whole
         return (math.inf, math.inf) if loses_key else (self.continuation.needs, self.copying.needs)
 

@@ -32,7 +32,8 @@ _FIRST = 1.25
 Measured for ten sets of Qwen2.5-Coder: 0.8 to 1.3 for nine of them, and 3 for the fastest."""
 
 _WEIGHT = 0.1
-"""The weight of this assumption for each part, in judged sets. Judging errs by a third, factors of parts by twice it."""
+"""The weight of the sets' mean factor in that of each part, in judged sets. With 0.25, a part that lost three times as
+much as predicted was still trusted; with 0, one set would decide all."""
 
 _LEAST_LOSS = 0.002  # nats per token: below this, rounding and chance hide a predicted loss
 
@@ -71,13 +72,14 @@ class _Curve:
     order: tuple[int, ...]
     depths: tuple[int, ...]
     lost: tuple[Lost, ...]
+    adds: bool  # whether each layer adds its loss, as windows do; skipped sublayers multiply it after the first depth
 
     def at(self, depth: int) -> npt.NDArray[np.float64]:
-        """Interpolate: linearly up to the first depth, then in logarithms, as each layer multiplies the loss."""
-        if depth <= self.depths[1]:
-            return np.array(self.lost[1]) * (depth / self.depths[1])
-        logs = np.log(np.maximum(np.maximum.accumulate(self.lost), 1e-5))
-        return np.exp([np.interp(depth, self.depths, kind) for kind in logs.T])
+        """Interpolate: linearly up to the first depth, then linearly if layers add, else in logarithms."""
+        kinds = np.maximum.accumulate(self.lost).T
+        if self.adds or depth <= self.depths[1]:
+            return np.array([np.interp(depth, self.depths, kind) for kind in kinds])
+        return np.exp([np.interp(depth, self.depths, np.log(np.maximum(kind, 1e-5))) for kind in kinds])
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,10 @@ def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidat
     """Return the fastest set that is expected to keep a promise; None if it is judged already, or none is expected to.
 
     ``needs`` has the least promises of each judged set, in continuations and in copies; they are infinite if it keeps
-    none. The predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set needs
-    at least as much as the sets within it.
+    none. The predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set
+    needs at least as much as the sets within it.
     """
-    at_most = (sets.parts * _factors(sets.losses, needs)).sum(axis=2).max(axis=1) <= promise
+    at_most = (sets.parts * _factors(sets.losses, needs, promise)).sum(axis=2).max(axis=1) <= promise
     for candidate, is_expected in zip(sets.candidates, at_most, strict=True):
         if candidate in needs:
             if max(needs[candidate]) <= promise:
@@ -175,17 +177,17 @@ def n_judged(every: Orders) -> int:
     return sum(len(_depths(part, every[part[0]])) for part in _CURVES)
 
 
-def _factors(losses: Losses, needs: Mapping[Candidate, Lost]) -> npt.NDArray[np.float64]:
+def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) -> npt.NDArray[np.float64]:
     """Return the promise that each part needs over its predicted loss, float64 ``[2, 3]``.
 
     They are fitted by least squares of relative errors. Each is drawn to the mean factor of whole sets, so a few judged
-    sets suffice.
+    sets suffice. A set that keeps no promise is taken to need twice this one, so that the next set is not much like it.
     """
-    known = {each: need for each, need in needs.items() if np.isfinite(need).all()}
-    parts = np.array([losses.parts(each) for each in known]).reshape(-1, 2, len(_PARTS))
+    parts = np.array([losses.parts(each) for each in needs]).reshape(-1, 2, len(_PARTS))
     found = np.empty((2, len(_PARTS)))
-    for kind, need in enumerate(np.maximum(np.array([*known.values()]).reshape(-1, 2).T, _LEAST_LOSS)):
+    for kind, need in enumerate(np.maximum(np.array([*needs.values()]).reshape(-1, 2).T, _LEAST_LOSS)):
         predicted = np.maximum(parts[:, kind].sum(axis=1), _LEAST_LOSS)
+        need = np.where(np.isfinite(need), need, np.maximum(2 * promise, _FIRST * predicted))
         mean = np.exp(np.log([_FIRST, *(need / predicted)]).mean())
         shares = np.vstack([parts[:, kind] / need[:, None] * mean, np.sqrt(_WEIGHT) * np.eye(len(_PARTS))])
         right = np.concatenate([np.ones(len(need)), np.full(len(_PARTS), np.sqrt(_WEIGHT))])
@@ -207,13 +209,13 @@ def _curve(part: _Part, order: tuple[int, ...], judged: Callable[[Candidate, boo
         return judged(Candidate(**layers, share=share or SHARES[0]), name != "ffn")
 
     if not depths:
-        return _Curve((), (0, 1), ((0.0, 0.0), (0.0, 0.0)))
+        return _Curve((), (0, 1), ((0.0, 0.0), (0.0, 0.0)), True)
     for depth in depths:
         is_useless = bool(lost) and max(lost[-1]) > _USELESS  # assume a far larger loss of deeper sets
         lost.append((4 * lost[-1][0], 4 * lost[-1][1]) if is_useless else measured(depth))
     if len(depths) > 1 and depths[0] > 1 and max(lost[0]) > _USELESS:
         depths, lost = (depths[0] // 2, *depths), [measured(depths[0] // 2), *lost]
-    return _Curve(order, (0, *depths), ((0.0, 0.0), *lost))
+    return _Curve(order, (0, *depths), ((0.0, 0.0), *lost), name == "windowed")
 
 
 def _steps(n: int, most: int) -> list[int]:

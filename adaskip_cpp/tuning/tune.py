@@ -54,7 +54,7 @@ _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as
 # the tokens of the prompt. For the first four, which are the most useful, any plan is enough at first.
 _FIRST_AIMS = (0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
-_NEAR, _SAFER = 0.9, 0.8  # shares of a promise to aim at: near enough to stop; after a failure, and in the last try
+_NEAR, _SAFER = 0.9, 0.85  # of a promise, this is near enough; of that, this is aimed at after each failure
 _WORTHWHILE = 0.97  # of the time of a plan that keeps a promise: another one is judged for it only if it takes less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
@@ -256,20 +256,21 @@ class _Tuning:
             n_begin, of_edits = max(left(), 1), Frontier((), edits=tuple(edits))
             for number, (promise, edited, length) in enumerate(_AIMS):
                 wanted = of_edits.left(length, promise, edited=edited) / growth(length / _JUDGED_AT)
-                has_failed, takes = False, seconds[length]
+                n_failed, takes = 0, seconds[length]
                 while not found or left() >= each_costs:
                     best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
                     if best is not None and max(needs[best]) >= _NEAR * wanted:
                         break
-                    is_careful = has_failed or left() < 2 * each_costs  # there may be no other try
-                    candidate = aim(sets[length], needs, (_SAFER if is_careful else _NEAR) * wanted)
+                    is_last = left() < 2 * each_costs
+                    candidate = aim(sets[length], needs, _NEAR * _SAFER ** (n_failed + is_last) * wanted)
                     if candidate is None or (best and takes(candidate) > _WORTHWHILE * takes(best)):
                         break
                     found[candidate] = judged(candidate)
                     needs[candidate] = found[candidate].needs_by_kind
-                    has_failed = max(needs[candidate]) > wanted
                     on_progress(1 - max(left(), 0) / n_begin)
-                    if number < len(_FIRST_AIMS) and not has_failed:
+                    if max(needs[candidate]) > wanted:
+                        n_failed += 1
+                    elif number < len(_FIRST_AIMS):
                         break
         return sorted(found.values(), key=lambda each: each.speedup(_LONG))
 

@@ -139,8 +139,20 @@ def test_windows_of_skipped_attentions_are_expected_to_lose_nothing() -> None:
     losses = measure(all_last(8, 8, 8), adding(0.0, 0.0, windowed=(0.01, 0.02)))
     assert losses.parts(Candidate(windowed=last(8)))[:, 2] == pytest.approx((0.08, 0.16))
     assert losses.parts(Candidate(last(4), windowed=last(4)))[:, 2] == pytest.approx((0, 0))
-    # Six windows, four of them hidden: the curve is exact at four and at eight, and convex between them.
-    assert 0.01 < losses.parts(Candidate(last(4), windowed=last(6)))[0, 2] < 0.03
+    assert losses.parts(Candidate(last(4), windowed=last(7)))[:, 2] == pytest.approx((0.03, 0.06))
+
+
+def test_between_measured_depths_windows_add_their_losses_and_skipped_sublayers_multiply_them() -> None:
+    """Half of the layers lose 0.01 and all of them 0.04."""
+
+    def lost(candidate: Candidate, long: bool) -> Lost:
+        n = max(map(len, (candidate.attention, candidate.ffn, candidate.windowed)))
+        return {4: 0.01, 6: 0.02, 8: 0.04}.get(n, 0.005), 0.0
+
+    losses = measure(all_last(8, 0, 8), lost)
+    assert losses.parts(Candidate(windowed=last(6)))[0, 2] == pytest.approx(0.025)
+    assert losses.parts(Candidate(last(7)))[0, 0] == pytest.approx(math.sqrt(0.02 * 0.04))
+    assert losses.parts(Candidate(last(2)))[0, 0] == pytest.approx(0.005), "linear before the first depth"
 
 
 def test_ffns_are_measured_after_short_prompts_and_what_copies_need_after_long_ones() -> None:
@@ -214,7 +226,7 @@ def test_a_part_that_lost_more_than_predicted_is_avoided() -> None:
 @pytest.mark.parametrize("promise", [0.03, 0.05, 0.1])
 @pytest.mark.parametrize("factors", [(1.0, 3.0, 0.5), (2.0, 0.7, 1.0), (0.6, 0.6, 2.5)])
 def test_several_judged_sets_tell_the_factor_of_each_part(factors: tuple[float, ...], promise: float) -> None:
-    """Oracle: the needs of all sets, by the factors. The mean factor still weighs a little, so a fourth may be missed."""
+    """Oracle: the needs of all sets, by the factors. The mean factor has some weight, so a fourth may be missed."""
     every, lost = all_last(8, 8, 8), adding(0.005, 0.003)
     sets = sets_of(every, lost)
 
@@ -222,7 +234,9 @@ def test_several_judged_sets_tell_the_factor_of_each_part(factors: tuple[float, 
         one, two = (sets.losses.parts(candidate) * factors).sum(axis=1)
         return float(one), float(two)
 
-    known = [Candidate(last(a), last(f), last(w)) for a, f, w in [(2, 2, 0), (4, 1, 8), (1, 5, 4), (6, 6, 8), (0, 3, 6)]]
+    known = [
+        Candidate(last(a), last(f), last(w)) for a, f, w in [(2, 2, 0), (4, 1, 8), (1, 5, 4), (6, 6, 8), (0, 3, 6)]
+    ]
     found = aim(sets, {each: needs(each) for each in known}, promise)
     if found is None:  # the fastest is one of those
         found = min((each for each in known if max(needs(each)) <= promise), key=seconds)
@@ -246,7 +260,20 @@ def test_no_set_is_judged_that_contains_one_that_breaks_the_promise_or_loses_a_p
     assert found is not None and found.contains(one)
 
 
+def test_after_a_set_that_loses_a_pass_key_the_next_one_is_not_much_like_it() -> None:
+    sets = sets_of(all_last(12, 12, 12), adding(0.001, 0.001))
+    first = aim(sets, {}, 0.04)
+    assert first is not None
+    found = aim(sets, {first: both(math.inf)}, 0.04)
+    assert found is not None
+    assert max(sets.losses.parts(found).sum(axis=1)) < 0.8 * max(sets.losses.parts(first).sum(axis=1))
+    # A smaller promise asks for a set that loses less, of which the lost pass key tells nothing.
+    assert aim(sets, {first: both(math.inf)}, 0.01) == aim(sets, {}, 0.01)
+
+
 def test_a_wider_window_is_within_a_narrower_one() -> None:
     wide, narrow = Candidate(windowed=(3,), share=4), Candidate(windowed=(2, 3), share=8)
-    assert narrow.contains(wide) and not wide.contains(narrow) and not Candidate(windowed=(2, 3), share=4).contains(narrow)
+    assert (
+        narrow.contains(wide) and not wide.contains(narrow) and not Candidate(windowed=(2, 3), share=4).contains(narrow)
+    )
     assert wide.contains(Candidate(share=8)) and Candidate((1,)).contains(Candidate())
