@@ -257,15 +257,15 @@ def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
 
 
 @pytest.fixture
-def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[float]]:
+def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
     """``one_promise(x)``: from now on, plans are judged for this one, slow ones first; returns what is aimed at."""
 
-    def one(promise: float) -> list[float]:
+    def one(promise: float, *judged: Candidate) -> list[float]:
         aimed = list[float]()
 
         def aim(sets: Any, needs: Any, wanted: float) -> Any:
             aimed.append(wanted)
-            return next((each for each in (IDLE_SET, EVERY_SET) if each not in needs), None)
+            return next((each for each in judged or (IDLE_SET, EVERY_SET) if each not in needs), None)
 
         monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
         monkeypatch.setattr(tuning, "aim", aim)
@@ -276,7 +276,7 @@ def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[float
     return one
 
 
-OnePromise = Callable[[float], list[float]]
+OnePromise = Callable[..., list[float]]
 
 
 def test_a_plan_that_is_hardly_faster_than_a_kept_one_is_not_judged(
@@ -303,7 +303,7 @@ def test_a_plan_that_nearly_needs_the_promise_is_the_last_for_it(
 def test_after_each_failure_a_plan_is_sought_with_a_larger_margin(
     model: Path, calls: Calls, one_promise: OnePromise
 ) -> None:
-    aimed = one_promise(1e-9)
+    aimed = one_promise(1e-9, EVERY_SET, Candidate((1, 2)))
     tune(model, calls)
     assert aimed == pytest.approx([0.9e-9, 0.9e-9 * 0.85, 0.9e-9 * 0.85**2])
 
