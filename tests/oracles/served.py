@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 from click.testing import CliRunner
 from oracles.frontiers import frontier, point, quality
 
@@ -141,8 +142,10 @@ class Server:
 
     def workers(self) -> list[int]:
         """The ids of the processes that hold models."""
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], stdout=subprocess.PIPE, text=True, check=False)
-        return list(map(int, found.stdout.split()))
+        try:
+            return [child.pid for child in psutil.Process(self.process.pid).children()]
+        except psutil.NoSuchProcess:
+            return []
 
     def stop(self, timeout: float = 60) -> int:
         """End it by a signal, and return its exit code."""

@@ -465,7 +465,7 @@ def test_tokens_are_counted_while_another_request_is_answered(claude: anthropic.
         assert claude.messages.count_tokens(**asked).input_tokens == expected
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no pgrep that finds the process")
+@pytest.mark.skipif(sys.platform == "win32", reason="the process of the model is ended by SIGKILL")
 def test_a_stream_that_breaks_ends_with_an_error(
     server: Server, claude: anthropic.Anthropic, gpt: openai.OpenAI
 ) -> None:

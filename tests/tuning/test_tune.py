@@ -258,7 +258,7 @@ def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
 
 @pytest.fixture
 def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
-    """``one_promise(x)``: from now on, plans are judged for this one, slow ones first; returns what is aimed at."""
+    """``one_promise(x, *sets)``: from now on, these are judged in turn for this promise; returns what is aimed at."""
 
     def one(promise: float, *judged: Candidate) -> list[float]:
         aimed = list[float]()
