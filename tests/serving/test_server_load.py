@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from oracles.served import Server, serving
 from oracles.tiny_models import write_model
@@ -105,7 +105,7 @@ def one_client(
 
 def resident(pid: int) -> int:
     """Kilobytes of memory of a process."""
-    return int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(pid)]))
+    return int(psutil.Process(pid).memory_info().rss) // 1024
 
 
 def load(

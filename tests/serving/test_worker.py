@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 import pytest
 from oracles.served import BULK_PLAN, Server, refusal, serving
 
@@ -68,8 +69,10 @@ def text(server: Server, prompt: str = LONG, **more: Any) -> str:
 
 
 def is_running(pid: int) -> bool:
-    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], stdout=subprocess.PIPE, text=True, check=False)
-    return found.stdout.strip()[:1] not in ("", "Z")
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
