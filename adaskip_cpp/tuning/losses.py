@@ -33,7 +33,7 @@ Measured for ten sets of Qwen2.5-Coder: 0.8 to 1.3 for nine of them, and 3 for t
 
 _WEIGHT = 0.1
 """The weight of the sets' mean factor in that of each part, in judged sets. With 0.25, a part that lost three times as
-much as predicted was still trusted; with 0, one set would decide all."""
+much as predicted was still trusted."""
 
 _LEAST_LOSS = 0.002  # nats per token: below this, rounding and chance hide a predicted loss
 
@@ -156,7 +156,7 @@ def measure(
 
 
 def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidate | None:
-    """Return the fastest set that is expected to keep a promise; None if it is judged already, or none is expected to.
+    """Return the fastest set that is expected to keep a promise; None if a judged set keeps it and is faster.
 
     ``needs`` has the least promises of each judged set, in continuations and in copies; they are infinite if it keeps
     none. The predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set
@@ -191,7 +191,7 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
         mean = np.exp(np.log([_FIRST, *(need / predicted)]).mean())
         shares = np.vstack([parts[:, kind] / need[:, None] * mean, np.sqrt(_WEIGHT) * np.eye(len(_PARTS))])
         right = np.concatenate([np.ones(len(need)), np.full(len(_PARTS), np.sqrt(_WEIGHT))])
-        found[kind] = mean * np.clip(np.linalg.lstsq(shares, right, rcond=None)[0], 0.25, 4.0)
+        found[kind] = mean * np.maximum(np.linalg.lstsq(shares, right, rcond=None)[0], 0.25)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Makes plans from the sets of sublayers, and predicts their times. Used by ``tune.py``: see :class:`Planned`."""
+"""Makes plans of sets of sublayers, and predicts their times. Used by ``tune.py``: see :class:`Planned`."""
 
 from dataclasses import replace
 

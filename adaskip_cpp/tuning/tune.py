@@ -33,7 +33,7 @@ from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
 from .figures import Judged, quality_of
 from .hold_out import HeldOut, hold_out, passkey_probes, unseen_texts
-from .losses import Candidate, Lost, aim, measure
+from .losses import Candidate, aim, measure
 from .memo import Memo
 from .planned import Planned
 from .speed import measure_speed
@@ -54,7 +54,7 @@ _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as
 # the tokens of the prompt. For the first four, which are the most useful, any plan is enough at first.
 _FIRST_AIMS = (0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
-_NEAR, _SAFER = 0.9, 0.85  # of a promise, this is near enough; of that, this is aimed at after each failure
+_NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
 _WORTHWHILE = 0.97  # of the time of a plan that keeps a promise: another one is judged for it only if it takes less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
@@ -240,7 +240,6 @@ class _Tuning:
         each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found: dict[Candidate, Point] = {}
-        needs: dict[Candidate, Lost] = {}
 
         def judged(candidate: Candidate) -> Point:
             plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
@@ -258,6 +257,7 @@ class _Tuning:
                 wanted = of_edits.left(length, promise, edited=edited) / growth(length / _JUDGED_AT)
                 n_failed, takes = 0, seconds[length]
                 while not found or left() >= each_costs:
+                    needs = {each: point.needs_by_kind for each, point in found.items()}
                     best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
                     if best is not None and max(needs[best]) >= _NEAR * wanted:
                         break
@@ -266,9 +266,8 @@ class _Tuning:
                     if candidate is None or (best and takes(candidate) > _WORTHWHILE * takes(best)):
                         break
                     found[candidate] = judged(candidate)
-                    needs[candidate] = found[candidate].needs_by_kind
                     on_progress(1 - max(left(), 0) / n_begin)
-                    if max(needs[candidate]) > wanted:
+                    if found[candidate].needs(_JUDGED_AT) > wanted:
                         n_failed += 1
                     elif number < len(_FIRST_AIMS):
                         break

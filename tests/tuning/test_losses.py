@@ -244,6 +244,15 @@ def test_several_judged_sets_tell_the_factor_of_each_part(factors: tuple[float, 
     assert seconds(found) <= min(seconds(each) for each in sets.candidates if max(needs(each)) <= 0.75 * promise)
 
 
+def test_no_part_is_expected_to_make_up_for_the_loss_of_another() -> None:
+    """Half as much was lost with FFNs as without them. That is chance, and FFNs alone still lose something."""
+    sets = sets_of(all_last(8, 8), adding(0.01, 0.01))
+    judged = {Candidate(last(4)): both(0.08), Candidate(last(4), last(4)): both(0.04)}
+    found = aim(sets, judged, 0.02)
+    assert found is not None and len(found.ffn) < 8
+    assert aim(sets, judged, 1e-4) is None
+
+
 def test_where_the_fastest_set_is_judged_and_keeps_the_promise_nothing_is_left_to_judge() -> None:
     sets = sets_of(all_last(8, 8), adding(0.01, 0.01))
     first = aim(sets, {}, 0.05)
