@@ -206,7 +206,7 @@ def main() -> None:
         for mend in args.mend:
             pairs = zip(found["whole"], found[mend], given, strict=True)
             rows[kind, mend].append([value for pair in pairs for value in lost(*pair)])
-        digits, names = zip(passkeys(-1 - number), passkeys(number), strict=True)
+        digits, names = zip(passkeys(-1 - number)[0], passkeys(number)[0], strict=True)
         for what, (told, asked), words in (("pass key", KEY, digits), ("name", SHIP, names)):
             lines, answers_ = ([tokens_of(llm, form.format(word)) for word in words] for form in (told, asked))
             n_same = next(i for i, (a, b) in enumerate(zip(*answers_, strict=False)) if a != b)

@@ -5,6 +5,7 @@ Start at :func:`probes_of`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, TypeAlias, get_args
 
 from ..engine.llama import AdaSkipLlama
@@ -16,8 +17,13 @@ KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 
 N_CONTINUED, N_COPIED, N_CUE = 48, 72, 8  # tokens of continuing and copying answers; the cue of a copy is not judged
 
-_SHIPS = "Ophelia", "Endeavour", "Kestrel", "Aurora", "Nautilus", "Meridian", "Calypso", "Halcyon", "Sirius", "Tempest"
-_HIDDEN = "The pass key", "The name of the ship"
+_NAMES = "Ophelia", "Endeavour", "Kestrel", "Aurora", "Nautilus", "Meridian", "Calypso", "Halcyon", "Sirius", "Tempest"
+# What the pass keys at three places of a prompt are called: at each, a number and a name.
+_HIDDEN = (
+    ("The pass key", "The name of the ship"),
+    ("The number of the train", "The name of the harbour"),
+    ("The code of the door", "The name of the captain"),
+)
 # A later line of the prompt speaks of the ship without its name. If an edit
 # moves that line, its K and V were computed after the old name.
 _LATER = "\n\nThe captain says that the ship sails at dawn.\n\n"
@@ -35,16 +41,20 @@ class Probe:
     n_cue: int = 1  # tokens of the answer that are given and not judged, at least 1
 
 
-def passkeys(i: int) -> tuple[str, str]:
-    """Return what the prompt of the i-th text hides: a number and the name of a ship; those of -1 - i are others."""
-    return str(10007 + 7919 * i % 89989), _SHIPS[i % len(_SHIPS)]
+def passkeys(i: int) -> list[tuple[str, str]]:
+    """Return the pass keys of the i-th text: at each place a number and a name; those of -1 - i are others."""
+    numbers = range(len(_HIDDEN) * i, len(_HIDDEN) * (i + 1))
+    return [(str(10007 + 7919 * number % 89989), _NAMES[number % len(_NAMES)]) for number in numbers]
 
 
-def passkey_lines(tokenizer: AdaSkipLlama, i: int) -> list[int]:
-    """Return the tokens that hide the pass keys of the i-th text in a prompt."""
-    pairs = zip(_HIDDEN, passkeys(i), strict=True)
-    lines = [f"{name} is {word}. Remember it. {word} is {name.lower()}.\n\n" for name, word in pairs]
-    return tokens_of(tokenizer, "\n\n" + "".join(lines))
+def passkey_lines(tokenizer: AdaSkipLlama, i: int) -> list[list[int]]:
+    """Return the tokens that hide the pass keys of the i-th text at each place of a prompt."""
+
+    def lines(called: tuple[str, str], words: tuple[str, str]) -> str:
+        pairs = zip(called, words, strict=True)
+        return "".join(f"{name} is {word}. Remember it. {word} is {name.lower()}.\n\n" for name, word in pairs)
+
+    return [tokens_of(tokenizer, "\n\n" + lines(*each)) for each in zip(_HIDDEN, passkeys(i), strict=True)]
 
 
 def probes_of(
@@ -60,33 +70,45 @@ def probes_of(
     """Return the probes of a text: for each prompt length in ``cuts`` a continuation and, if it fits, a copy.
 
     A copy repeats the prompt from a quarter of its length on. If pass keys stand there, it begins after them, where the
-    prompt is long enough: models copy these more easily than text. ``key`` hides the pass keys of that number at a
-    depth, 0 to 1, of the longest prompt, and asks for them after that prompt. Half-way between, a line speaks of the
-    ship without its name. Raises DataError if the text is too short: it must have ``n_continued`` tokens after the last
-    cut.
+    prompt is long enough: models copy these more easily than text. ``key`` hides the pass keys of that number at three
+    places of the longest prompt, and asks for them after that prompt. The first place is at a depth, 0 to 1; the others
+    follow after a third each, from the beginning again after the end. Half-way from the first place to the end, a line
+    speaks of the ship without its name. Raises DataError if the text is too short: it must have ``n_continued`` tokens
+    after the last cut.
     """
     if not cuts or len(tokens) < max(cuts) + n_continued:
         raise DataError(f"text {text!r} has {len(tokens)} tokens, prompts up to {max(cuts, default=0)} need "
                         f"{max(cuts, default=0) + n_continued}; give a longer text")  # fmt: skip
-    given, hidden = list(tokens), range(0)
+    given, hidden = list(tokens), list[range]()
     if key is not None:
-        at = max(round(key[1] * max(cuts)), 1)
-        later = (at + max(cuts)) // 2
-        given[later:later] = tokens_of(tokenizer, _LATER)
-        lines = passkey_lines(tokenizer, key[0])
-        given[at:at] = lines
-        hidden = range(at, at + len(lines))
+        lines, later = passkey_lines(tokenizer, key[0]), tokens_of(tokenizer, _LATER)
+        room = max(max(cuts) - len(later) - sum(map(len, lines)), 1)
+        places = [max(round((key[1] + n / len(lines)) % 1 * room), 1) for n in range(len(lines))]
+        given, hidden = _with_lines(given, [*zip(places, lines, strict=True), ((places[0] + room) // 2, later)])
     whole, found = tuple(given), list[Probe]()
     for cut in sorted(cuts):
         found.append(Probe(text, "continuation", whole, cut, whole[cut : cut + n_continued]))
         begin = cut // 4
-        if begin < hidden.stop and hidden.start < begin + n_copied and hidden.stop + n_copied <= cut:
-            begin = hidden.stop
+        for each in hidden:
+            if begin < each.stop and each.start < begin + n_copied and each.stop + n_copied <= cut:
+                begin = each.stop
         copied = whole[begin : begin + n_copied]
         if len(copied) > 2 * N_CUE and begin + n_copied <= cut:
             found.append(Probe(text, "copying", whole, cut, copied, N_CUE))
-    for name, word in () if key is None else zip(_HIDDEN, passkeys(key[0]), strict=True):
+    hidden_words = () if key is None else zip(chain(*_HIDDEN), chain(*passkeys(key[0])), strict=True)
+    for name, word in hidden_words:
         question, stated = (tokens_of(tokenizer, f"\n\n{name} is{rest}") for rest in ("", f" {word}"))
         n_same = next((i for i, (a, b) in enumerate(zip(question, stated, strict=False)) if a != b), len(question))
         found.append(Probe(text, "retrieval", whole, max(cuts), tuple(stated), n_same))
     return found
+
+
+def _with_lines(tokens: list[int], lines: Sequence[tuple[int, list[int]]]) -> tuple[list[int], list[range]]:
+    """Insert each line before the token of its number. Return all tokens, and where the lines are among them."""
+    found, ranges, begin = list[int](), list[range](), 0
+    for at, line in sorted(lines):
+        found += tokens[begin:at]
+        ranges.append(range(len(found), len(found) + len(line)))
+        found += line
+        begin = at
+    return found + tokens[begin:], ranges

@@ -32,8 +32,9 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
     and one drops a message of a twelfth of the prompt. Documents are not put together if the default promise will
-    hardly allow it, because they lose twice as much as new orders. The last edit changes the line of the pass keys: the
-    i-th text of the judge must have those of number i. Return [] if the model or the prompts allow no moves.
+    hardly allow it, because they lose twice as much as new orders. The last edit changes the pass keys at the first place,
+    and the other places keep theirs: the i-th text of the judge must have those of number i. Return [] if the model or
+    the prompts allow no moves.
     """
     prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
@@ -43,7 +44,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     def before(i: int, most_moves: int) -> list[_Tokens]:
         """Return the earlier forms of a prompt, the oldest first."""
         prompt, message, draw = list(prompts[i][1]), list(prompts[i - 1][1][: judged_at // 12]), random.Random(i)
-        new, old = (passkey_lines(llm, number) for number in (i, -1 - i))
+        new, old = (passkey_lines(llm, number)[0] for number in (i, -1 - i))
         forms = [_replaced(prompt, new, old)]
         if most_moves == FEW:
             cuts = [(line, len(line) - 3), (line, 0), ([], len(line)), (message, 0), ([], len(line)), (line, 0)]

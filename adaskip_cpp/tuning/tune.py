@@ -32,7 +32,7 @@ from ..progress import Stage, progress_bar
 from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
 from .figures import Judged, quality_of
-from .hold_out import HeldOut, hold_out, passkey_probes, unseen_texts
+from .hold_out import HeldOut, hold_out, text_probes, unseen_texts
 from .losses import Candidate, aim, measure
 from .memo import Memo
 from .planned import Planned
@@ -153,8 +153,7 @@ class _Tuning:
             if held is not None:
                 profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
-                probes = passkey_probes(llm, held.judge, _JUDGED_AT, _ANSWER)
-                judge = Judge(llm, probes)
+                judge = Judge(llm, text_probes(llm, held.judge, _JUDGED_AT, _ANSWER, passkeys=True))
                 with self.on_stage("Editing prompts") as on_progress:
                     edits = edit_points(llm, judge, self.memo, on_progress)
                 points = self._points(llm, profile, held, judge, edits)
@@ -222,7 +221,8 @@ class _Tuning:
         """Measure the losses of parts. While tokens last, judge the plans that are expected to keep :data:`_AIMS`."""
         planned = Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
-            judges = [Judge(llm, passkey_probes(llm, held.search, n, (_ANSWER[0], N_COPIED))) for n in _SEARCHED_AT]
+            n_answer = _ANSWER[0], N_COPIED
+            judges = [Judge(llm, text_probes(llm, held.search, n, n_answer, passkeys=False)) for n in _SEARCHED_AT]
 
             def lost(candidate: Candidate, long: bool) -> tuple[float, float]:
                 search, n_prompt = judges[long], _SEARCHED_AT[long]

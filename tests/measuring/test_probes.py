@@ -7,7 +7,7 @@ from oracles.fixtures import Open
 
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring.corpus import tokens_of
-from adaskip_cpp.measuring.probes import N_CUE, passkey_lines, passkeys, probes_of
+from adaskip_cpp.measuring.probes import N_CUE, passkeys, probes_of
 
 NO_LLM: Any = None
 
@@ -32,45 +32,77 @@ def test_a_prompt_too_short_to_copy_from_is_continued_alone_and_a_text_too_short
         probes_of(NO_LLM, "short", range(447), (100, 400))
 
 
-def test_pass_keys_are_hidden_at_their_depth_of_the_longest_prompt_and_asked_for_after_that(open_tiny: Open) -> None:
+STATED = [
+    "\n\nThe pass key is 10007. Remember it. 10007 is the pass key.\n\n"
+    "The name of the ship is Ophelia. Remember it. Ophelia is the name of the ship.\n\n",
+    "\n\nThe number of the train is 17926. Remember it. 17926 is the number of the train.\n\n"
+    "The name of the harbour is Endeavour. Remember it. Endeavour is the name of the harbour.\n\n",
+    "\n\nThe code of the door is 25845. Remember it. 25845 is the code of the door.\n\n"
+    "The name of the captain is Kestrel. Remember it. Kestrel is the name of the captain.\n\n",
+]
+LATER = "\n\nThe captain says that the ship sails at dawn.\n\n"
+ASKED = {
+    "The pass key": "10007",
+    "The name of the ship": "Ophelia",
+    "The number of the train": "17926",
+    "The name of the harbour": "Endeavour",
+    "The code of the door": "25845",
+    "The name of the captain": "Kestrel",
+}
+TEXT = range(10_000, 14_000)  # no such tokens stand in the lines
+
+
+@pytest.mark.parametrize(
+    ("depth", "depths"),
+    [(0.25, (0.25, 0.583, 0.917)), (0.5, (0.5, 0.833, 0.167)), (1.0, (0.0, 0.333, 0.667))],
+)
+def test_pass_keys_are_hidden_at_three_places_of_the_longest_prompt(
+    depth: float, depths: tuple[float, ...], open_tiny: Open
+) -> None:
     llm = open_tiny()
-    text = list(range(500))
-    found = probes_of(llm, "hidden", text, (200, 400), key=(0, 0.25))
-    assert [each.kind for each in found] == ["continuation", "copying"] * 2 + ["retrieval"] * 2
-    stated = tokens_of(
-        llm,
-        "\n\nThe pass key is 10007. Remember it. 10007 is the pass key.\n\n"
-        "The name of the ship is Ophelia. Remember it. Ophelia is the name of the ship.\n\n",
-    )
-    used = tokens_of(llm, "\n\nThe captain says that the ship sails at dawn.\n\n")
-    assert list(found[0].tokens) == text[:100] + stated + text[100:250] + used + text[250:]
-    for asked, question, word in zip(
-        found[4:], ("The pass key", "The name of the ship"), ("10007", "Ophelia"), strict=True
-    ):
-        assert asked.n_prompt == 400 and list(asked.answer) == tokens_of(llm, f"\n\n{question} is {word}")
+    found = probes_of(llm, "hidden", TEXT, (1000, 2000), key=(0, depth))
+    whole = list(found[0].tokens)
+    assert [token for token in whole if token in TEXT] == list(TEXT)
+    lines = [tokens_of(llm, line) for line in (*STATED, LATER)]
+    free = 2000 - sum(map(len, lines))
+    before = [_text_before(whole[:2000], line) for line in lines]
+    assert before[:3] == pytest.approx([each * free for each in depths], abs=1)
+    assert before[3] == pytest.approx((before[0] + free) / 2, abs=1)
+
+
+def test_every_pass_key_is_asked_for_after_the_longest_prompt(open_tiny: Open) -> None:
+    llm = open_tiny()
+    found = probes_of(llm, "hidden", TEXT, (1000, 2000), key=(0, 0.25))
+    assert [each.kind for each in found] == ["continuation", "copying"] * 2 + ["retrieval"] * 6
+    for asked, (question, word) in zip(found[4:], ASKED.items(), strict=True):
+        assert asked.n_prompt == 2000 and list(asked.answer) == tokens_of(llm, f"\n\n{question} is {word}")
         assert list(asked.answer[: asked.n_cue]) == tokens_of(llm, f"\n\n{question} is")[: asked.n_cue]
         assert 1 <= asked.n_cue < len(asked.answer)
 
 
-@pytest.mark.parametrize(
-    ("depth", "after"),
-    [(0.25, True), (0.2, True), (0.3, True), (0.0, False), (0.4, False)],
-    ids=["at the copy", "reaching into the copy", "inside the copy", "far before the copy", "far after the copy"],
-)
-def test_a_copy_begins_after_pass_keys(depth: float, after: bool, open_tiny: Open) -> None:
-    llm = open_tiny()
-    n_lines = len(passkey_lines(llm, 0))
-    _, copying, *_ = probes_of(llm, "hidden", range(1100), (1000,), key=(0, depth))
-    begin = max(round(1000 * depth), 1) + n_lines if after else 250
-    assert copying.answer == copying.tokens[begin : begin + 72]
+@pytest.mark.parametrize("depth", [i / 24 for i in range(24)])
+def test_a_copy_has_no_pass_key(depth: float, open_tiny: Open) -> None:
+    _, copying, *_ = probes_of(open_tiny(), "hidden", TEXT, (2000,), key=(0, depth))
+    begin = copying.tokens.index(copying.answer[0])
+    assert copying.answer == copying.tokens[begin : begin + 72] and {*copying.answer} <= {*TEXT}
+    assert begin == 500 or (begin > 500 and copying.tokens[begin - 1] not in TEXT), "it begins after pass keys"
 
 
 def test_where_no_room_is_left_after_pass_keys_the_copy_has_them(open_tiny: Open) -> None:
-    _, copying, *_ = probes_of(open_tiny(), "hidden", range(300), (200,), key=(0, 0.25))
+    _, copying, *_ = probes_of(open_tiny(), "hidden", TEXT, (200,), key=(0, 0.25))
     assert copying.kind == "copying" and copying.answer == copying.tokens[50 : 50 + 72]
 
 
 def test_pass_keys_differ_from_text_to_text_and_from_those_before_an_edit() -> None:
-    numbers, _ = zip(*map(passkeys, range(-50, 50)), strict=True)
-    assert len(set(numbers)) == 100 and all(len(number) == 5 for number in numbers)
-    assert all(old != new for i in range(50) for old, new in zip(passkeys(-1 - i), passkeys(i), strict=True))
+    numbers, names = zip(*(pair for i in range(-50, 50) for pair in passkeys(i)), strict=True)
+    assert len(set(numbers)) == 300 and all(len(number) == 5 for number in numbers)
+    assert all(len({*names[i : i + 3]}) == 3 for i in range(0, 300, 3)), "of one prompt"
+    for i in range(50):
+        for old, new in zip(passkeys(-1 - i), passkeys(i), strict=True):
+            assert old[0] != new[0] and old[1] != new[1]
+
+
+def _text_before(tokens: list[int], line: list[int]) -> int:
+    """Return how many tokens of the text stand before a line."""
+    begin = next(i for i in range(len(tokens)) if tokens[i : i + len(line)] == line)
+    return sum(token in TEXT for token in tokens[:begin])

@@ -151,7 +151,7 @@ def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model:
         for kind in ("continuation", "copying"):
             mine = getattr(each, kind)
             assert mine == quality_of(probes, scores, kind)  # type: ignore[arg-type]
-        assert each.passkeys == passkeys_of(probes, scores) and each.passkeys.n == 8
+        assert each.passkeys == passkeys_of(probes, scores) and each.passkeys.n == 24
         assert each.judged_at == JUDGED_AT and each.continuation.n_texts == 4
     llm.close()
 
