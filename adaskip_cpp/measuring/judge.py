@@ -60,11 +60,15 @@ class Judge:
 
     def __call__(self, plan: SkipPlan | None) -> tuple[Scores, ...]:
         """Return the scores of a plan, or of the whole model against itself, for each probe."""
+        return tuple(self.each(plan))
+
+    def each(self, plan: SkipPlan | None) -> Iterator[Scores]:
+        """Yield what calling the judge returns, one by one, so that a caller may stop early."""
         if plan is not None and plan.bulk is not None and (plan.bulk.head, plan.bulk.tail) != self._around:
             self._around, self._whole = (plan.bulk.head, plan.bulk.tail), []
         self.read_whole()
-        pairs = zip(self._whole, self._answers(plan), self.probes, strict=True)
-        return tuple(whole.scores(logits, _targets(probe)) for whole, logits, probe in pairs)
+        for whole, logits, probe in zip(self._whole, self._answers(plan), self.probes, strict=True):
+            yield whole.scores(logits, _targets(probe))
 
     def edited(self, texts: Collection[str], read: Callable[[Probe], object]) -> tuple[list[Probe], list[Scores]]:
         """Return the probes of these texts, and the scores of the whole model that reaches each prompt by edits.

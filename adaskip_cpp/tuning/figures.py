@@ -1,4 +1,7 @@
-"""Makes the figures of a plan from the scores of its probes: quality by kind of answer, and pass keys."""
+"""Makes the figures of a plan from the scores of its probes: quality by kind of answer, and pass keys.
+
+Start at :func:`judged_plan`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..intervals import mean_error, mean_interval
-from ..measuring.judge import Scores
+from ..measuring.judge import Judge, Scores
 from ..measuring.probes import KINDS, Probe, ProbeKind
 from ..model.frontier import Passkeys, Quality
+from ..model.plan import SkipPlan
 
 _SURE = np.log(2.0)  # nats by which the whole model must prefer each token of a pass key to any other, to find it
 
@@ -49,6 +53,17 @@ class Judged:
     def of(cls, probes: Sequence[Probe], scores: Sequence[Scores]) -> "Judged":
         continuation, copying = (quality_of(probes, scores, kind) for kind in KINDS[:2])
         return cls(continuation, copying, passkeys_of(probes, scores))
+
+
+def judged_plan(judge: Judge, plan: SkipPlan) -> Judged | None:
+    """Judge a plan. Return None as soon as it loses a pass key: no promise allows such a plan."""
+    scores: list[Scores] = []
+    for probe, each in zip(judge.probes, judge.each(plan), strict=True):
+        scores.append(each)
+        keys = passkeys_of([probe], [each])
+        if keys.plan < keys.whole:
+            return None
+    return Judged.of(judge.probes, scores)
 
 
 def passkeys_of(probes: Sequence[Probe], scores: Sequence[Scores]) -> Passkeys:

@@ -36,7 +36,7 @@ class Memo:
             if isinstance(data, dict) and data.get("key") == key:
                 self._data = data
 
-    def get(self, name: str, kind: type[_T], make: Callable[[], _T]) -> _T:
+    def get(self, name: str, kind: type[_T] | Any, make: Callable[[], _T]) -> _T:
         """Return a value by its name; make and keep it if the file has none. msgspec converts ``kind`` to JSON."""
         with contextlib.suppress(msgspec.ValidationError, KeyError):
             return msgspec.convert(self._data[name], kind)

@@ -7,6 +7,7 @@ llama-cpp-python (``speed``). A ``memo`` keeps results as they come, so that a r
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from ..planning.profile import Profile
 from ..progress import Stage, progress_bar
 from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
-from .figures import Judged, quality_of
+from .figures import Judged, judged_plan, quality_of
 from .hold_out import HeldOut, hold_out, text_probes, unseen_texts
 from .losses import Candidate, aim, measure
 from .memo import Memo
@@ -240,12 +241,16 @@ class _Tuning:
         each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found: dict[Candidate, Point] = {}
+        needs: dict[Candidate, tuple[float, float]] = {}  # infinite for sets that lost a pass key
 
-        def judged(candidate: Candidate) -> Point:
+        def add(candidate: Candidate) -> None:
             plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
-            one = self.memo.get(f"judged {candidate}", Judged, lambda: Judged.of(probes, judge(plan)))
-            speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
-            return Point(_JUDGED_AT, one.continuation, one.copying, one.passkeys, speedups, plan)
+            one = self.memo.get(f"judged {candidate}", Judged | None, lambda: judged_plan(judge, plan))
+            needs[candidate] = math.inf, math.inf
+            if one is not None:
+                speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
+                point = Point(_JUDGED_AT, one.continuation, one.copying, one.passkeys, speedups, plan)
+                found[candidate], needs[candidate] = point, point.needs_by_kind
 
         def left() -> int:
             n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before
@@ -256,8 +261,7 @@ class _Tuning:
             for number, (promise, edited, length) in enumerate(_AIMS):
                 wanted = of_edits.left(length, promise, edited=edited) / growth(length / _JUDGED_AT)
                 n_failed, takes = 0, seconds[length]
-                while not found or left() >= each_costs:
-                    needs = {each: point.needs_by_kind for each, point in found.items()}
+                while not needs or left() >= each_costs:
                     best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
                     if best is not None and max(needs[best]) >= _NEAR * wanted:
                         break
@@ -265,13 +269,14 @@ class _Tuning:
                     candidate = aim(sets[length], needs, _NEAR * _SAFER ** (n_failed + is_last) * wanted)
                     if candidate is None or (best and takes(candidate) > _WORTHWHILE * takes(best)):
                         break
-                    found[candidate] = judged(candidate)
+                    add(candidate)
                     on_progress(1 - max(left(), 0) / n_begin)
-                    if found[candidate].needs(_JUDGED_AT) > wanted:
+                    if max(needs[candidate]) > wanted:
                         n_failed += 1
                     elif number < len(_FIRST_AIMS):
                         break
-        return sorted(found.values(), key=lambda each: each.speedup(_LONG))
+        useful = (each for each in found.values() if not any(other.beats(each) for other in found.values()))
+        return sorted(useful, key=lambda each: each.speedup(_LONG))
 
     @contextmanager
     def _model(self, settings: Settings) -> Iterator[AdaSkipLlama]:

@@ -102,6 +102,14 @@ def test_a_plan_that_loses_a_pass_key_keeps_no_promise() -> None:
     assert Frontier((replace(SLOW, passkeys=Passkeys(4, 3, 3)),)).choose(AT, 9) is SLOW.plan
 
 
+def test_a_plan_beats_another_that_is_slower_and_keeps_no_promise_that_it_does_not() -> None:
+    assert FAST.beats(point(0.04, 1.4)) and FAST.beats(point(0.0, 1.4, copying=0.05))
+    assert not FAST.beats(point(0.039, 1.4)) and not FAST.beats(point(0.05, 1.6)) and not FAST.beats(FAST)
+    *lengths, (longest, _) = FAST.speedups
+    slower_once, faster_once = (replace(FAST, speedups=(*lengths, (longest, speed))) for speed in (1.4, 1.6))
+    assert FAST.beats(slower_once) and not FAST.beats(faster_once)
+
+
 def test_a_windows_size_goes_with_the_length_of_the_prompt() -> None:
     narrow = Frontier((point(0.0, 1.5, windowed=(1, 2)),))
     plans: Any = {n: narrow.choose(n, 9) for n in (1000, 2048, 4000, 4096, 16384)}

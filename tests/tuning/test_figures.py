@@ -1,5 +1,6 @@
 """adaskip_cpp.tuning.figures: from the scores of probes to the figures of a plan, by hand."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ from adaskip_cpp.intervals import mean_interval
 from adaskip_cpp.measuring.judge import Scores
 from adaskip_cpp.measuring.probes import Probe
 from adaskip_cpp.model.frontier import Passkeys
-from adaskip_cpp.tuning.figures import passkeys_of, quality_of
+from adaskip_cpp.model.plan import SkipPlan
+from adaskip_cpp.tuning.figures import judged_plan, passkeys_of, quality_of
 
 
 def probe(text: str, kind: Any = "continuation") -> Probe:
@@ -65,3 +67,23 @@ def test_a_pass_key_is_lost_where_a_token_of_it_is_wrong_that_the_whole_model_wa
     every = [scores([9.0]), *(scores([0.0, 0.0], right=hit, whole_margin=margin) for margin, hit in asked)]
     assert passkeys_of(probes, every) == Passkeys(5, 3, 2)
     assert passkeys_of(probes[:1], every[:1]) == Passkeys(0, 0, 0)
+
+
+def test_a_plan_is_judged_until_it_loses_a_pass_key() -> None:
+    """A key that the whole model is not sure of is no reason to stop."""
+    right, wrong = [True], [False]
+    asked = [([0.1], wrong), ([5.0], right), ([5.0], wrong), ([5.0], right)]
+    kinds = "continuation", "copying", *["retrieval"] * len(asked)
+    every = [scores([0.1])] * 2 + [scores([0.0], right=hit, whole_margin=margin) for margin, hit in asked]
+
+    def judge(n_kept: int) -> tuple[Any, list[int]]:
+        taken = list[int]()
+        judge = SimpleNamespace(
+            probes=[probe("a", kind) for kind in kinds[:n_kept]],
+            each=lambda plan: (taken.append(i) or each for i, each in enumerate(every[:n_kept])),
+        )
+        return judged_plan(judge, SkipPlan.manual(4, ffn=(3,))), taken  # type: ignore[arg-type]
+
+    assert judge(6) == (None, [0, 1, 2, 3, 4])
+    found, taken = judge(4)
+    assert found.passkeys == Passkeys(2, 1, 1) and found.copying.n_tokens == 1 and taken == [0, 1, 2, 3]

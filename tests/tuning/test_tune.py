@@ -177,14 +177,13 @@ def test_the_speed_is_that_of_the_plan_which_keeps_the_default_promise(
     assert done[1].timed == [(whole.settings, whole.choose(JUDGED_AT), JUDGED_AT)] and whole.speeds[0].of == "settings"
 
 
-def test_points_are_of_growing_speed(
+def test_a_plan_that_loses_more_and_is_slower_is_not_kept(
     model: Path, calls: Calls, whole: Frontier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here what loses more is slower, by invented speeds."""
     predicted = tuning.Planned.speedup
     monkeypatch.setattr(tuning.Planned, "speedup", lambda *args: 1 / predicted(*args))
-    found = tune(model, calls)
-    assert len(found.points) == 2 and [each.plan for each in found.points] == [each.plan for each in whole.points[::-1]]
+    assert len(whole.points) == 2 and [each.plan for each in tune(model, calls).points] == [whole.points[0].plan]
 
 
 def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls: Calls) -> None:
@@ -277,6 +276,33 @@ def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
 
 
 OnePromise = Callable[..., list[float]]
+
+
+def test_points_are_of_growing_speed(
+    model: Path, calls: Calls, one_promise: OnePromise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the fast plan is judged first."""
+    monkeypatch.setattr(tuning, "_WORTHWHILE", 9.0)
+    one_promise(9.0, EVERY_SET, IDLE_SET)
+    slow, fast = tune(model, calls).points
+    assert slow.plan.bulk and slow.plan.bulk.skip.attention == () and slow.speedup(JUDGED_AT) < fast.speedup(JUDGED_AT)
+
+
+def test_a_plan_that_loses_a_pass_key_is_not_kept_and_not_judged_again(
+    model: Path, calls: Calls, one_promise: OnePromise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged, memo, judge_plan = list[SkipPlan](), str(tmp_path / "memo.json"), figures.judged_plan
+
+    def losing(judge: Judge, plan: SkipPlan) -> Any:
+        judged.append(plan)
+        return None if plan.skipped("bulk").attention else judge_plan(judge, plan)
+
+    monkeypatch.setattr(tuning, "judged_plan", losing)
+    aimed = one_promise(9.0, EVERY_SET, IDLE_SET)
+    found = tune(model, calls, memo=Memo(memo, "key"))
+    assert [each.plan for each in found.points] == judged[1:] and len(judged) == 2
+    assert aimed[1] == pytest.approx(0.85 * aimed[0]), "it counts as a failure"
+    assert tune(model, calls, memo=Memo(memo, "key")).points == found.points and len(judged) == 2
 
 
 def test_a_plan_that_is_hardly_faster_than_a_kept_one_is_not_judged(
@@ -408,16 +434,16 @@ def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_st
 def test_what_was_judged_before_the_stop_is_not_judged_again(
     model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged: list[int] = []
-    quality, memo = figures.passkeys_of, str(tmp_path / "memo.json")
+    judged: list[SkipPlan] = []
+    judge_plan, memo = figures.judged_plan, str(tmp_path / "memo.json")
 
-    def stopping(probes: Any, scores: Any) -> Any:
-        judged.append(len(probes))
+    def stopping(judge: Judge, plan: SkipPlan) -> Any:
+        judged.append(plan)
         if len(judged) == 2:
             raise KeyboardInterrupt
-        return quality(probes, scores)
+        return judge_plan(judge, plan)
 
-    monkeypatch.setattr(figures, "passkeys_of", stopping)
+    monkeypatch.setattr(tuning, "judged_plan", stopping)
     with pytest.raises(KeyboardInterrupt):
         tune(model, calls, memo=Memo(memo, "key"))
     found = tune(model, calls, memo=Memo(memo, "key"))
