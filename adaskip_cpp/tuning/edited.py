@@ -32,8 +32,9 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
     and one drops a message of a twelfth of the prompt. Documents are not put together if the default promise will
-    hardly allow it, because they lose twice as much as new orders. The last edit changes the pass keys of one place: the
-    i-th text of the judge must have those of number i. Return [] if the model or the prompts allow no moves.
+    hardly allow it, because they lose twice as much as new orders. The last edit changes the pass keys of one place.
+    Before it the i-th text has those of number -1 - i there, and in the judge's prompt those of number i. Return [] if
+    the model or the prompts allow no moves.
     """
     prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
