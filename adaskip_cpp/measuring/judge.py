@@ -71,12 +71,15 @@ class Judge:
             yield whole.scores(logits, _targets(probe))
 
     def edited(self, texts: Collection[str], read: Callable[[Probe], object]) -> tuple[list[Probe], list[Scores]]:
-        """Return the probes of these texts, and the scores of the whole model that reaches each prompt by edits.
+        """Return the probes after the longest prompts of these texts, and the scores of the whole model on them.
 
+        The whole model reaches each prompt by edits.
         ``read`` fills the empty memory with earlier forms of a probe's prompt, and then with this prompt.
         """
         self.read_whole()
-        kept = [(probe, whole) for probe, whole in zip(self.probes, self._whole, strict=True) if probe.text in texts]
+        longest = {probe.text: probe.n_prompt for probe in self.probes}  # the last of each text
+        pairs = [(probe, whole) for probe, whole in zip(self.probes, self._whole, strict=True) if probe.text in texts]
+        kept = [(probe, whole) for probe, whole in pairs if probe.n_prompt == longest[probe.text]]
         probes = [probe for probe, _ in kept]
         answers = zip(kept, self._answers(None, probes, read), strict=True)
         return probes, [whole.scores(logits, _targets(probe)) for (probe, whole), logits in answers]

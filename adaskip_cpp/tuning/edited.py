@@ -36,7 +36,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     Before it the i-th text has those of number -1 - i there, and in the judge's prompt those of number i. Return [] if
     the model or the prompts allow no moves.
     """
-    prompts = list(dict.fromkeys((each.text, each.tokens[: each.n_prompt]) for each in judge.probes))
+    prompts = list({each.text: each.tokens[: each.n_prompt] for each in judge.probes}.items())  # the longest of each
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
     if not llm.can_move or judged_at < _HEAD + _TAIL + 2 * _N_DOCUMENTS * Edits.least:
         return []

@@ -26,7 +26,7 @@ from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
 from ..measuring.probes import N_COPIED
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point, growth
-from ..model.plan import window_size_for
+from ..model.plan import DEFAULT_TAIL, window_size_for
 from ..model.settings import Settings
 from ..planning.profile import Profile
 from ..progress import Stage, progress_bar
@@ -154,7 +154,8 @@ class _Tuning:
             if held is not None:
                 profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
-                judge = Judge(llm, text_probes(llm, held.judge, _JUDGED_AT, _ANSWER, passkeys=True))
+                cuts = _JUDGED_AT * 7 // 8, _JUDGED_AT  # more answers of a text, for few more tokens
+                judge = Judge(llm, text_probes(llm, held.judge, cuts, _ANSWER, passkeys=True))
                 with self.on_stage("Editing prompts") as on_progress:
                     edits = edit_points(llm, judge, self.memo, on_progress)
                 points = self._points(llm, profile, held, judge, edits)
@@ -223,7 +224,7 @@ class _Tuning:
         planned = Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
             n_answer = _ANSWER[0], N_COPIED
-            judges = [Judge(llm, text_probes(llm, held.search, n, n_answer, passkeys=False)) for n in _SEARCHED_AT]
+            judges = [Judge(llm, text_probes(llm, held.search, [n], n_answer, passkeys=False)) for n in _SEARCHED_AT]
 
             def lost(candidate: Candidate, long: bool) -> tuple[float, float]:
                 search, n_prompt = judges[long], _SEARCHED_AT[long]
@@ -237,8 +238,7 @@ class _Tuning:
             seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
             losses = measure(planned.orders, lost, on_progress)
             sets = {length: losses.sets(of) for length, of in seconds.items()}
-        probes = judge.probes
-        each_costs = _N_TEXTS * _JUDGED_AT + sum(len(probe.answer) for probe in probes)
+        each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found: dict[Candidate, Point] = {}
         needs: dict[Candidate, tuple[float, float]] = {}  # infinite for sets that lost a pass key

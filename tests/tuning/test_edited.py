@@ -26,7 +26,8 @@ OPTIONS: dict[str, Any] = {"n_ctx": 2048, "type_k": 0, "type_v": 0, "logits_all"
 def judge_of(llm: Any, tokens: Tokens, n_prompt: int = N_PROMPT) -> Judge:
     """Two texts with pass keys."""
     texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (i, 0.5)) for i in range(2)]
-    found = (probes_of(llm, text, ids, (n_prompt,), n_continued=16, n_copied=24, key=key) for text, ids, key in texts)
+    cuts = n_prompt // 2, n_prompt  # the longest prompts are edited
+    found = (probes_of(llm, text, ids, cuts, n_continued=16, n_copied=24, key=key) for text, ids, key in texts)
     return Judge(llm, [probe for probes in found for probe in probes])
 
 
@@ -57,7 +58,7 @@ def test_three_kinds_of_edits_are_measured(tiny: Tiny, tokens: Tokens, open_mode
         assert each.judged_at == N_PROMPT and each.continuation.n_texts == 2 and each.passkeys.n == 12
         assert each.continuation.divergence.value > 1e-4 and each.copying.divergence.value > 1e-4
     # Every prompt is an edit away from the next, and the last one of each text is that which is judged.
-    first, second = (list(probe.tokens[:N_PROMPT]) for probe in judge.probes[::8])
+    first, second = (list(probe.tokens[:N_PROMPT]) for probe in judge.probes[::10])
     ends = [i for i, prompt in enumerate(prompts) if prompt in (first, second)]
     n_orders = (MANY - FEW) // WIDE
     lengths = FEW, FEW, n_orders, n_orders, 1, 1

@@ -121,7 +121,7 @@ def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
             llm,
             item.id,
             item.tokens,
-            (JUDGED_AT,),
+            (JUDGED_AT * 7 // 8, JUDGED_AT),
             n_continued=ANSWER[0],
             n_copied=ANSWER[1],
             key=(i, (i + 0.5) / 4),
