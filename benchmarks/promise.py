@@ -5,7 +5,7 @@
 
 Texts are of three kinds that every Python or Debian has, and that neither calibration nor tuning uses: licences, IDLE's
 manual, IDLE's changelog. After a prompt of each text, an answer that continues it and one that copies from it are
-judged against the whole model, and a pass key is asked for. ``--time`` times the first token of a prompt, in turn:
+judged against the whole model, and six pass keys are asked for. ``--time`` times the first token of a prompt, in turn:
 stock llama-cpp-python with its defaults, ours with the settings that `tune` found, and ours with the plan too. Run
 nothing else meanwhile. Start at :func:`main`.
 """
@@ -23,9 +23,9 @@ from adaskip_cpp.engine.settings import is_here
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.corpus import cut
 from adaskip_cpp.measuring.judge import Judge
-from adaskip_cpp.measuring.probes import Probe, probes_of
+from adaskip_cpp.measuring.probes import KINDS, Probe, probes_of
 from adaskip_cpp.model.plan_file import plan_beside
-from adaskip_cpp.tuning.figures import passkeys_of, quality_of
+from adaskip_cpp.tuning.figures import quality_of
 from adaskip_cpp.tuning.speed import measure_speed
 
 LICENCES = ("GPL-2", "GPL-3", "LGPL-2.1", "MPL-1.1", "Artistic")
@@ -83,9 +83,9 @@ def main() -> None:
     print(f"settings {frontier.settings}\n")
     print(
         "| promise | skipped: attentions, FFNs; windows | predicted | divergence | 99%, 99.9% | added loss "
-        "| agreement | copying: divergence | added loss | pass keys |"
+        "| agreement | copying: divergence | added loss | pass keys: divergence | found by the plan, the whole model |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     plans = {}
     for promise in args.max_loss:
         point, plan = frontier.point(args.prompt, promise), frontier.choose(args.prompt, promise)
@@ -94,15 +94,16 @@ def main() -> None:
             continue
         plans[promise] = plan
         scores = judge(plan)
-        continued, copied = (quality_of(judge.probes, scores, kind) for kind in ("continuation", "copying"))
-        keys = passkeys_of(judge.probes, scores)
+        continued, copied, found = (quality_of(judge.probes, scores, kind) for kind in KINDS)
+        keys = [each for probe, each in zip(judge.probes, scores, strict=True) if probe.kind == "retrieval"]
+        by_plan, by_whole = sum(each.right.all() for each in keys), sum((each.whole_margin > 0).all() for each in keys)
         skip = plan.bulk.skip
         print(
             f"| {promise:g} | {len(skip.attention)}, {len(skip.ffn)}; {len(plan.narrowed)} "
             f"| {point.speedup(args.prompt):.2f} x | {figure(continued.divergence)} "
             f"| {continued.tails[0]:.2f}, {continued.tails[1]:.2f} | {figure(continued.loss)} "
             f"| {continued.agreement.value:.3f} | {figure(copied.divergence)} | {figure(copied.loss)} "
-            f"| {keys.plan} of {keys.whole} |",
+            f"| {figure(found.divergence)} | {by_plan}, {by_whole} of {len(keys)} |",
             flush=True,
         )
     prompt = list(judge.probes[0].tokens[: args.prompt])

@@ -7,7 +7,7 @@ from rich.table import Column
 
 from ..intervals import Interval
 from ..model.edits import FEW, MANY, TOGETHER
-from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, GROWTH, Frontier
+from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, GROWTH, Figures, Frontier
 from ..model.settings import Settings
 from ..pictures.profile_plots import LENGTHS
 from .report import seconds
@@ -15,13 +15,14 @@ from .terminal import table
 
 _PROMISES = (0.02, DEFAULT_LOSS, 0.1)
 _EDITS = {FEW: "small", MANY: "new order", TOGETHER: "together"}
+_QUALITY = ("diver-\ngence", "added\nloss", "in\ncopies", "in\nkeys", "same\ntoken", "pass\nkeys")
 
 
 def print_frontier(out: Console, frontier: Frontier) -> None:
     if frontier.tried:
         _print_settings(out, frontier)
     if not frontier.points:
-        out.print("[bold]No plan makes prompts faster, so nothing is skipped.[/]")
+        out.print("[bold]No plan was found, so nothing is skipped.[/]")
     else:
         _print_points(out, frontier)
         _print_promises(out, frontier)
@@ -62,8 +63,8 @@ def _difference(settings: Settings, before: Settings) -> str:
 def _print_points(out: Console, frontier: Frontier) -> None:
     judged_at = frontier.points[0].judged_at
     title = f"Plans, judged after prompts of {judged_at:,} tokens"
-    lengths = [length for length in LENGTHS if length >= judged_at // 2]
-    names = ("\nattn", "\nFFN", "win-\ndows", "diver-\ngence", "added\nloss", "in\ncopies", "same\ntoken", "pass\nkeys")
+    lengths = [length for length in LENGTHS if length >= judged_at // 2][:2]
+    names = ("\nattn", "\nFFN", "win-\ndows", *_QUALITY)
     speeds = (f"speed\nat {length // 1024}k" for length in lengths)
     columns = (Column(name, justify="right", no_wrap=True) for name in (*names, *speeds))
     rows = table(*columns, padding=0, pad_edge=True, title=title)
@@ -72,30 +73,37 @@ def _print_points(out: Console, frontier: Frontier) -> None:
         assert bulk is not None
         rows.add_row(
             *(str(len(each)) for each in (bulk.skip.attention, bulk.skip.ffn, bulk.narrowed)),
-            _short(point.continuation.divergence),
-            _short(point.continuation.loss),
-            _short(point.copying.divergence),
-            f"{point.continuation.agreement.value:.0%}",
-            f"{point.passkeys.plan}/{point.passkeys.whole}",
+            *_cells(point),
             *(f"{point.speedup(length):.2f}" for length in lengths),
         )
     out.print(rows)
     out.print(
         "attn, FFN: sublayers that the bulk of a prompt skips. windows: attentions with a window there. divergence, "
-        "added loss: in nats per token, of answers that continue the prompt. in copies: the divergence of answers that "
-        "copy from the prompt. same token: how often plan and whole model find the same token likeliest. pass keys: "
-        "found by the plan, and by the whole model. Means over texts, ± half of a 95% interval. speed: how many times "
-        "as fast the first token comes, predicted. For a prompt twice as long, the loss is assumed to be "
-        f"{GROWTH:g} times as large.\n",
+        "added loss: in nats per token, of answers that continue the prompt. in copies, in keys: the divergence of "
+        "answers that copy from the prompt, and of those that give a pass key. same token: how often plan and whole "
+        "model find the same token likeliest. pass keys: those that the whole model finds clearly, and of these those "
+        "that the plan finds. Means over texts, ± half of a 95% interval. speed: how many times as fast the first "
+        f"token comes, predicted. For a prompt twice as long, the loss is assumed to be {GROWTH:g} times as large.\n",
         style="dim",
     )
 
 
+def _cells(figures: Figures) -> list[str]:
+    """Return the cells of the columns ``_QUALITY``."""
+    continuation, keys = figures.continuation, figures.passkeys
+    means = continuation.divergence, continuation.loss, figures.copying.divergence, figures.retrieval.divergence
+    return [*map(_short, means), f"{continuation.agreement.value:.0%}", f"{keys.plan}/{keys.whole}"]
+
+
 def _short(interval: Interval) -> str:
+    """Return ``.012±.034``, without the zeros before the points."""
     if math.isnan(interval.low):
-        return f"{interval.value:.3f}"
-    half = max(interval.high - interval.value, interval.value - interval.low)
-    return f"{interval.value:.3f}±{f'{half:.3f}'.removeprefix('0')}"
+        return _no_zero(interval.value)
+    return f"{_no_zero(interval.value)}±{_no_zero(max(interval.high - interval.value, interval.value - interval.low))}"
+
+
+def _no_zero(value: float) -> str:
+    return f"{'-' if value < 0 else ''}{f'{abs(value):.3f}'.removeprefix('0')}"
 
 
 def _print_promises(out: Console, frontier: Frontier) -> None:
@@ -114,7 +122,7 @@ def _print_promises(out: Console, frontier: Frontier) -> None:
 def _print_edits(out: Console, frontier: Frontier) -> None:
     if not frontier.edits:
         return
-    names = ("diver-\ngence", "added\nloss", "in\ncopies", "same\ntoken", "changed\nkeys", "from a\npromise of")
+    names = (*_QUALITY, "from a\npromise of")
     columns = (Column(name, justify="right", no_wrap=True) for name in names)
     title = f"Edited prompts of {frontier.edits[0].judged_at:,} tokens"
     rows = table(Column("\nedits", no_wrap=True), *columns, padding=0, pad_edge=True, title=title)
@@ -122,11 +130,7 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
         needed = each.needs(each.judged_at) / EDITS_SHARE
         rows.add_row(
             _EDITS.get(each.edits.most_moves, f"{each.edits.most_moves} moves"),
-            _short(each.continuation.divergence),
-            _short(each.continuation.loss),
-            _short(each.copying.divergence),
-            f"{each.continuation.agreement.value:.0%}",
-            f"{each.passkeys.plan}/{each.passkeys.whole}",
+            *_cells(each),
             f"{needed:.3f}" if math.isfinite(needed) else "none",
         )
     out.print()
@@ -135,8 +139,8 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
         "If the promise allows it, tokens that an edited prompt shares with the one before are not read again. small: "
         "lines and messages are changed or dropped. new order: five documents change places, four times. together: "
         "five documents that were read alone are put together, then change places; measured if the default promise may "
-        "allow it. changed keys: edited pass keys that answers give, and that the whole model gives. from a "
-        "promise of: the least promise that allows this, of which edits may use half. The plan has the rest in "
+        "allow it. pass keys: as above, but an edit changed a third of them, and answers must give the new ones. from "
+        "a promise of: the least promise that allows this, of which edits may use half. The plan has the rest in "
         "`serve`, elsewhere from the first edited prompt on.\n",
         style="dim",
     )

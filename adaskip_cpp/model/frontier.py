@@ -43,8 +43,8 @@ class Passkeys:
     """Pass keys that were found.
 
     Attributes:
-        n: number of pass keys: each prompt hides a number and a name.
-        whole: pass keys that the whole model finds clearly.
+        n: number of pass keys: each prompt hides three numbers and three names.
+        whole: pass keys that the whole model finds clearly: it prefers each token to any other by a factor of 10.
         plan: those of them that the plan finds.
     """
 
@@ -61,8 +61,7 @@ class Quality:
         divergence: divergence from the whole model, in nats per token.
         error: standard error of the divergence.
         loss: added loss, in nats per token.
-        excess: the part of the added loss above the divergence that is not chance, in nats per token: the lower end of
-            the 95% interval of their difference, or 0 if that is negative.
+        excess: lower end of the 95% interval of loss minus divergence, in nats per token, or 0 if that is negative.
         agreement: share of tokens for which both find the same token likeliest.
         tails: 99% and 99.9% quantile of the divergence over all tokens.
         n_texts: number of judged texts.
@@ -89,10 +88,9 @@ class Quality:
 
     @property
     def needs(self) -> float:
-        """The smallest promise that is kept, in nats per token: the harm and 1.6 standard errors.
+        """The smallest promise that is kept, in nats per token: harm and 1.6 standard errors; infinite for one text.
 
-        It is infinite for one text, which has no standard error. On four texts, the mean alone would break a promise in
-        4 of 20 choices, and with one standard error in 1.5 of 20. With 1.6 it is fewer than 1 of 20.
+        On four texts, the mean alone would break a promise in 4 of 20 choices, with one error in 1.5, with 1.6 in 1.
         """
         return math.inf if math.isnan(self.error) else self.harm + ERRORS * self.error
 
@@ -105,6 +103,7 @@ class Figures:
         judged_at: tokens of the prompts of the measurement.
         continuation: quality of answers that continue the prompt.
         copying: quality of answers that repeat a part of the prompt from far back.
+        retrieval: quality of answers that give a pass key.
         passkeys: pass keys in the prompts.
         speedups: pairs of a prompt's length in tokens and the predicted speed-up of its first token.
 
@@ -115,6 +114,7 @@ class Figures:
     judged_at: int
     continuation: Quality
     copying: Quality
+    retrieval: Quality
     passkeys: Passkeys
     speedups: tuple[tuple[int, float], ...]
 
@@ -123,21 +123,22 @@ class Figures:
             raise PlanError("a point of a frontier has an impossible number of prompt tokens; tune again")
 
     def harm(self, context: int) -> float:
-        """Return the expected loss in the worse kind of answers to prompts of ``context`` tokens, in nats per token.
+        """Return the expected loss in the worst kind of answers to prompts of ``context`` tokens, in nats per token.
 
         For prompts twice as long as the judged ones, it is 1.3 times as large.
         """
-        return max(self.continuation.harm, self.copying.harm) * growth(context / self.judged_at)
+        return max(self.continuation.harm, self.copying.harm, self.retrieval.harm) * growth(context / self.judged_at)
 
     def needs(self, context: int) -> float:
-        """Return the smallest promise that is kept, in nats per token, as ``harm``; infinite if a pass key is lost."""
+        """Return the smallest promise that is kept, in nats per token, as ``harm``; infinite if a clear key is lost."""
         return max(self.needs_by_kind) * growth(context / self.judged_at)
 
     @property
-    def needs_by_kind(self) -> tuple[float, float]:
-        """The smallest promises kept in continuations and in copies, after ``judged_at`` tokens, as ``needs``."""
+    def needs_by_kind(self) -> tuple[float, ...]:
+        """The smallest promises kept in each of the three kinds of answers after ``judged_at`` tokens, as ``needs``."""
         loses_key = self.passkeys.plan < self.passkeys.whole
-        return (math.inf, math.inf) if loses_key else (self.continuation.needs, self.copying.needs)
+        kinds = self.continuation, self.copying, self.retrieval
+        return tuple(math.inf if loses_key else each.needs for each in kinds)
 
     def speedup(self, context: int) -> float:
         """Return the predicted speed-up of the first token at the length in ``speedups`` nearest to ``context``."""
@@ -156,8 +157,7 @@ class Point(Figures):
 
     def beats(self, other: "Point") -> bool:
         """Whether this plan keeps every promise that the other one keeps, is nowhere slower, and somewhere faster."""
-        mine, its = ([speedup for _, speedup in each.speedups] for each in (self, other))
-        is_faster = mine != its and all(a >= b for a, b in zip(mine, its, strict=True))
+        is_faster = self.speedups != other.speedups and all(self.speedup(n) >= speed for n, speed in other.speedups)
         return is_faster and max(self.needs_by_kind) <= max(other.needs_by_kind)
 
     def plan_for(self, context: int) -> SkipPlan:
@@ -184,7 +184,7 @@ class Point(Figures):
 class EditPoint(Figures):
     """The figures of edited prompts, in which the whole model reads only the new tokens.
 
-    Its pass keys are those that an edit changed.
+    An edit changed a third of its pass keys.
 
     Attributes:
         edits: how runs were moved; its ``most_moves`` are the moves that were measured.

@@ -14,7 +14,7 @@ from .frontier import Frontier, Point
 from .identity import PLAN_SUFFIX, check_model, plan_path
 from .plan import SkipPlan
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 _FORMAT = "adaskip-plan"
 
 

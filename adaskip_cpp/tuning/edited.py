@@ -93,7 +93,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
                 break
             edits = Edits(most_moves=most_moves)
             one = memo.get(f"edits {most_moves}", Judged, partial(judged, edits))
-            found.append(EditPoint(judged_at, one.continuation, one.copying, one.passkeys, (), edits))
+            found.append(EditPoint(judged_at, *one.kinds, one.passkeys, (), edits))
             on_progress(len(found) / 3)
     return found
 

@@ -14,7 +14,9 @@ from ..measuring.probes import KINDS, Probe, ProbeKind
 from ..model.frontier import Passkeys, Quality
 from ..model.plan import SkipPlan
 
-_SURE = np.log(2.0)  # nats by which the whole model must prefer each token of a pass key to any other, to find it
+_SURE = np.log(10.0)
+"""Nats by which the whole model must prefer each token of a pass key to any other, to find it clearly. Losing such a
+key takes a divergence of 0.39 at one token. A key by a factor of 2 is lost by 0.06, hardly more than the promise."""
 
 
 def quality_of(probes: Sequence[Probe], scores: Sequence[Scores], kind: ProbeKind) -> Quality:
@@ -47,16 +49,21 @@ class Judged:
 
     continuation: Quality
     copying: Quality
+    retrieval: Quality
     passkeys: Passkeys
+
+    @property
+    def kinds(self) -> tuple[Quality, Quality, Quality]:
+        return self.continuation, self.copying, self.retrieval
 
     @classmethod
     def of(cls, probes: Sequence[Probe], scores: Sequence[Scores]) -> "Judged":
-        continuation, copying = (quality_of(probes, scores, kind) for kind in KINDS[:2])
-        return cls(continuation, copying, passkeys_of(probes, scores))
+        continuation, copying, retrieval = (quality_of(probes, scores, kind) for kind in KINDS)
+        return cls(continuation, copying, retrieval, passkeys_of(probes, scores))
 
 
 def judged_plan(judge: Judge, plan: SkipPlan) -> Judged | None:
-    """Judge a plan. Return None as soon as it loses a pass key: no promise allows such a plan."""
+    """Judge a plan. Return None as soon as it loses a clear pass key: no promise allows such a plan."""
     scores: list[Scores] = []
     for probe, each in zip(judge.probes, judge.each(plan), strict=True):
         scores.append(each)

@@ -82,14 +82,14 @@ def _halves(texts: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def text_probes(
-    llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int], n_answer: tuple[int, int], *, passkeys: bool
+    llm: AdaSkipLlama, items: Sequence[TextItem], cuts: Sequence[int], n_answer: tuple[int, int]
 ) -> list[Probe]:
-    """Return probes of texts after prompts of ``cuts`` tokens, with or without pass keys.
+    """Return probes of texts with pass keys, after prompts of ``cuts`` tokens.
 
     ``n_answer`` counts the tokens to continue and to copy.
     """
     (n_continued, n_copied), found = n_answer, list[Probe]()
     for i, item in enumerate(items):
-        key = (i, (i + 0.5) / len(items)) if passkeys else None
+        key = i, (i + 0.5) / len(items)
         found += probes_of(llm, item.id, item.tokens, cuts, n_continued=n_continued, n_copied=n_copied, key=key)
     return found

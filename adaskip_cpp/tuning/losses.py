@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ..model.skip_set import marked
 
-Lost: TypeAlias = tuple[float, float]  # nats per token that a set loses in continuations and in copies
+Lost: TypeAlias = tuple[float, ...]  # nats per token that a set loses in each kind of answers
 
 SHARES = (8, 4)  # windows that are tried: an eighth and a quarter of the prompt
 
@@ -76,6 +76,8 @@ class _Curve:
 
     def at(self, depth: int) -> npt.NDArray[np.float64]:
         """Interpolate: linearly up to the first depth, then linearly if layers add, else in logarithms."""
+        if not self.order:
+            return np.zeros(1)  # of any kind of answers
         kinds = np.maximum.accumulate(self.lost).T
         if self.adds or depth <= self.depths[1]:
             return np.array([np.interp(depth, self.depths, kind) for kind in kinds])
@@ -88,7 +90,7 @@ class Sets:
 
     losses: "Losses"
     candidates: tuple[Candidate, ...]
-    parts: npt.NDArray[np.float64]  # their predicted losses, [n, 2, 3]: see Losses.parts
+    parts: npt.NDArray[np.float64]  # their predicted losses, [n, kinds, 3]: see Losses.parts
 
 
 @dataclass(frozen=True)
@@ -100,18 +102,17 @@ class Losses:
     def parts(self, candidate: Candidate) -> npt.NDArray[np.float64]:
         """Predict the losses of a set's attentions, FFNs and windows, in nats per token.
 
-        The result is float64 ``[2, 3]``, for continuations and copies. Windows of skipped attentions lose nothing.
+        The result is float64 ``[kinds, 3]``, with the kinds of answers of ``Lost``. Windows of skipped attentions lose
+        nothing.
         """
         windows = self.curves["windowed", candidate.share]
         hidden = len({*candidate.windowed} & {*candidate.attention})
-        return np.stack(
-            (
-                self.curves["attention", 0].at(len(candidate.attention)),
-                self.curves["ffn", 0].at(len(candidate.ffn)),
-                np.maximum(windows.at(len(candidate.windowed)) - windows.at(hidden), 0.0),
-            ),
-            axis=1,
+        parts = np.broadcast_arrays(
+            self.curves["attention", 0].at(len(candidate.attention)),
+            self.curves["ffn", 0].at(len(candidate.ffn)),
+            np.maximum(windows.at(len(candidate.windowed)) - windows.at(hidden), 0.0),
         )
+        return np.stack(parts, axis=1)
 
     def sets(self, seconds: Callable[[Candidate], float]) -> Sets:
         """Return combinations of depths, in steps, that save 1% of the time. ``seconds`` predicts that of a prompt."""
@@ -129,7 +130,7 @@ class Losses:
             if (takes := seconds(candidate)) < most:
                 found.append((takes, candidate, self.parts(candidate)))
         found.sort(key=lambda each: (each[0], each[2].sum(axis=1).max()))
-        parts = np.array([each for *_, each in found]).reshape(-1, 2, len(_PARTS))
+        parts = np.array([each for *_, each in found]) if found else np.empty((0, 1, len(_PARTS)))
         return Sets(self, tuple(each for _, each, _ in found), parts)
 
 
@@ -158,9 +159,9 @@ def measure(
 def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidate | None:
     """Return the fastest set that is expected to keep a promise; None if a judged set keeps it and is faster.
 
-    ``needs`` has the least promises of each judged set, in continuations and in copies; they are infinite if it keeps
-    none. The predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set
-    needs at least as much as the sets within it.
+    ``needs`` has the least promises of each judged set, by kind of answers. They are infinite if it keeps none. The
+    predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set needs at least
+    as much as the sets within it.
     """
     at_most = (sets.parts * _factors(sets.losses, needs, promise)).sum(axis=2).max(axis=1) <= promise
     for candidate, is_expected in zip(sets.candidates, at_most, strict=True):
@@ -178,14 +179,16 @@ def n_judged(every: Orders) -> int:
 
 
 def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) -> npt.NDArray[np.float64]:
-    """Return the promise that each part needs over its predicted loss, float64 ``[2, 3]``.
+    """Return the promise that each part needs over its predicted loss, float64 ``[kinds, 3]`` or ``[1, 3]``.
 
     They are fitted by least squares of relative errors. Each is drawn to the mean factor of whole sets, so a few judged
     sets suffice. A set that keeps no promise is taken to need twice this one, so that the next set is not much like it.
     """
-    parts = np.array([losses.parts(each) for each in needs]).reshape(-1, 2, len(_PARTS))
-    found = np.empty((2, len(_PARTS)))
-    for kind, need in enumerate(np.maximum(np.array([*needs.values()]).reshape(-1, 2).T, _LEAST_LOSS)):
+    if not needs:
+        return np.full((1, len(_PARTS)), _FIRST)
+    parts = np.array([losses.parts(each) for each in needs])
+    found = np.empty(parts.shape[1:])
+    for kind, need in enumerate(np.maximum(np.array([*needs.values()]).T, _LEAST_LOSS)):
         predicted = np.maximum(parts[:, kind].sum(axis=1), _LEAST_LOSS)
         need = np.where(np.isfinite(need), need, np.maximum(2 * promise, _FIRST * predicted))
         mean = np.exp(np.log([_FIRST, *(need / predicted)]).mean())
@@ -209,13 +212,13 @@ def _curve(part: _Part, order: tuple[int, ...], judged: Callable[[Candidate, boo
         return judged(Candidate(**layers, share=share or SHARES[0]), name != "ffn")
 
     if not depths:
-        return _Curve((), (0, 1), ((0.0, 0.0), (0.0, 0.0)), True)
+        return _Curve((), (), (), True)
     for depth in depths:
         is_useless = bool(lost) and max(lost[-1]) > _USELESS  # assume a far larger loss of deeper sets
-        lost.append((4 * lost[-1][0], 4 * lost[-1][1]) if is_useless else measured(depth))
+        lost.append(tuple(4 * each for each in lost[-1]) if is_useless else measured(depth))
     if len(depths) > 1 and depths[0] > 1 and max(lost[0]) > _USELESS:
         depths, lost = (depths[0] // 2, *depths), [measured(depths[0] // 2), *lost]
-    return _Curve(order, (0, *depths), ((0.0, 0.0), *lost), name == "windowed")
+    return _Curve(order, (0, *depths), ((0.0,) * len(lost[0]), *lost), name == "windowed")
 
 
 def _steps(n: int, most: int) -> list[int]:

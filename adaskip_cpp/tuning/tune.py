@@ -24,7 +24,7 @@ from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
-from ..measuring.probes import N_COPIED
+from ..measuring.probes import KINDS, N_COPIED
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point, growth
 from ..model.plan import DEFAULT_TAIL, window_size_for
 from ..model.settings import Settings
@@ -34,7 +34,7 @@ from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
 from .figures import Judged, judged_plan, quality_of
 from .hold_out import HeldOut, hold_out, text_probes, unseen_texts
-from .losses import Candidate, aim, measure
+from .losses import Candidate, Lost, aim, measure
 from .memo import Memo
 from .planned import Planned
 from .speed import measure_speed
@@ -155,7 +155,7 @@ class _Tuning:
                 profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
                 cuts = _JUDGED_AT * 7 // 8, _JUDGED_AT  # more answers of a text, for few more tokens
-                judge = Judge(llm, text_probes(llm, held.judge, cuts, _ANSWER, passkeys=True))
+                judge = Judge(llm, text_probes(llm, held.judge, cuts, _ANSWER))
                 with self.on_stage("Editing prompts") as on_progress:
                     edits = edit_points(llm, judge, self.memo, on_progress)
                 points = self._points(llm, profile, held, judge, edits)
@@ -224,16 +224,16 @@ class _Tuning:
         planned = Planned(llm, profile)
         with self.on_stage("Searching") as on_progress:
             n_answer = _ANSWER[0], N_COPIED
-            judges = [Judge(llm, text_probes(llm, held.search, [n], n_answer, passkeys=False)) for n in _SEARCHED_AT]
+            judges = [Judge(llm, text_probes(llm, held.search, [n], n_answer)) for n in _SEARCHED_AT]
 
-            def lost(candidate: Candidate, long: bool) -> tuple[float, float]:
+            def lost(candidate: Candidate, long: bool) -> Lost:
                 search, n_prompt = judges[long], _SEARCHED_AT[long]
 
                 def judge() -> list[float]:
                     scores = search(planned.plan(candidate, n_prompt // candidate.share))
-                    return [quality_of(search.probes, scores, kind).harm for kind in ("continuation", "copying")]
+                    return [quality_of(search.probes, scores, kind).harm for kind in KINDS]
 
-                return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))  # type: ignore[return-value]
+                return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))
 
             seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
             losses = measure(planned.orders, lost, on_progress)
@@ -241,15 +241,15 @@ class _Tuning:
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found: dict[Candidate, Point] = {}
-        needs: dict[Candidate, tuple[float, float]] = {}  # infinite for sets that lost a pass key
+        needs: dict[Candidate, Lost] = {}  # infinite for sets that lost a pass key
 
         def add(candidate: Candidate) -> None:
             plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
             one = self.memo.get(f"judged {candidate}", Judged | None, lambda: judged_plan(judge, plan))
-            needs[candidate] = math.inf, math.inf
+            needs[candidate] = (math.inf,) * len(KINDS)
             if one is not None:
                 speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
-                point = Point(_JUDGED_AT, one.continuation, one.copying, one.passkeys, speedups, plan)
+                point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan)
                 found[candidate], needs[candidate] = point, point.needs_by_kind
 
         def left() -> int:

@@ -126,7 +126,7 @@ def test_generate_skips_what_keeps_the_promise(
 def test_edits_take_no_part_of_the_promise_of_one_prompt(run: Run, tuned_model: Path) -> None:
     found = load_plan(plan_path(tuned_model)).frontier
     assert found is not None
-    edits = EditPoint(2048, quality(0.02), quality(0.02), Passkeys(2, 2, 2), (), Edits(most_moves=FEW))
+    edits = EditPoint(2048, *[quality(0.02)] * 3, Passkeys(2, 2, 2), (), Edits(most_moves=FEW))
     save_plan(plan_path(tuned_model), replace(found, edits=(edits,)))
     result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2)
     assert "skipped: 2 of 6 sublayers in the bulk of a prompt" in result.stderr

@@ -151,11 +151,11 @@ def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) ->
 def test_edited_prompts_have_all_words_and_figures_within_80_columns() -> None:
     doubtful = Interval(-0.123, -0.456, 0.21, 4)
     figures = replace(quality(0.1), divergence=doubtful, loss=doubtful)
-    edited = EditPoint(2048, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=MANY))
+    edited = EditPoint(2048, figures, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=MANY))
     out = Console(file=io.StringIO(), width=80)
     print_frontier(out, frontier([], edits=(edited,)))
     told = out.file.getvalue()  # type: ignore[attr-defined]
-    assert "new order" in told and "promise of" in told and told.count("-0.123±.333") == 3 and "…" not in told
+    assert "new order" in told and "promise of" in told and told.count("-.123±.333") == 4 and "…" not in told
 
 
 def test_plan_tells_a_frontier_as_json(run: Run, tuned_model: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from adaskip_cpp import Frontier, SkipPlan
-from adaskip_cpp.cli.tune_report import print_frontier
+from adaskip_cpp.cli.tune_report import _short, print_frontier
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, Edits
 from adaskip_cpp.model.frontier import EditPoint, Passkeys, Point, Quality, SpeedUp
@@ -23,7 +23,7 @@ def quality(divergence: float, loss: float, agreement: float) -> Quality:
 NONE = SkipPlan.manual(6).prefill
 BULK = Bulk(SkipPlan.manual(6, [0, 1], [1, 2, 3]).prefill, windowed=(0, 5))  # attention 0 is skipped, so one window
 SPEEDUPS = ((1024, 1.1), (2048, 1.2), (4096, 1.4), (8192, 1.6), (16384, 1.8), (32768, 1.9))
-KINDS = quality(0.011, 0.012, 0.83), quality(0.021, 0.022, 0.73)
+KINDS = quality(0.011, 0.012, 0.83), quality(0.021, 0.022, 0.73), quality(0.015, 0.016, 0.63)
 POINT = Point(2048, *KINDS, Passkeys(5, 4, 3), SPEEDUPS, SkipPlan(NONE, NONE, bulk=BULK))
 SMALL = EditPoint(2048, *KINDS, Passkeys(5, 4, 4), (), Edits(most_moves=FEW))
 ORDER = EditPoint(2048, *KINDS, Passkeys(5, 4, 3), (), Edits(most_moves=MANY))
@@ -60,21 +60,32 @@ def test_settings(lines: Sequence[str]) -> None:
 
 def test_plans(lines: Sequence[str]) -> None:
     first, second, row, *_ = after(lines, "Plans, judged after prompts of 2,048 tokens")
-    assert first.startswith("win- diver- added in same pass speed")
-    assert second.startswith("attn FFN dows gence loss copies token keys at 2k at 8k at 32k")
-    assert row.startswith("2 3 1 0.011±.002 0.012±.002 0.021±.002 83% 3/4 1.20 1.60 1.90")
+    assert first.startswith("win- diver- added in in same pass speed")
+    assert second.startswith("attn FFN dows gence loss copies keys token keys at 2k at 8k")
+    assert row.startswith("2 3 1 .011±.002 .012±.002 .021±.002 .015±.002 83% 3/4 1.20 1.60")
 
 
 def test_edits(lines: Sequence[str]) -> None:
     """Edits may use half of a promise. Those that lose a changed pass key keep none."""
     first, second, small, order, together = after(lines, "Edited prompts of 2,048 tokens")
-    assert (first, second) == ("diver- added in same changed from a", "edits gence loss copies token keys promise of")
-    assert small == "small 0.011±.002 0.012±.002 0.021±.002 83% 4/4 0.042"
-    assert order == "new order 0.011±.002 0.012±.002 0.021±.002 83% 3/4 none"
-    assert together == "together 0.011±.002 0.012±.002 0.021±.002 83% 4/4 0.042"
+    assert (first, second) == (
+        "diver- added in in same pass from a",
+        "edits gence loss copies keys token keys promise of",
+    )
+    assert small == "small .011±.002 .012±.002 .021±.002 .015±.002 83% 4/4 0.042"
+    assert order == "new order .011±.002 .012±.002 .021±.002 .015±.002 83% 3/4 none"
+    assert together == "together .011±.002 .012±.002 .021±.002 .015±.002 83% 4/4 0.042"
 
 
 def test_speed(lines: Sequence[str]) -> None:
     told = " ".join(lines)
     assert "comes 1.50 (1.40 to 1.60) times as fast with the plan of the default promise" in told
     assert "(2.00 s instead of 3.00 s)" in told
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "shown"),
+    [(0.0123, 0.01, 0.02, ".012±.008"), (-0.25, -0.5, 0.0, "-.250±.250"), (10.01, 8.0, 11.0, "10.010±2.010")],
+)
+def test_zeros_before_points_are_left_out(value: float, low: float, high: float, shown: str) -> None:
+    assert _short(Interval(value, low, high, 4)) == shown

@@ -24,13 +24,14 @@ def quality(harm: float, error: float = 0.0, excess: float = 0.0) -> Quality:
     return Quality(loss, error, loss, excess, Interval(0.9, 0.8, 1.0, 4), (0.5, 1.5), 4, 400)
 
 
-def point(harm: float, speed: float, *ffn: int, copying: float = 0.0, windowed: Any = (), **changes: Any) -> Point:
+def point(harm: float, speed: float, *ffn: int, windowed: Any = (), **changes: Any) -> Point:
     """A point that is ``speed`` times as fast at every length and loses ``harm`` in continuations."""
     skip = SkipPlan.manual(4, ffn=ffn, scale=0.9).prefill
     plan = SkipPlan(NONE, NONE, bulk=Bulk(skip, windowed=windowed), mode="prompt")
     lengths = tuple((2**i, speed) for i in range(9, 16))
-    parts = {"judged_at": AT, "passkeys": Passkeys(4, 4, 4), "speedups": lengths, **changes}
-    return Point(continuation=quality(harm), copying=quality(copying), plan=plan, **parts)
+    kinds = {kind: quality(changes.pop(kind, 0.0)) for kind in ("copying", "retrieval")}
+    parts = {"judged_at": AT, "passkeys": Passkeys(4, 4, 4), "speedups": lengths, **kinds, **changes}
+    return Point(continuation=quality(harm), plan=plan, **parts)
 
 
 SLOW, FAST, FASTEST = point(0.01, 1.2, 3), point(0.04, 1.5, 2, 3), point(0.2, 2.0, 1, 2, 3)
@@ -82,9 +83,10 @@ def test_what_is_lost_grows_by_three_tenths_with_each_doubling(n_tokens: int, gr
 
 
 def test_the_worse_kind_of_answer_keeps_the_promise_or_not() -> None:
-    copied = point(0.01, 1.5, 3, copying=0.06)
-    assert copied.needs(AT) == copied.harm(AT) == 0.06
-    assert copied.needs(2 * AT) == copied.harm(2 * AT) == pytest.approx(0.06 * 1.3)
+    for kind in ("copying", "retrieval"):
+        worse = point(0.01, 1.5, 3, **{kind: 0.06})
+        assert worse.needs(AT) == worse.harm(AT) == 0.06
+        assert worse.needs(2 * AT) == worse.harm(2 * AT) == pytest.approx(0.06 * 1.3)
 
 
 def test_what_is_lost_beyond_chance_counts_and_a_mean_that_is_not_certain_keeps_less() -> None:
@@ -92,7 +94,7 @@ def test_what_is_lost_beyond_chance_counts_and_a_mean_that_is_not_certain_keeps_
     assert quality(0.04, excess=0.02).needs == quality(0.06).needs
     assert quality(0.03, error=0.01).needs == pytest.approx(0.046)
     unknown = quality(0.03, error=float("nan"))
-    for kinds in ({"continuation": unknown}, {"copying": unknown}):
+    for kinds in ({"continuation": unknown}, {"copying": unknown}, {"retrieval": unknown}):
         assert Frontier((replace(SLOW, **kinds),)).choose(AT, 9) is None, "of one text nothing is known"
 
 
@@ -144,7 +146,7 @@ def test_a_point_that_nothing_can_be_chosen_by_is_refused(changes: Any) -> None:
 
 
 def edit(most_moves: int, harm: float, keys: int = 2) -> EditPoint:
-    return EditPoint(AT, quality(harm), quality(0.0), Passkeys(2, 2, keys), (), Edits(most_moves=most_moves))
+    return EditPoint(AT, quality(harm), *[quality(0.0)] * 2, Passkeys(2, 2, keys), (), Edits(most_moves=most_moves))
 
 
 FEW_MOVES, MANY_MOVES = edit(FEW, 0.01), edit(MANY, 0.02)

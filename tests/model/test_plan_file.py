@@ -88,7 +88,13 @@ def make_frontier(model: Path | None = None, value: float = 0.03125) -> Frontier
     return Frontier(
         tuple(
             Point(
-                2048, quality(value * i), quality(value / 2), Passkeys(4, 3, 3), ((512, 1.125), (2048, 1.25 * i)), plan
+                2048,
+                quality(value * i),
+                quality(value / 2),
+                quality(value / 4),
+                Passkeys(4, 3, 3),
+                ((512, 1.125), (2048, 1.25 * i)),
+                plan,
             )
             for i, plan in enumerate(plans, start=1)
         ),

@@ -230,7 +230,7 @@ def tuned(*losses: float, lost_keys: int = 0) -> Frontier:
     moves = (PROMISED, replace(PROMISED, most_moves=8 + 2 * WIDE))
     keys = Passkeys(2, 2, 2 - lost_keys)
     both = zip(losses, moves[: len(losses)], strict=True)
-    return frontier([], edits=tuple(EditPoint(1024, *[quality(loss)] * 2, keys, (), each) for loss, each in both))
+    return frontier([], edits=tuple(EditPoint(1024, *[quality(loss)] * 3, keys, (), each) for loss, each in both))
 
 
 @pytest.mark.parametrize(

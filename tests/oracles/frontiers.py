@@ -17,8 +17,8 @@ def quality(loss: float) -> Quality:
 
 
 def point(plan: SkipPlan, loss: float, speedups: Mapping[int, float], *, judged_at: int = 2048, keys: int = 2) -> Point:
-    """A plan that loses so much in continuations and in copies, so many times as fast by length; 2 keys are hidden."""
-    return Point(judged_at, quality(loss), quality(loss), Passkeys(2, 2, keys), tuple(speedups.items()), plan)
+    """A plan that loses so much in each kind of answers, so many times as fast by length; 2 keys are hidden."""
+    return Point(judged_at, *[quality(loss)] * 3, Passkeys(2, 2, keys), tuple(speedups.items()), plan)
 
 
 def frontier(points: Sequence[Point], **more: Any) -> Frontier:

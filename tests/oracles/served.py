@@ -54,7 +54,7 @@ def edited_frontier(*losses: float) -> Frontier:
     """That one, and edited prompts of 1,024 tokens that lose so many nats in few moves, and in many."""
     moves = (Edits(most_moves=FEW), Edits(most_moves=MANY))
     both = zip(losses, moves[: len(losses)], strict=True)
-    points = (EditPoint(1024, *[quality(loss)] * 2, Passkeys(2, 2, 2), (), each) for loss, each in both)
+    points = (EditPoint(1024, *[quality(loss)] * 3, Passkeys(2, 2, 2), (), each) for loss, each in both)
     return replace(FRONTIER, edits=tuple(points))
 
 

@@ -60,8 +60,8 @@ def test_a_single_text_has_no_error_and_no_excess() -> None:
 
 
 def test_a_pass_key_is_lost_where_a_token_of_it_is_wrong_that_the_whole_model_was_sure_of() -> None:
-    """Sure is twice as likely as any other token, for each token of the key."""
-    sure, unsure, right, wrong = [0.7, 5.0], [5.0, 0.69], [True, True], [True, False]
+    """Sure is ten times as likely as any other token, for each token of the key."""
+    sure, unsure, right, wrong = [2.31, 5.0], [5.0, 2.3], [True, True], [True, False]
     asked = [(sure, right), (sure, wrong), (unsure, right), (unsure, wrong), (sure, right)]
     probes = [probe("a"), *[probe("a", "retrieval")] * len(asked)]
     every = [scores([9.0]), *(scores([0.0, 0.0], right=hit, whole_margin=margin) for margin, hit in asked)]
@@ -87,3 +87,4 @@ def test_a_plan_is_judged_until_it_loses_a_pass_key() -> None:
     assert judge(6) == (None, [0, 1, 2, 3, 4])
     found, taken = judge(4)
     assert found.passkeys == Passkeys(2, 1, 1) and found.copying.n_tokens == 1 and taken == [0, 1, 2, 3]
+    assert found.retrieval.n_tokens == 2 and found.retrieval.divergence.value == 0.0

@@ -22,7 +22,7 @@ from adaskip_cpp.engine.settings import is_here
 from adaskip_cpp.errors import DataError, ModelFileError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.judge import Judge
-from adaskip_cpp.measuring.probes import Probe, probes_of
+from adaskip_cpp.measuring.probes import KINDS, Probe, probes_of
 from adaskip_cpp.model.frontier import SpeedUp
 from adaskip_cpp.model.plan import SkipPlan
 from adaskip_cpp.model.settings import Settings
@@ -134,7 +134,7 @@ def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
 
 def test_it_finds_plans_that_skip_what_adds_nothing(whole: Frontier) -> None:
     first, last = whole.points
-    assert max(first.continuation.harm, first.copying.harm) < 1e-6 < 1e-3 < last.continuation.harm
+    assert first.harm(JUDGED_AT) < 1e-6 < 1e-3 < last.continuation.harm
     skipped, more = first.plan.skipped("bulk"), last.plan.skipped("bulk")
     assert 1 in skipped.ffn and 1 not in skipped.attention and 1 in more.attention
     assert whole.choose(JUDGED_AT, 1e-3) == first.plan and whole.choose(JUDGED_AT, 30.0) == last.plan
@@ -148,9 +148,8 @@ def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model:
     assert whole.points
     for each in whole.points:
         scores = judge(each.plan)
-        for kind in ("continuation", "copying"):
-            mine = getattr(each, kind)
-            assert mine == quality_of(probes, scores, kind)  # type: ignore[arg-type]
+        for kind in KINDS:
+            assert getattr(each, kind) == quality_of(probes, scores, kind)
         assert each.passkeys == passkeys_of(probes, scores) and each.passkeys.n == 24
         assert each.judged_at == JUDGED_AT and each.continuation.n_texts == 4
     llm.close()
