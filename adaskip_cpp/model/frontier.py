@@ -123,11 +123,11 @@ class Figures:
             raise PlanError("a point of a frontier has an impossible number of prompt tokens; tune again")
 
     def harm(self, context: int) -> float:
-        """Return the expected loss in the worst kind of answers to prompts of ``context`` tokens, in nats per token.
+        """Return the expected loss in the worst promised kind of answers to prompts of ``context`` tokens.
 
         For prompts twice as long as the judged ones, it is 1.3 times as large.
         """
-        return max(self.continuation.harm, self.copying.harm, self.retrieval.harm) * growth(context / self.judged_at)
+        return max(each.harm for each in self._promised) * growth(context / self.judged_at)
 
     def needs(self, context: int) -> float:
         """Return the smallest promise that is kept, in nats per token, as ``harm``; infinite if a clear key is lost."""
@@ -135,10 +135,13 @@ class Figures:
 
     @property
     def needs_by_kind(self) -> tuple[float, ...]:
-        """The smallest promises kept in each of the three kinds of answers after ``judged_at`` tokens, as ``needs``."""
+        """The smallest promises kept in each kind of answers after ``judged_at`` tokens, as ``needs``."""
         loses_key = self.passkeys.plan < self.passkeys.whole
-        kinds = self.continuation, self.copying, self.retrieval
-        return tuple(math.inf if loses_key else each.needs for each in kinds)
+        return tuple(math.inf if loses_key else each.needs for each in self._promised)
+
+    @property
+    def _promised(self) -> tuple[Quality, ...]:
+        return self.continuation, self.copying, self.retrieval
 
     def speedup(self, context: int) -> float:
         """Return the predicted speed-up of the first token at the length in ``speedups`` nearest to ``context``."""
@@ -184,13 +187,18 @@ class Point(Figures):
 class EditPoint(Figures):
     """The figures of edited prompts, in which the whole model reads only the new tokens.
 
-    An edit changed a third of its pass keys.
+    Its pass keys must be found, but promises leave their divergence out: an edit changed a third of them, and others
+    lie where runs were cut.
 
     Attributes:
         edits: how runs were moved; its ``most_moves`` are the moves that were measured.
     """
 
     edits: Edits
+
+    @property
+    def _promised(self) -> tuple[Quality, ...]:
+        return self.continuation, self.copying
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """adaskip_cpp.model.frontier: which plan keeps a promise for which prompt, and how often the rule is wrong."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -102,6 +103,13 @@ def test_a_plan_that_loses_a_pass_key_keeps_no_promise() -> None:
     losing = replace(SLOW, passkeys=Passkeys(4, 3, 2))
     assert Frontier((losing,)).choose(AT, 9) is None
     assert Frontier((replace(SLOW, passkeys=Passkeys(4, 3, 3)),)).choose(AT, 9) is SLOW.plan
+
+
+def test_edits_keep_a_promise_in_continuations_and_copies_if_clear_pass_keys_are_found() -> None:
+    edited = edit(FEW, 0.01)
+    assert replace(edited, retrieval=quality(0.5)).needs(AT) == edited.needs(AT) == 0.01
+    assert replace(edited, copying=quality(0.02)).needs(AT) == 0.02
+    assert replace(edited, passkeys=Passkeys(2, 2, 1)).needs(AT) == math.inf
 
 
 def test_a_plan_beats_another_that_is_slower_and_keeps_no_promise_that_it_does_not() -> None:
