@@ -11,8 +11,8 @@ import numpy as np
 from ..intervals import mean_error, mean_interval
 from ..measuring.judge import Judge, Scores
 from ..measuring.probes import KINDS, Probe, ProbeKind
-from ..model.frontier import Passkeys, Quality
 from ..model.plan import SkipPlan
+from ..model.quality import Passkeys, Quality
 
 _SURE = np.log(10.0)
 """Nats by which the whole model must prefer each token of a pass key to any other, to find it clearly. Losing such a

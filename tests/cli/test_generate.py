@@ -17,9 +17,10 @@ from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
 from adaskip_cpp.engine.generation import Generation, Timing
 from adaskip_cpp.measuring import running
 from adaskip_cpp.model.edits import FEW, Edits
-from adaskip_cpp.model.frontier import EditPoint, Passkeys
+from adaskip_cpp.model.frontier import EditPoint
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan_file import load_plan, save_plan
+from adaskip_cpp.model.quality import Passkeys
 
 Run = Callable[..., Result]
 

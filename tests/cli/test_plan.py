@@ -18,10 +18,11 @@ from adaskip_cpp import Profile
 from adaskip_cpp.cli.tune_report import print_frontier
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.edits import MANY, Edits
-from adaskip_cpp.model.frontier import EditPoint, Passkeys
+from adaskip_cpp.model.frontier import EditPoint
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.mode import MODES
 from adaskip_cpp.model.profile import Windows
+from adaskip_cpp.model.quality import Passkeys
 
 Run = Callable[..., Result]
 

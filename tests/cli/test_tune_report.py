@@ -10,8 +10,9 @@ from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.cli.tune_report import _short, print_frontier
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, Edits
-from adaskip_cpp.model.frontier import EditPoint, Passkeys, Point, Quality, SpeedUp
+from adaskip_cpp.model.frontier import EditPoint, Point, SpeedUp
 from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.quality import Passkeys, Quality
 from adaskip_cpp.model.settings import Settings, Tried
 
 

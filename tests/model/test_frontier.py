@@ -11,8 +11,9 @@ from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.errors import PlanError
 from adaskip_cpp.intervals import Interval, mean_error
 from adaskip_cpp.model.edits import FEW, MANY, Edits
-from adaskip_cpp.model.frontier import DEFAULT_LOSS, EditPoint, Passkeys, Point, Quality
+from adaskip_cpp.model.frontier import DEFAULT_LOSS, EditPoint, Point
 from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.quality import Passkeys, Quality
 from adaskip_cpp.model.skip_set import SkipSet
 
 NONE = SkipSet.none(4)

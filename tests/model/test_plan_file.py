@@ -24,10 +24,11 @@ from adaskip_cpp import Profile, SkipPlan, files
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.frontier import Frontier, Passkeys, Point, Quality, SpeedUp
+from adaskip_cpp.model.frontier import Frontier, Point, SpeedUp
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.plan_file import frontier_beside, load_plan, save_plan
+from adaskip_cpp.model.quality import Passkeys, Quality
 from adaskip_cpp.model.settings import Settings, Tried
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import PhaseStatistics

@@ -26,7 +26,8 @@ from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.engine.edits import Run, find_runs
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.model.edits import WIDE, Edits
-from adaskip_cpp.model.frontier import EditPoint, Passkeys
+from adaskip_cpp.model.frontier import EditPoint
+from adaskip_cpp.model.quality import Passkeys
 from adaskip_cpp.model.skip_set import SkipSet
 
 SMALL = replace(EDITS, most_moves=2)  # edits alone that leave most of the text before a run

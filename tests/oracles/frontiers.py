@@ -5,7 +5,8 @@ from typing import Any
 
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.frontier import Passkeys, Point, Quality
+from adaskip_cpp.model.frontier import Point
+from adaskip_cpp.model.quality import Passkeys, Quality
 
 __all__ = ["frontier", "point", "quality"]
 

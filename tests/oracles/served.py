@@ -25,7 +25,8 @@ from oracles.frontiers import frontier, point, quality
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.model.edits import FEW, MANY, Edits
-from adaskip_cpp.model.frontier import EditPoint, Passkeys
+from adaskip_cpp.model.frontier import EditPoint
+from adaskip_cpp.model.quality import Passkeys
 from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Service
 from adaskip_cpp.serving.workers import Workers

@@ -11,7 +11,8 @@ from oracles.served import FRONTIER, edited_frontier
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import RequestError
 from adaskip_cpp.model.edits import FEW
-from adaskip_cpp.model.frontier import Frontier, Passkeys
+from adaskip_cpp.model.frontier import Frontier
+from adaskip_cpp.model.quality import Passkeys
 from adaskip_cpp.serving.plans import Choice, Plans, plan_key
 from adaskip_cpp.serving.request import ServedRequest
 

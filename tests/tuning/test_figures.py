@@ -9,8 +9,8 @@ import pytest
 from adaskip_cpp.intervals import mean_interval
 from adaskip_cpp.measuring.judge import Scores
 from adaskip_cpp.measuring.probes import Probe
-from adaskip_cpp.model.frontier import Passkeys
 from adaskip_cpp.model.plan import SkipPlan
+from adaskip_cpp.model.quality import Passkeys
 from adaskip_cpp.tuning.figures import judged_plan, passkeys_of, quality_of
 
 
