@@ -140,8 +140,8 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
         "lines and messages are changed or dropped. new order: five documents change places, four times. together: "
         "five documents that were read alone are put together, then change places; measured if the default promise may "
         "allow it. pass keys: as above, but an edit changed a third of them, and answers must give the new ones. from "
-        "a promise of: the least promise that allows this. It does not count the divergence in keys. Edits may use half "
-        "of it. The plan has the rest in `serve`, elsewhere from the first edited prompt on.\n",
+        "a promise of: the least promise that allows this. It does not count the divergence in keys. Edits may use "
+        "half of it. The plan has the rest in `serve`, elsewhere from the first edited prompt on.\n",
         style="dim",
     )
 
