@@ -31,19 +31,21 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     """Measure small edits, new orders of documents, and documents that were read alone and are put together.
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
-    and one drops a message of a twelfth of the prompt. Documents are not put together if the default promise will
-    hardly allow it, because they lose twice as much as new orders. The last edit changes the pass keys of one place.
-    Before it the i-th text has those of number -1 - i there, and in the judge's prompt those of number i. Return [] if
-    the model or the prompts allow no moves.
+    and one drops a message, which is the continuation of another text. Documents are not put together if the default
+    promise will hardly allow it, because they lose twice as much as new orders. The last edit changes the pass keys of
+    one place. Before it the i-th text has those of number -1 - i there, and in the judge's prompt those of number i.
+    Return [] if the model or the prompts allow no moves.
     """
     prompts = list({each.text: each.tokens[: each.n_prompt] for each in judge.probes}.items())  # the longest of each
+    # Other prompts would bring pass keys with the same names.
+    messages = {each.text: list(each.answer) for each in judge.probes if each.kind == "continuation"}
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
     if not llm.can_move or judged_at < _HEAD + _TAIL + 2 * _N_DOCUMENTS * Edits.least:
         return []
 
     def before(i: int, most_moves: int) -> list[_Tokens]:
         """Return the earlier forms of a prompt, the oldest first."""
-        prompt, message, draw = list(prompts[i][1]), list(prompts[i - 1][1][: judged_at // 12]), random.Random(i)
+        prompt, message, draw = list(prompts[i][1]), messages[prompts[i - 1][0]], random.Random(i)
         new, old = (passkey_lines(llm, number)[0] for number in (i, -1 - i))
         forms = [_replaced(prompt, new, old)]
         if most_moves == FEW:

@@ -24,8 +24,8 @@ OPTIONS: dict[str, Any] = {"n_ctx": 2048, "type_k": 0, "type_v": 0, "logits_all"
 
 
 def judge_of(llm: Any, tokens: Tokens, n_prompt: int = N_PROMPT) -> Judge:
-    """Two texts with pass keys."""
-    texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (i, 0.5)) for i in range(2)]
+    """Two texts with pass keys; the second one has some of them near its beginning."""
+    texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (i, depth)) for i, depth in enumerate((0.5, 0.35))]
     cuts = n_prompt // 2, n_prompt  # the longest prompts are edited
     found = (probes_of(llm, text, ids, cuts, n_continued=16, n_copied=24, key=key) for text, ids, key in texts)
     return Judge(llm, [probe for probes in found for probe in probes])
@@ -72,6 +72,8 @@ def test_three_kinds_of_edits_are_measured(tiny: Tiny, tokens: Tokens, open_mode
     before_last = str(prompts[FEW - 1])
     assert old in before_last and new not in before_last and new in str(first)
     assert all(each in before_last for each in others), "the edit changes the first place alone"
+    alien = str(passkey_lines(llm, 1)[2][:100])[1:-1]
+    assert alien in str(second) and all(alien not in str(prompt) for prompt in prompts[: FEW + 1]), "of another text"
 
 
 def test_edits_cost_nothing_where_tokens_see_nothing_of_each_other(
