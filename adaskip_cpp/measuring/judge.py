@@ -90,6 +90,11 @@ class Judge:
         self.read_whole()
         return tuple(each.loss for each in self._whole)
 
+    @property
+    def n_evaluated(self) -> int:
+        """Tokens that the model has read so far, for all its users."""
+        return self._llm.n_evaluated
+
     def read_whole(self) -> None:
         """Let the whole model read the probes, unless it has already."""
         if not self._whole:

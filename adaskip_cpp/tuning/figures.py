@@ -62,15 +62,19 @@ class Judged:
         return cls(continuation, copying, retrieval, passkeys_of(probes, scores))
 
 
-def judged_plan(judge: Judge, plan: SkipPlan) -> Judged | None:
-    """Judge a plan. Return None as soon as it loses a clear pass key: no promise allows such a plan."""
-    scores: list[Scores] = []
+def judged_plan(judge: Judge, plan: SkipPlan) -> tuple[Judged | None, int]:
+    """Judge a plan, until it loses a clear pass key: no promise allows such a plan.
+
+    Return its figures, None if it lost a key, and the tokens that were read with the plan.
+    """
+    judge.read_whole()
+    scores, before = list[Scores](), judge.n_evaluated
     for probe, each in zip(judge.probes, judge.each(plan), strict=True):
         scores.append(each)
         keys = passkeys_of([probe], [each])
         if keys.plan < keys.whole:
-            return None
-    return Judged.of(judge.probes, scores)
+            return None, judge.n_evaluated - before
+    return Judged.of(judge.probes, scores), judge.n_evaluated - before
 
 
 def passkeys_of(probes: Sequence[Probe], scores: Sequence[Scores]) -> Passkeys:

@@ -240,37 +240,38 @@ class _Tuning:
             sets = {length: losses.sets(of) for length, of in seconds.items()}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
-        found: dict[Candidate, Point] = {}
-        needs: dict[Candidate, Lost] = {}  # infinite for sets that lost a pass key
+        found, needs = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs are infinite if a pass key is lost
+
+        # The memo keeps what was read, so that a run that continues judges the same sets.
+        n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before + (0 if edits else each_costs)
+        n_left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - self.memo.get("read before judging", int, lambda: n_read)
 
         def add(candidate: Candidate) -> None:
+            nonlocal n_left
             plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
-            one = self.memo.get(f"judged {candidate}", Judged | None, lambda: judged_plan(judge, plan))
-            needs[candidate] = (math.inf,) * len(KINDS)
+            judge_it = partial(judged_plan, judge, plan)
+            one, n_tokens = self.memo.get(f"judged {candidate}", tuple[Judged | None, int], judge_it)
+            n_left, needs[candidate] = n_left - n_tokens, (math.inf,) * len(KINDS)
             if one is not None:
                 speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
                 point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan)
                 found[candidate], needs[candidate] = point, point.needs_by_kind
 
-        def left() -> int:
-            n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before
-            return MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - n_read
-
         with self.on_stage("Judging") as on_progress:
-            n_begin, of_edits = max(left(), 1), Frontier((), edits=tuple(edits))
+            n_begin, of_edits = max(n_left, 1), Frontier((), edits=tuple(edits))
             for number, (promise, edited, length) in enumerate(_AIMS):
                 wanted = of_edits.left(length, promise, edited=edited) / growth(length / _JUDGED_AT)
                 n_failed, takes = 0, seconds[length]
-                while not needs or left() >= each_costs:
+                while not needs or n_left >= each_costs:
                     best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
                     if best is not None and max(needs[best]) >= _NEAR * wanted:
                         break
-                    is_last = left() < 2 * each_costs
+                    is_last = n_left < 2 * each_costs
                     candidate = aim(sets[length], needs, _NEAR * _SAFER ** (n_failed + is_last) * wanted)
                     if candidate is None or (best and takes(candidate) > _WORTHWHILE * takes(best)):
                         break
                     add(candidate)
-                    on_progress(1 - max(left(), 0) / n_begin)
+                    on_progress(1 - max(n_left, 0) / n_begin)
                     if max(needs[candidate]) > wanted:
                         n_failed += 1
                     elif number < len(_FIRST_AIMS):

@@ -81,10 +81,12 @@ def test_a_plan_is_judged_until_it_loses_a_pass_key() -> None:
         judge = SimpleNamespace(
             probes=[probe("a", kind) for kind in kinds[:n_kept]],
             each=lambda plan: (taken.append(i) or each for i, each in enumerate(every[:n_kept])),
+            n_evaluated=0,
+            read_whole=lambda: None,
         )
         return judged_plan(judge, SkipPlan.manual(4, ffn=(3,))), taken  # type: ignore[arg-type]
 
-    assert judge(6) == (None, [0, 1, 2, 3, 4])
-    found, taken = judge(4)
+    assert judge(6) == ((None, 0), [0, 1, 2, 3, 4])
+    (found, _), taken = judge(4)
     assert found.passkeys == Passkeys(2, 1, 1) and found.copying.n_tokens == 1 and taken == [0, 1, 2, 3]
     assert found.retrieval.n_tokens == 2 and found.retrieval.divergence.value == 0.0

@@ -294,7 +294,7 @@ def test_a_plan_that_loses_a_pass_key_is_not_kept_and_not_judged_again(
 
     def losing(judge: Judge, plan: SkipPlan) -> Any:
         judged.append(plan)
-        return None if plan.skipped("bulk").attention else judge_plan(judge, plan)
+        return (None, 0) if plan.skipped("bulk").attention else judge_plan(judge, plan)
 
     monkeypatch.setattr(tuning, "judged_plan", losing)
     aimed = one_promise(9.0, EVERY_SET, IDLE_SET)
@@ -447,6 +447,27 @@ def test_what_was_judged_before_the_stop_is_not_judged_again(
         tune(model, calls, memo=Memo(memo, "key"))
     found = tune(model, calls, memo=Memo(memo, "key"))
     assert len(found.points) == 2 and len(judged) == 3, "the first once, the second twice"
+
+
+def test_a_run_that_was_stopped_while_it_judged_judges_the_same_sets(
+    model: Path, calls: Calls, one_promise: OnePromise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens suffice for two sets. What was read again after the stop does not count, nor does what the memo has."""
+    aimed, memo, judge_plan = one_promise(9.0), Memo(str(tmp_path / "memo.json"), "key"), figures.judged_plan
+    whole = tune(model, calls)
+    monkeypatch.setattr(tuning, "MOST_TOKENS", whole.n_read + 500)
+    assert tune(model, calls).points == whole.points and len(whole.points) == 2
+    of_whole = aimed[-2:]
+
+    def stopping(judge: Judge, plan: SkipPlan) -> Any:
+        if plan.skipped("bulk").attention:
+            raise KeyboardInterrupt
+        return judge_plan(judge, plan)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tuning, "judged_plan", stopping)
+        tune(model, calls, memo=memo)
+    assert tune(model, calls, memo=memo).points == whole.points and aimed[-2:] == of_whole
 
 
 def test_nothing_is_written_but_the_memo(
