@@ -47,19 +47,13 @@ def quality_of(probes: Sequence[Probe], scores: Sequence[Scores], kind: ProbeKin
 class Judged:
     """The figures of one plan."""
 
-    continuation: Quality
-    copying: Quality
-    retrieval: Quality
+    kinds: tuple[Quality, Quality, Quality]  # in the order of KINDS
     passkeys: Passkeys
-
-    @property
-    def kinds(self) -> tuple[Quality, Quality, Quality]:
-        return self.continuation, self.copying, self.retrieval
 
     @classmethod
     def of(cls, probes: Sequence[Probe], scores: Sequence[Scores]) -> "Judged":
         continuation, copying, retrieval = (quality_of(probes, scores, kind) for kind in KINDS)
-        return cls(continuation, copying, retrieval, passkeys_of(probes, scores))
+        return cls((continuation, copying, retrieval), passkeys_of(probes, scores))
 
 
 def judged_plan(judge: Judge, plan: SkipPlan) -> tuple[Judged | None, int]:

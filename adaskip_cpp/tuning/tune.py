@@ -242,7 +242,7 @@ class _Tuning:
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found, needs = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs are infinite if a pass key is lost
 
-        # The memo keeps what was read, so that a run that continues judges the same sets.
+        # Kept, so that a run that is stopped below judges the same sets later. Edits have had the whole model judged.
         n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before + (0 if edits else each_costs)
         n_left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - self.memo.get("read before judging", int, lambda: n_read)
 

@@ -88,5 +88,6 @@ def test_a_plan_is_judged_until_it_loses_a_pass_key() -> None:
 
     assert judge(6) == ((None, 0), [0, 1, 2, 3, 4])
     (found, _), taken = judge(4)
-    assert found.passkeys == Passkeys(2, 1, 1) and found.copying.n_tokens == 1 and taken == [0, 1, 2, 3]
-    assert found.retrieval.n_tokens == 2 and found.retrieval.divergence.value == 0.0
+    _, copying, retrieval = found.kinds
+    assert found.passkeys == Passkeys(2, 1, 1) and copying.n_tokens == 1 and taken == [0, 1, 2, 3]
+    assert retrieval.n_tokens == 2 and retrieval.divergence.value == 0.0
