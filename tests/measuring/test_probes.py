@@ -80,12 +80,16 @@ def test_every_pass_key_is_asked_for_after_the_longest_prompt(open_tiny: Open) -
         assert 1 <= asked.n_cue < len(asked.answer)
 
 
+@pytest.mark.parametrize("cut", [1000, 2000])
 @pytest.mark.parametrize("depth", [i / 24 for i in range(24)])
-def test_a_copy_has_no_pass_key(depth: float, open_tiny: Open) -> None:
-    _, copying, *_ = probes_of(open_tiny(), "hidden", TEXT, (2000,), key=(0, depth))
+def test_a_copy_has_no_pass_key(depth: float, cut: int, open_tiny: Open) -> None:
+    """After the pass keys of one place, those of another one may follow."""
+    _, copying, *_ = probes_of(open_tiny(), "hidden", TEXT, (cut,), key=(0, depth))
     begin = copying.tokens.index(copying.answer[0])
     assert copying.answer == copying.tokens[begin : begin + 72] and {*copying.answer} <= {*TEXT}
-    assert begin == 500 or (begin > 500 and copying.tokens[begin - 1] not in TEXT), "it begins after pass keys"
+    assert begin == cut // 4 or (begin > cut // 4 and copying.tokens[begin - 1] not in TEXT), (
+        "it begins after pass keys"
+    )
 
 
 def test_where_no_room_is_left_after_pass_keys_the_copy_has_them(open_tiny: Open) -> None:

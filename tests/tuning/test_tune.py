@@ -209,6 +209,16 @@ def test_where_tokens_run_out_the_plan_near_the_default_promise_is_judged(
     assert len(whole.points) == 2 and [each.plan for each in found.points] == [whole.points[0].plan]
 
 
+def test_each_judged_plan_leaves_fewer_tokens(
+    model: Path, calls: Calls, one_promise: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_promise(9.0)
+    n_read = tune(model, calls).n_read
+    monkeypatch.setattr(tuning, "MOST_TOKENS", n_read - 500)
+    found = tune(model, calls)
+    assert len(found.points) == 1 and found.n_read < n_read - 500
+
+
 def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(
     model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
