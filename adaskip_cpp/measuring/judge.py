@@ -3,7 +3,7 @@
 For calibration, tuning, evaluation and the demo. Start at :class:`Judge`; ``probes.py`` makes its probes.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -70,15 +70,15 @@ class Judge:
         for whole, logits, probe in zip(self._whole, self._answers(plan), self.probes, strict=True):
             yield whole.scores(logits, _targets(probe))
 
-    def edited(self, texts: Collection[str], read: Callable[[Probe], object]) -> tuple[list[Probe], list[Scores]]:
-        """Return the probes after the longest prompts of these texts, and the scores of the whole model on them.
+    def edited(self, read: Callable[[Probe], object]) -> tuple[list[Probe], list[Scores]]:
+        """Return the probes after the longest prompt of each text, and the scores of the whole model on them.
 
-        The whole model reaches each prompt by edits.
-        ``read`` fills the empty memory with earlier forms of a probe's prompt, and then with this prompt.
+        The whole model reaches each prompt by edits: ``read`` fills the empty memory with earlier forms of a probe's
+        prompt, and then with this prompt.
         """
         self.read_whole()
         longest = {probe.text: probe.n_prompt for probe in self.probes}  # the last of each text
-        pairs = [(probe, whole) for probe, whole in zip(self.probes, self._whole, strict=True) if probe.text in texts]
+        pairs = zip(self.probes, self._whole, strict=True)
         kept = [(probe, whole) for probe, whole in pairs if probe.n_prompt == longest[probe.text]]
         probes = [probe for probe, _ in kept]
         answers = zip(kept, self._answers(None, probes, read), strict=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..errors import PlanError
 from ..intervals import Interval
 from .cost_model import CostSettings
-from .edits import Edits
+from .edits import FEW, Edits
 from .plan import DEFAULT_WINDOW, SkipPlan, window_size_for
 from .quality import Passkeys, Quality
 from .settings import Settings, Tried
@@ -68,13 +68,13 @@ class Figures:
     def harm(self, context: int) -> float:
         """Return the expected loss in the worst promised kind of answers to prompts of ``context`` tokens.
 
-        For prompts twice as long as the judged ones, it is 1.3 times as large.
+        For prompts twice as long as the judged ones, it is 1.3 times as large. That of small edits does not grow.
         """
-        return max(each.harm for each in self._promised) * growth(context / self.judged_at)
+        return max(each.harm for each in self._promised) * self._growth(context)
 
     def needs(self, context: int) -> float:
         """Return the smallest promise that is kept, in nats per token, as ``harm``; infinite if a clear key is lost."""
-        return max(self.needs_by_kind) * growth(context / self.judged_at)
+        return max(self.needs_by_kind) * self._growth(context)
 
     @property
     def needs_by_kind(self) -> tuple[float, ...]:
@@ -85,6 +85,9 @@ class Figures:
     @property
     def _promised(self) -> tuple[Quality, ...]:
         return self.continuation, self.copying, self.retrieval
+
+    def _growth(self, context: int) -> float:
+        return growth(context / self.judged_at)
 
     def speedup(self, context: int) -> float:
         """Return the predicted speed-up of the first token at the length in ``speedups`` nearest to ``context``."""
@@ -131,7 +134,8 @@ class EditPoint(Figures):
     """The figures of edited prompts, in which the whole model reads only the new tokens.
 
     Its pass keys must be found, but promises leave their divergence out: an edit changed a third of them, and others
-    lie where runs were cut.
+    lie where runs were cut. In longer prompts, small edits lose no more, because they change a smaller part
+    (docs/dev/method.md).
 
     Attributes:
         edits: how runs were moved; its ``most_moves`` are the moves that were measured.
@@ -142,6 +146,9 @@ class EditPoint(Figures):
     @property
     def _promised(self) -> tuple[Quality, ...]:
         return self.continuation, self.copying
+
+    def _growth(self, context: int) -> float:
+        return 1.0 if self.edits.most_moves <= FEW else super()._growth(context)
 
 
 @dataclass(frozen=True)

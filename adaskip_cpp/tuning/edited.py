@@ -18,7 +18,6 @@ from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, EditPoint
 from .figures import Judged
 from .memo import Memo
 
-_N_TEXTS = 2  # texts whose prompts are edited: they take as many tokens as judging a plan
 _HEAD, _TAIL = 64, 128  # tokens at the two ends of a prompt that stay, like a system prompt and a question
 _N_DOCUMENTS = 5
 _APART = 2.0  # documents that were read alone lose at least so many times as much as new orders: docs/dev/method.md
@@ -78,12 +77,11 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
                 raise _NothingMovedError
 
     def judged(edits: Edits) -> Judged:
-        numbers = range(0, len(prompts), max(len(prompts) // _N_TEXTS, 1))
         own = llm.reuse, llm.saved_prompts
         llm.saved_prompts = ()
         llm.set_reuse(edits)
         try:
-            scores = judge.edited([prompts[i][0] for i in numbers], partial(read, edits.most_moves))
+            scores = judge.edited(partial(read, edits.most_moves))
         finally:
             llm.saved_prompts = own[1]
             llm.set_reuse(own[0])

@@ -175,14 +175,22 @@ def test_edits_that_lose_a_changed_pass_key_are_never_made() -> None:
 
 
 def test_plans_have_what_edits_leave_of_a_promise() -> None:
-    """Of 0.06 they leave 0.04, of 0.059 0.039. Twice as long prompts lose 1.3 times as much, edited or not."""
+    """Of 0.06 they leave 0.04, of 0.059 0.039."""
     assert EDITED.choose(AT, 0.06 + 1e-9, edited=True) is FAST.plan is EDITED.choose(AT, 0.059)
     assert EDITED.choose(AT, 0.059, edited=True) is SLOW.plan
     assert EDITED.choose(AT, 0.019, edited=True) is SLOW.plan, "there is no room for edits"
-    assert EDITED.choose(2 * AT, 0.078 + 1e-9, edited=True) is FAST.plan
-    assert EDITED.choose(2 * AT, 0.078 - 1e-9, edited=True) is SLOW.plan
     assert EDITED.readable(0.06 + 1e-9, AT, edited=True) == (SLOW.plan, FAST.plan) == EDITED.readable(0.059, AT)
     assert EDITED.readable(0.059, AT, edited=True) == (SLOW.plan,)
+
+
+def test_in_twice_as_long_prompts_small_edits_lose_no_more_and_new_orders_three_tenths_more() -> None:
+    """Beside small edits, a promise of 0.02 leaves a plan 0.01 at every length."""
+    for length in (AT, 8 * AT):
+        assert EDITED.edit_point(length, 0.02) is FEW_MOVES and EDITED.edit_point(length, 0.02 - 1e-9) is None
+        assert EDITED.left(length, 0.02, edited=True) == pytest.approx(0.01)
+    assert EDITED.edit_point(2 * AT, 2 * 0.02 * 1.3 + 1e-9) is MANY_MOVES
+    assert EDITED.edit_point(2 * AT, 2 * 0.02 * 1.3 - 1e-9) is FEW_MOVES
+    assert EDITED.choose(2 * AT, 0.04 * 1.3 + 0.01 - 1e-9, edited=True) is SLOW.plan
 
 
 # --- what may be read -------------------------------------------------------------------------------------------------
