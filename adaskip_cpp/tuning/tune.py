@@ -177,13 +177,9 @@ class _Tuning:
 
     def _find_settings(self) -> FoundSettings:
         """Find the fastest settings, and tell the user how long the rest will take."""
-
-        def find() -> FoundSettings:
-            return fastest_settings(
-                self._open, context=self.context, n_answer=self.n_answer, given=self.given, on_progress=on_progress
-            )
-
+        options: dict[str, Any] = {"context": self.context, "n_answer": self.n_answer, "given": self.given}
         with self.on_stage("Trying settings") as on_progress:
+            find = partial(fastest_settings, self._open, on_progress=on_progress, **options)
             found = self.memo.get("settings", FoundSettings, find)
         best = [each for each in found.tried if each.chosen][-1]
         if best.prompt_short_s > 0:
