@@ -10,7 +10,7 @@ import msgspec
 from ..errors import PlanError, PlanFileError
 from ..files import StrPath
 from . import stored
-from .frontier import Figures, Frontier
+from .frontier import Frontier, Point
 from .identity import PLAN_SUFFIX, check_model, plan_path
 from .plan import SkipPlan
 
@@ -120,5 +120,8 @@ def plan_beside(model: StrPath) -> PlanFile:
 
 def frontier_dict(frontier: Frontier) -> dict[str, Any]:
     """Return the figures of a frontier, without its plans."""
-    points = [{field.name: getattr(each, field.name) for field in fields(Figures)} for each in frontier.points]
-    return {**vars(frontier), "points": points}
+
+    def values(of: Frontier | Point) -> dict[str, Any]:
+        return {field.name: getattr(of, field.name) for field in fields(of) if field.name != "plan"}
+
+    return {**values(frontier), "points": list(map(values, frontier.points))}

@@ -116,14 +116,6 @@ class ProfileData(LayerArrays):
         if self.maps is not None and self.maps.up.shape[2] != n_embd:
             raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
 
-    @classmethod
-    def blank(cls: type[_Self], model: ModelInfo) -> _Self:
-        """Return a profile without measurements of ``AdaSkipLlama.model_info``, to make plans from lists of layers."""
-        ones, layers = np.ones((model.n_layer, 2)), tuple(range(model.n_layer))
-        vectors = np.zeros((model.n_layer, 2, 1), np.float32)
-        statistics = PhaseStatistics(ones, ones, ones, ones[:, 0], vectors, vectors, 1)
-        return cls(statistics, statistics, 1, 1, model, windows=Windows(layers, (0.0,) * (len(layers) + 1)))
-
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(architecture={self.model.architecture!r}, n_layer={self.n_layer}, n_requests="
