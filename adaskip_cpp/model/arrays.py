@@ -25,8 +25,6 @@ class LayerArrays:
             return NotImplemented
         return all(_same(value, getattr(other, name)) for name, value in vars(self).items())
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import IO
 
@@ -29,7 +29,7 @@ class ModelInfo:
         n_layer: number of layers.
         lora: fingerprint of its LoRA adapter; "" for none.
         lora_scale: scale of its LoRA adapter; 0 for none.
-        overrides: its ``kv_overrides``, as one text.
+        overrides: its ``kv_overrides``, sorted, as one text such as ``a=1, b='x'``.
 
     Raises:
         ValueError: there is no layer.
@@ -77,11 +77,6 @@ class ModelInfo:
             ("LoRA adapter", adapter, self.lora),
             ("kv_overrides", self.overrides or "none", ""),
         )
-
-
-def override_words(overrides: Mapping[str, object] | None) -> str:
-    """Return ``kv_overrides`` as a text such as ``a=1, b='x'``, which is equal for equal overrides."""
-    return ", ".join(f"{name}={value!r}" for name, value in sorted((overrides or {}).items()))
 
 
 def model_files(path: StrPath) -> tuple[str, ...]:
