@@ -10,6 +10,7 @@ from typing import IO
 
 from ..errors import ModelFileError, ProfileMismatchError
 from ..files import StrPath
+from .arrays import Count
 
 PLAN_SUFFIX = ".adaskip-plan.json"  # of the plan file beside a model
 
@@ -30,21 +31,14 @@ class ModelInfo:
         lora: fingerprint of its LoRA adapter; "" for none.
         lora_scale: scale of its LoRA adapter; 0 for none.
         overrides: its ``kv_overrides``, sorted, as one text such as ``a=1, b='x'``.
-
-    Raises:
-        ValueError: there is no layer.
     """
 
     fingerprint: str
     architecture: str
-    n_layer: int
+    n_layer: Count
     lora: str = ""
     lora_scale: float = 0.0
     overrides: str = ""
-
-    def __post_init__(self) -> None:
-        if self.n_layer < 1:
-            raise ValueError("a model has at least one layer")
 
     def check(
         self,
