@@ -5,10 +5,9 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
-import llama_cpp
 import numpy as np
 
 from ..engine.llama import AdaSkipLlama
@@ -44,24 +43,23 @@ def measure_cost(
         return _Measurement(llm, contexts, seconds, on_progress).run()
 
 
+@dataclass
 class _Measurement:
     """The rounds that time ubatches without outputs, and tokens. With ``kept``, skipped attentions keep K and V."""
 
-    def __init__(
-        self,
-        llm: AdaSkipLlama,
-        contexts: Sequence[int],
-        seconds: float,
-        on_progress: Callable[[float], object],
-    ) -> None:
-        self.llm, self.seconds, self._contexts = llm, seconds, contexts
-        self._on_progress = on_progress
+    llm: AdaSkipLlama
+    contexts: Sequence[int]
+    seconds: float
+    on_progress: Callable[[float], object]
+
+    def __post_init__(self) -> None:
+        llm = self.llm
         self.groups = _groups(llm)
         self._rest_grows = not can_fill(llm)  # then time the rest at all contexts
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
         self._size = llm.context_size
         self._n_decode = max(min(_N_DECODE, self._size // (2 * len(self._mixed()) + 2) - 1), 1)
-        self._reserve = (self._n_decode + 1) * max(len(self._mixed()), len(contexts) + 1)
+        self._reserve = (self._n_decode + 1) * max(len(self._mixed()), len(self.contexts) + 1)
         self.n_tokens = min(int(llm.context_params.n_ubatch), llm.n_batch, self._size - self._reserve)
         if self.n_tokens < 1:
             raise RequestError(
@@ -118,11 +116,11 @@ class _Measurement:
             if group.kind == 0 and group.elidable:  # compared with the subsets below, this gives the cost of K and V
                 self._prepare(self._only(group, group.layers))
                 self._eval("prefill", self.n_tokens)
-        depth = len(self._contexts) if self._rest_grows else 1
+        depth = len(self.contexts) if self._rest_grows else 1
         rest = self._all(False)
         rest[self.llm.n_layer_kv - 1, 0] = True  # its K and V make everything that cannot be skipped run
         self._prepare(rest)
-        self._deeper(self._contexts[:depth], None)
+        self._deeper(self.contexts[:depth], None)
         for index, group in enumerate(self.groups):
             if group.kind == 0:
                 layers = self._inner(group) or group.layers
@@ -130,7 +128,7 @@ class _Measurement:
                 # K and V of the others are kept, because sublayers after the last K and V do not run.
                 decode = self._only(group, some) | np.array([False, True]) if group.elidable else None
                 self._prepare(self._only(group, some, kept=True), decode, kept=True)
-                self._deeper(self._contexts, f"subset of {index}" if group.elidable else None)
+                self._deeper(self.contexts, f"subset of {index}" if group.elidable else None)
 
     def _deeper(self, contexts: Sequence[int], offset: str | None) -> None:
         """Time the ubatch before each context; with an ``offset``, time tokens at each context too.
@@ -209,11 +207,11 @@ class _Measurement:
     def _eval(self, phase: Phase, n_tokens: int, offset: str = "", *, counts: bool = True) -> None:
         start = perf_counter()
         (self.llm.eval_bulk if phase == "prefill" else self.llm.eval_decode)(self._tokens[:n_tokens])
-        llama_cpp.llama_synchronize(self.llm.ctx)  # llama_decode returns before a GPU has finished
+        self.llm.synchronize()  # llama_decode returns before a GPU has finished
         end = perf_counter()
         if counts:
             self.samples[phase].append(Sample(self._what[phase], self.llm.n_tokens, end - start, offset))
-        self._on_progress(min((end - self._start) / self.seconds, 1.0))
+        self.on_progress(min((end - self._start) / self.seconds, 1.0))
 
 
 def _groups(llm: AdaSkipLlama) -> list[Group]:

@@ -14,7 +14,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..errors import ModelFileError, NativeError, RequestError, StateError
 from ..files import StrPath
-from ..model.identity import ModelInfo, fingerprint, override_words
+from ..model.identity import ModelInfo, fingerprint
 from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
 
@@ -148,7 +148,8 @@ class SelfDescribingLlama(llama_cpp.Llama):
         """The model's identity, which a profile or plan must match."""
         file, architecture = fingerprint(self.model_path), self.metadata.get("general.architecture", "unknown")
         lora = (fingerprint(self.lora_path), float(self.lora_scale)) if self.lora_path else ("", 0.0)
-        return ModelInfo(file, architecture, self.n_layer, *lora, override_words(self.kv_overrides))
+        overrides = ", ".join(f"{name}={value!r}" for name, value in sorted((self.kv_overrides or {}).items()))
+        return ModelInfo(file, architecture, self.n_layer, *lora, overrides)
 
     @cached_property
     def sublayers(self) -> tuple[Sublayer, ...]:

@@ -1,14 +1,16 @@
-"""Array types, checks of dataclasses of arrays, and BF16, for all data of a model: start with ``LayerArrays``."""
+"""Types, checks of dataclasses of arrays, and BF16, for all data of a model: start with ``LayerArrays``."""
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Flags: TypeAlias = npt.NDArray[np.bool_]
 Vectors: TypeAlias = npt.NDArray[np.float32]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=1, lt=2**31)]  # other numbers in a file are refused
 
 
 class LayerArrays:
@@ -22,8 +24,6 @@ class LayerArrays:
         if type(other) is not type(self):
             return NotImplemented
         return all(_same(value, getattr(other, name)) for name, value in vars(self).items())
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _same(a: Any, b: Any) -> bool:

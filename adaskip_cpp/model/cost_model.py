@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlanError, ProfileFormatError
-from .arrays import Flags, Floats, LayerArrays, checked, freeze
+from .arrays import Count, Flags, Floats, LayerArrays, checked, freeze
 from .plan import CELLS, PHASES, Bulk, Phase, SkipPlan
 from .skip_set import SkipSet, marked
 
@@ -38,7 +38,7 @@ class CostSettings:
     n_gpu_layers: int
     n_threads: int
     n_threads_batch: int
-    n_batch: int
+    n_batch: Count
     n_ubatch: int
     flash_attention: bool
     type_k: str
@@ -78,7 +78,7 @@ class CostSettings:
 class PhaseCost(LayerArrays):
     """Seconds of a ubatch. The arrays are float64, finite, not negative, read-only; else a ProfileFormatError."""
 
-    n_tokens: int  # 1 in decode
+    n_tokens: Count  # 1 in decode
     fixed: float  # embedding, overhead of the graph, sublayers that cannot be skipped; in decode the output head too
     fixed_growth: float  # what ``fixed`` grows by per KV cell that is read
     base: Floats  # [n_layer, 2], attention and FFN: each sublayer without growth; 0 if it cannot be skipped
@@ -89,7 +89,7 @@ class PhaseCost(LayerArrays):
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
         arrays = checked(self, ProfileFormatError, "the cost model is damaged; calibrate again", shapes)
         times = np.concatenate([[self.fixed, self.fixed_growth], *(each.ravel() for each in arrays.values())])
-        if not 1 <= self.n_tokens < 2**31 or not ((times >= 0) & (times < _MOST_SECONDS)).all():
+        if not ((times >= 0) & (times < _MOST_SECONDS)).all():
             raise ProfileFormatError("the cost model has an impossible time; calibrate again")
         freeze(self, **arrays)
 
@@ -141,7 +141,7 @@ class CostModel(LayerArrays):
     prefill: PhaseCost
     decode: PhaseCost
     limit: Floats
-    n_layer_kv: int
+    n_layer_kv: Count
     deepest: int
 
     def __post_init__(self) -> None:
@@ -149,8 +149,7 @@ class CostModel(LayerArrays):
         limit[np.isnan(limit)] = np.inf
         if self.prefill.base.shape != self.decode.base.shape or limit.shape != (len(self.prefill.base),):
             raise ProfileFormatError("the cost model's phases differ in the number of layers; calibrate again")
-        is_possible = self.decode.n_tokens == 1 and 1 <= self.n_layer_kv <= len(limit) and (limit > 0).all()
-        if not is_possible or not 1 <= self.settings.n_batch < 2**31:
+        if not (self.decode.n_tokens == 1 and self.n_layer_kv <= len(limit) and (limit > 0).all()):
             raise ProfileFormatError("the cost model has an impossible window, batch or layer; calibrate again")
         freeze(self, limit=limit)
 

@@ -43,10 +43,10 @@ class Edits:
 
     def __post_init__(self) -> None:
         # mend is 1 or more: llama.cpp turns K when it reads on. A state saved before that has old K at new positions.
-        for name, least in (("mend", 1), ("least", 1), ("tail", 1), ("most_moves", 1)):
-            value, most = getattr(self, name), _MOST_MOVES if name == "most_moves" else 2**31 - 1
-            if type(value) is not int or not least <= value <= most:
-                raise RequestError(f"{name} is {value!r}; give a whole number from {least} to {most}.")
+        for name, value in vars(self).items():
+            most = _MOST_MOVES if name == "most_moves" else 2**31 - 1
+            if type(value) is not int or not 1 <= value <= most:
+                raise RequestError(f"{name} is {value!r}; give a whole number from 1 to {most}.")
 
 
 ReuseName: TypeAlias = Literal["auto", "prefix", "edits"]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..errors import PlanError
 from ..intervals import Interval
+from .arrays import Count
 from .cost_model import CostSettings
 from .edits import FEW, Edits
 from .plan import DEFAULT_WINDOW, SkipPlan, window_size_for
@@ -49,21 +50,14 @@ class Figures:
         retrieval: quality of answers that give a pass key.
         passkeys: pass keys in the prompts.
         speedups: pairs of a prompt's length in tokens and the predicted speed-up of its first token.
-
-    Raises:
-        PlanError: a prompt's number of tokens is impossible.
     """
 
-    judged_at: int
+    judged_at: Count
     continuation: Quality
     copying: Quality
     retrieval: Quality
     passkeys: Passkeys
-    speedups: tuple[tuple[int, float], ...]
-
-    def __post_init__(self) -> None:
-        if not all(1 <= n < 1 << 31 for n in (self.judged_at, *(length for length, _ in self.speedups))):
-            raise PlanError("a point of a frontier has an impossible number of prompt tokens; tune again")
+    speedups: tuple[tuple[Count, float], ...]
 
     def harm(self, context: int) -> float:
         """Return the expected loss in the worst promised kind of answers to prompts of ``context`` tokens.

@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import IO
 
 from ..errors import ModelFileError, ProfileMismatchError
 from ..files import StrPath
+from .arrays import Count
 
 PLAN_SUFFIX = ".adaskip-plan.json"  # of the plan file beside a model
 
@@ -29,22 +30,15 @@ class ModelInfo:
         n_layer: number of layers.
         lora: fingerprint of its LoRA adapter; "" for none.
         lora_scale: scale of its LoRA adapter; 0 for none.
-        overrides: its ``kv_overrides``, as one text.
-
-    Raises:
-        ValueError: there is no layer.
+        overrides: its ``kv_overrides``, sorted, as one text such as ``a=1, b='x'``.
     """
 
     fingerprint: str
     architecture: str
-    n_layer: int
+    n_layer: Count
     lora: str = ""
     lora_scale: float = 0.0
     overrides: str = ""
-
-    def __post_init__(self) -> None:
-        if self.n_layer < 1:
-            raise ValueError("a model has at least one layer")
 
     def check(
         self,
@@ -77,11 +71,6 @@ class ModelInfo:
             ("LoRA adapter", adapter, self.lora),
             ("kv_overrides", self.overrides or "none", ""),
         )
-
-
-def override_words(overrides: Mapping[str, object] | None) -> str:
-    """Return ``kv_overrides`` as a text such as ``a=1, b='x'``, which is equal for equal overrides."""
-    return ", ".join(f"{name}={value!r}" for name, value in sorted((overrides or {}).items()))
 
 
 def model_files(path: StrPath) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
 from ..files import StrPath
 from . import stored
-from .arrays import Flags, Floats, LayerArrays, freeze
+from .arrays import Count, Flags, Floats, LayerArrays, freeze
 from .cost_model import CostModel
 from .identity import ModelInfo
 from .statistics import LinearMaps, PhaseStatistics
@@ -72,8 +72,8 @@ class ProfileData(LayerArrays):
 
     prefill: PhaseStatistics
     decode: PhaseStatistics
-    n_requests: int
-    n_tokens: int
+    n_requests: Count
+    n_tokens: Count
     model: ModelInfo
     corpus: str = ""
     package_version: str = ""
@@ -110,22 +110,11 @@ class ProfileData(LayerArrays):
                 raise ProfileFormatError(
                     f"{name} is of {part.n_layer} layers, the model has {self.n_layer}; calibrate again"
                 )
-        counts = (self.n_requests, self.n_tokens, self.prefill.n_tokens, self.decode.n_tokens)
-        if min(counts) < 1:
-            raise ProfileFormatError(f"it has counts of requests or tokens below 1, {counts}; calibrate again")
         n_embd, of_decode = (phase.mean_u.shape[2] for phase in (self.prefill, self.decode))
         if of_decode != n_embd:
             raise ProfileFormatError(f"vectors have {n_embd} values in prefill, {of_decode} in decode; calibrate again")
         if self.maps is not None and self.maps.up.shape[2] != n_embd:
             raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
-
-    @classmethod
-    def blank(cls: type[_Self], model: ModelInfo) -> _Self:
-        """Return a profile without measurements of ``AdaSkipLlama.model_info``, to make plans from lists of layers."""
-        ones, layers = np.ones((model.n_layer, 2)), tuple(range(model.n_layer))
-        vectors = np.zeros((model.n_layer, 2, 1), np.float32)
-        statistics = PhaseStatistics(ones, ones, ones, ones[:, 0], vectors, vectors, 1)
-        return cls(statistics, statistics, 1, 1, model, windows=Windows(layers, (0.0,) * (len(layers) + 1)))
 
     def __repr__(self) -> str:
         return (

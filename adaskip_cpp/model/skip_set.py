@@ -96,7 +96,7 @@ class SkipSet(LayerArrays):
         """Length of the vectors; None if there are none."""
         return next((int(each.shape[-1]) for each in (self.bias, self.down) if each is not None), None)
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:
         return hash((self.skip.shape, self.skip.tobytes(), self.scale.tobytes()))
 
     def __repr__(self) -> str:

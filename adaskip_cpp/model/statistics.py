@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProfileFormatError
-from .arrays import Flags, Floats, LayerArrays, Vectors, checked, freeze, from_bf16, to_bf16
+from .arrays import Count, Flags, Floats, LayerArrays, Vectors, checked, freeze, from_bf16, to_bf16
 
 WHOLE = 2  # the column of a whole layer; attention and FFN are columns 0 and 1
 _SHAPES = {
@@ -43,7 +43,7 @@ class PhaseStatistics(LayerArrays):
     layer_similarity: Floats
     mean_u: Vectors
     mean_v: Vectors
-    n_tokens: int = 0
+    n_tokens: Count
 
     def __post_init__(self) -> None:
         arrays = checked(self, ProfileFormatError, "calibrate again", _SHAPES)

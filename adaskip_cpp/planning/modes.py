@@ -43,12 +43,12 @@ def compensated_plan(
         from_decode = first_in_decode and not compensation.uses_maps
         return compensation.skip_set(each, profile.decode if from_decode else profile.prefill, profile.maps)
 
-    chosen, *others = (skip_set(each, first_in_decode=not mode.in_prompt) for each in (skip, *(s for _, s in later)))
-    starts = (0, *(start for start, _ in later))
+    in_turn = tuple((n, skip_set(each, first_in_decode=not mode.in_prompt)) for n, each in ((0, skip), *later))
+    chosen = in_turn[0][1]
     return SkipPlan(
         chosen if mode.in_prefill else none,
         chosen if mode.in_decode else skip_set(of_decode, first_in_decode=True),
-        schedule=tuple(zip(starts, (chosen, *others), strict=True)) if later else (),
+        schedule=in_turn if later else (),
         online=online,
         bulk=bulk_of(profile, request, chosen),
         model=profile.model,

@@ -1,7 +1,7 @@
 """Strategies: functions that make a plan from a profile and a request. Callers start with ``make_plan``.
 
-A new strategy is a function registered in :data:`STRATEGIES`, in this file alone. The baselines skip whole layers
-without compensation: ``k = n // 2`` layers for a budget of ``n`` sublayers, so budgets compare between strategies.
+A new strategy is a function in :data:`STRATEGIES`, in this file alone. The baselines skip whole layers without
+compensation: ``k = n // 2`` layers for a budget of ``n`` sublayers, so budgets compare between strategies.
 """
 
 import operator
@@ -26,16 +26,10 @@ Strategy: TypeAlias = Callable[[ProfileData, PlanRequest], SkipPlan]
 
 LONGEST_GENERATION = 512  # SkipDecode's T: decoded tokens until it skips its whole budget; 512 as AdaSkip's authors
 _N_DEPTHS = 5  # numbers of windowed attentions to try for a speed-up, besides 0
-STRATEGIES: dict[str, Strategy] = {}
-
-
-def strategy(function: Strategy) -> Strategy:
-    STRATEGIES[function.__name__] = function
-    return function
 
 
 def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]], *, compensates: bool = False) -> Strategy:
-    """Register a strategy that skips whole layers: ``choose`` takes the number of layers and a request with a budget.
+    """Make a strategy that skips whole layers: ``choose`` takes the number of layers and a request with a budget.
 
     It returns the skipped layers by the number of decoded tokens from which on they are skipped, beginning with 0. For
     a speed-up, growing budgets are tried until one reaches it. With ``compensates`` a request may ask to compensate.
@@ -51,7 +45,7 @@ def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]], *, 
         request = replace(request, compensation=compensation, online=False)
         return compensated_plan(profile, first, request, choose.__name__, later)
 
-    return strategy(plan)
+    return plan
 
 
 def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
@@ -63,7 +57,6 @@ def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     return STRATEGIES[request.strategy](profile, request)
 
 
-@strategy
 def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     """The sublayers of least loss (:func:`what_is_lost`), all ranked together: the paper's offline rule.
 
@@ -163,7 +156,6 @@ def unified_skipping(n_layer: int, request: PlanRequest) -> dict[int, Sequence[i
     return {0: [i for i in range(n_layer) if k and i % (n_layer // k) == 1]}
 
 
-@strategy
 def manual(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     """The sublayers that the request lists, in the phases of its mode, without an online stage."""
     skip = marked(profile.n_layer, request.attention, request.ffn)
@@ -186,3 +178,8 @@ def _budget(request: PlanRequest, n_max: int, reason: str) -> int:
     if not 0 <= budget <= n_max:
         raise BudgetError(f"cannot skip {budget} sublayers: {reason}; use a number from 0 to {n_max}")
     return budget
+
+
+STRATEGIES: dict[str, Strategy] = {
+    each.__name__: each for each in (adaskip, early_exit, suffix, skip_decode, unified_skipping, manual)
+}

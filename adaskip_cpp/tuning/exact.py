@@ -126,21 +126,17 @@ class _Visit:
             self._short = self._part()
         prompt, token = ([*points] for points in self._short)
         if self._shape.depth:
-            self._go_to(self._shape.depth)
+            n = max(self._shape.depth - self._llm.n_tokens, 0)  # in the second round the cache is deeper already
+            if n and self._shape.fills:
+                fill(self._llm, self._tokens[:n])
+            else:
+                self._read(n)
             for points, more in zip((prompt, token), self._part(), strict=True):
                 points.extend(more)
         return _Rates(
             SecondsByDepth.through(prompt, base.prompt.growth) if prompt else base.prompt,
             SecondsByDepth.through(token, base.token.growth) if token else base.token,
         )
-
-    def _go_to(self, depth: int) -> None:
-        """Put tokens into the cache up to a depth. In the second round it is deeper already."""
-        n = max(depth - self._llm.n_tokens, 0)
-        if n and self._shape.fills:
-            fill(self._llm, self._tokens[:n])
-        else:
-            self._read(n)
 
     def _part(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
         prompt, token, shape = [], [], self._shape

@@ -6,9 +6,6 @@ loss and the time of a set.
 Sublayers of a kind are skipped in an *order*, the last layer first (docs/dev/method.md explains why). The loss of the
 first k of an order is measured at a few depths k, separately for attentions, FFNs and windows. Between the depths it is
 interpolated, and a set's loss is predicted as the sum of the three. Judged sets correct the prediction of each part.
-
-Skipped FFNs are measured after short prompts, which cost little. Attentions are skipped or get windows after longer
-ones: there copies come from farther back, and windows leave something out.
 """
 
 from collections.abc import Callable, Mapping, Sequence

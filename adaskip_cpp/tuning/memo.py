@@ -10,7 +10,7 @@ import msgspec
 from ..errors import AdaSkipError
 from ..files import json_text, write_atomically
 from ..model.identity import ModelInfo
-from ..model.stored import numbers_for_nulls
+from ..model.stored import numbers_for_nulls, vectors_path
 from ..planning.profile import Profile
 
 _T = TypeVar("_T")
@@ -27,10 +27,11 @@ class Memo:
 
     def __init__(self, path: str | None = None, key: str = "") -> None:
         self._path = path
+        self._profile_path = f"{(path or '').removesuffix('.json')}-profile.json"
         self._data: dict[str, Any] = {"key": key}
         if path is None:
             return
-        with contextlib.suppress(OSError, msgspec.DecodeError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             with open(path, "rb") as file:
                 data: Any = numbers_for_nulls(msgspec.json.decode(file.read()))
             if isinstance(data, dict) and data.get("key") == key:
@@ -77,11 +78,6 @@ class Memo:
     def remove(self) -> None:
         """Remove the files, after the run has finished."""
         if self._path is not None:
-            for path in (self._path, self._profile_path, self._profile_path.removesuffix(".json") + ".bin"):
+            for path in (self._path, self._profile_path, vectors_path(self._profile_path)):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
-
-    @property
-    def _profile_path(self) -> str:
-        assert self._path is not None
-        return f"{self._path.removesuffix('.json')}-profile.json"

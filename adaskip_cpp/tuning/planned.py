@@ -29,7 +29,7 @@ class Planned:
         request = PlanRequest(mode="prompt", window_size=window_size)
         plan = compensated_plan(self.profile, candidate.skip(self.profile.n_layer), request, "tuned")
         assert plan.bulk is not None
-        return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed, window_size=window_size))
+        return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed))
 
     def seconds(self, candidate: Candidate, context: int) -> float:
         none = SkipSet.none(self.profile.n_layer)

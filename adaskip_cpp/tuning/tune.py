@@ -17,7 +17,7 @@ from itertools import product
 from typing import Any
 
 from ..calibration.calibrate import calibrate
-from ..calibration.cost import measure_cost, set_aside
+from ..calibration.cost import measure_cost
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
@@ -61,7 +61,7 @@ _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
 def tune(
-    model: str | AdaSkipLlama,
+    model: str,
     *,
     context: int = 8192,
     n_answer: int = 128,
@@ -79,25 +79,23 @@ def tune(
     because times are measured. Only the memo writes files.
 
     Args:
-        model: a GGUF file, or an opened model. An opened model keeps its settings. Its plan is set again at the end,
-            and its KV cache is empty then.
+        model: a GGUF file.
         context: tokens of the prompt for which settings are chosen.
         n_answer: tokens of the answer for which settings are chosen.
         data: texts by name for the calibration; None for text that every Python carries.
         texts: other texts by name, by which plans are found and judged; None for descriptions of installed packages,
             and for pages and sources of Python that the calibration leaves out.
-        given: settings that are not varied, by the names of ``Settings``, if ``model`` is a file.
+        given: settings that are not varied, by the names of ``Settings``.
         memo: keeps findings in a file, so that a later call continues; None for none.
         on_stage: shows progress, as for ``calibrate``.
         tell: called with sentences for the user, such as the expected duration.
-        **kwargs: arguments of ``AdaSkipLlama`` such as ``n_gpu_layers``, if ``model`` is a file.
+        **kwargs: arguments of ``AdaSkipLlama`` such as ``n_gpu_layers``.
 
     Returns:
         The frontier. ``save_plan`` writes it, and ``AdaSkipLlama(path, plan="auto")`` reads it.
 
     Raises:
-        DataError: there is too little text, the context of an opened model is too small, or ``given`` is passed with an
-            opened model.
+        DataError: there is too little text, or the model has too few positions.
         ModelFileError: the model cannot be opened.
 
     Examples:
@@ -105,22 +103,12 @@ def tune(
         >>> save_plan("model.adaskip-plan.json", frontier)
         >>> llm = AdaSkipLlama("model.gguf", plan="auto")
     """
-    options = context, n_answer, memo or Memo(), on_stage, tell
-    if not isinstance(model, AdaSkipLlama):
-        return _Tuning(model, None, *options, given or {}, kwargs).run(data, texts)
-    if given:
-        raise DataError(f"an opened model keeps its settings; leave out given ({', '.join(given)}), or pass its file")
-    machine = cost_settings(model)
-    names = ("repack", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
-    settings = {"flash_attn": machine.flash_attention, **{name: getattr(machine, name) for name in names}}
-    kwargs = {"n_gpu_layers": machine.n_gpu_layers}
-    return _Tuning(model.model_path, model, *options, settings, kwargs).run(data, texts)
+    return _Tuning(model, context, n_answer, memo or Memo(), on_stage, tell, given or {}, kwargs).run(data, texts)
 
 
 @dataclass
 class _Tuning:
     path: str
-    opened: AdaSkipLlama | None
     context: int
     n_answer: int
     memo: Memo
@@ -140,11 +128,11 @@ class _Tuning:
             if may_skip and llm.context_size < _LEAST_CTX:
                 raise DataError(
                     f"the model's context has {llm.context_size} tokens, and plans are judged in {_LEAST_CTX}; "
-                    f"open it with n_ctx={_LEAST_CTX} or more, or take a model with more positions"
+                    "take a model with more positions"
                 )
             held = hold_out(llm, kinds, (_N_SEARCHED, _N_TEXTS), _JUDGED_AT + _ANSWER[0]) if may_skip else None
             prompt = self._prompt(llm, kinds)
-        found = FoundSettings(Settings(**self.given), (), 0) if self.opened is not None else self._find_settings()
+        found = self._find_settings()
         self.n_read, settings = found.n_tokens, found.settings
         points: list[Point] = []
         edits: list[EditPoint] = []
@@ -177,13 +165,9 @@ class _Tuning:
 
     def _find_settings(self) -> FoundSettings:
         """Find the fastest settings, and tell the user how long the rest will take."""
-
-        def find() -> FoundSettings:
-            return fastest_settings(
-                self._open, context=self.context, n_answer=self.n_answer, given=self.given, on_progress=on_progress
-            )
-
+        options: dict[str, Any] = {"context": self.context, "n_answer": self.n_answer, "given": self.given}
         with self.on_stage("Trying settings") as on_progress:
+            find = partial(fastest_settings, self._open, on_progress=on_progress, **options)
             found = self.memo.get("settings", FoundSettings, find)
         best = [each for each in found.tried if each.chosen][-1]
         if best.prompt_short_s > 0:
@@ -281,19 +265,16 @@ class _Tuning:
 
     @contextmanager
     def _model(self, settings: Settings) -> Iterator[AdaSkipLlama]:
-        """Yield the user's opened model, or one opened with these settings; count the tokens that it reads."""
-        n_ctx = max(_LEAST_CTX, min(self.context, _COST_CONTEXTS[-1]) + _ROOM)
-        llm = self._open(settings, n_ctx) if self.opened is None else self.opened
+        """Yield the model, opened with these settings; count the tokens that it reads."""
+        llm = self._open(settings, max(_LEAST_CTX, min(self.context, _COST_CONTEXTS[-1]) + _ROOM))
         self.n_before = llm.n_evaluated
         try:
-            with set_aside(llm):
-                yield llm
+            yield llm
         finally:
             self.memo.count(llm.n_evaluated - self.n_before)
-            if self.opened is None:
-                # llama.cpp reports an error if a plan made its buffers larger than planned. It is harmless.
-                with contextlib.redirect_stderr(io.StringIO()):
-                    llm.close()
+            # llama.cpp reports an error if a plan made its buffers larger than planned. It is harmless.
+            with contextlib.redirect_stderr(io.StringIO()):
+                llm.close()
 
     def _open(self, settings: Settings, n_ctx: int) -> AdaSkipLlama:
         with contextlib.redirect_stderr(io.StringIO()):

@@ -76,6 +76,9 @@ class TimedLlama:
         self.n_tokens = 0
         self._holes[:] = False
 
+    def synchronize(self) -> None:
+        pass
+
     def token_seconds(self, skip: np.ndarray, end: int) -> float:
         """A decoded token, its output included."""
         cells = np.minimum(-(-end // 256) * 256, self.limit)
@@ -134,7 +137,6 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Open:
     def make(*arguments: Any, **options: Any) -> TimedLlama:
         llm = TimedLlama(*arguments, **options)
         monkeypatch.setattr(cost, "perf_counter", lambda: llm.now)
-        monkeypatch.setattr(cost.llama_cpp, "llama_synchronize", lambda ctx: None)
         return llm
 
     return make

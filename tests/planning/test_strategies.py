@@ -13,7 +13,6 @@ from oracles.profiles import NAN, profile
 
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
-from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.profile import Windows
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.planning.request import PlanRequest
@@ -38,7 +37,8 @@ def judged(similarity: Any, **changes: Any) -> Profile:
 
 
 def blank(n_layer: int) -> Profile:
-    return Profile.blank(ModelInfo("ab" * 32, "llama", n_layer))
+    windows = Windows(tuple(range(n_layer)), (0.0,) * (n_layer + 1))
+    return profile(np.ones((n_layer, 2)), windows=windows)
 
 
 def costing(lost: Any) -> dict[str, Any]:

@@ -368,47 +368,9 @@ def test_settings_that_are_given_are_not_varied(model: Path, calls: Calls) -> No
     assert found.settings in [each.settings for each in found.tried]
 
 
-# -- an opened model -------------------------------------------------------------------------------------------------
-
-
-def test_an_opened_model_keeps_its_settings_and_its_plan(model: Path, calls: Calls, whole: Frontier) -> None:
-    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False, n_threads=1, n_threads_batch=1)
-    mine = whole.points[1].plan
-    llm.set_plan(mine, readable=[whole.points[0].plan])
-    llm.eval([5] * 40)
-    calls.tokens.clear()
-    found = adaskip_cpp.tune(llm, data=DATA, texts=TEXTS, on_stage=calls.on_stage)
-    assert found.points == whole.points and found.settings == Settings(**GIVEN) and found.tried == ()
-    assert "Trying settings" not in calls.tokens
-    assert found.n_read == pytest.approx(sum(calls.tokens.values()) - N_TIMED + 3 * 3 * JUDGED_AT, abs=4)
-    assert llm.plan is mine and llm.readable == (whole.points[0].plan,) and llm.n_tokens == 0
-    llm.close()
-
-
-def test_an_opened_model_goes_on_choosing_plans_by_itself(model: Path, calls: Calls, whole: Frontier) -> None:
-    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False, plan=whole, max_loss=0.2)
-    adaskip_cpp.tune(llm, data=DATA, texts=TEXTS, on_stage=calls.on_stage)
-    assert llm.frontier is whole and llm.max_loss == 0.2
-    llm.close()
-
-
-def test_an_opened_model_of_a_small_context_is_refused(model: Path) -> None:
-    llm = AdaSkipLlama(str(model), n_ctx=512, verbose=False)
-    with pytest.raises(DataError, match=r"context has 512 tokens.*; open it with n_ctx=2560 or more"):
-        adaskip_cpp.tune(llm)
-    llm.close()
-
-
 def test_a_model_with_too_few_positions_is_refused(tiny: Any, calls: Calls) -> None:
     with pytest.raises(DataError, match=rf"context has {N_CTX_TRAIN} tokens.*take a model with more positions"):
         tune(tiny("gpt2"), calls)
-
-
-def test_an_opened_model_takes_no_other_settings(model: Path) -> None:
-    llm = AdaSkipLlama(str(model), n_ctx=2560, verbose=False)
-    with pytest.raises(DataError, match=r"an opened model keeps its settings; leave out given \(n_threads\)"):
-        adaskip_cpp.tune(llm, given={"n_threads": 1})
-    llm.close()
 
 
 # -- a run that is stopped -------------------------------------------------------------------------------------------
