@@ -18,7 +18,7 @@ from .errors import ModelFileError
 from .measuring import corpus
 from .measuring.judge import Judge
 from .measuring.probes import Probe
-from .measuring.synthetic import synthetic_items
+from .measuring.synthetic import passkey_items
 from .measuring.tasks import fill, greedy_text, python_sources, text_items
 from .model.plan import SkipPlan
 from .planning.profile import Profile
@@ -108,9 +108,7 @@ def run(
         whole = np.concatenate(judge.whole_losses)
         for side in sides.values():
             side.loss = float(np.mean(whole + np.concatenate([scores.loss for scores in judge(side.plan)])))
-        keys = synthetic_items(
-            llm, corpus.text(()), tasks=("passkey",), lengths=(_KEY_LENGTH,), depths=_KEY_DEPTHS, n_per=1
-        )
+        keys = passkey_items(llm, corpus.text(()), lengths=(_KEY_LENGTH,), depths=_KEY_DEPTHS, n_per=1)
         on_stage(f"Looking for {len(keys)} pass keys hidden in {_KEY_LENGTH:,} tokens each")
         for side in sides.values():
             llm.set_plan(side.plan)

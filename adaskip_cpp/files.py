@@ -32,13 +32,13 @@ def read_text(path: StrPath) -> str:
         raise DataError(f"cannot read {os.fspath(path)!r} ({error.strerror}); check the path") from error
 
 
-def check_output(path: str, option: str = "-o") -> None:
+def check_output(path: str) -> None:
     """Raise a DataError if a file cannot be written, before minutes of work for it."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise DataError(f"there is no folder {folder!r}; create it or choose another place with {option} FILE")
+        raise DataError(f"there is no folder {folder!r}; create it or choose another place with -o FILE")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise DataError(f"cannot write {path!r}; choose another place with {option} FILE")
+        raise DataError(f"cannot write {path!r}; choose another place with -o FILE")
 
 
 def json_text(data: Any) -> str:

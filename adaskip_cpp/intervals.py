@@ -56,7 +56,7 @@ class Interval:
         return self.low > x or self.high < x
 
 
-def ratio_interval(a: _Values, b: _Values, *, seed: int = 0) -> Interval:
+def ratio_interval(a: _Values, b: _Values) -> Interval:
     """Return the ratio ``a / b``, pair by pair: a slow moment that affects both sides of a pair cancels out.
 
     ``a[i]`` and ``b[i]`` are positive and of one round. The value is the exponential of the mean log ratio, without a
@@ -67,7 +67,7 @@ def ratio_interval(a: _Values, b: _Values, *, seed: int = 0) -> Interval:
         raise DataError(f"cannot pair shapes {first.shape} and {second.shape}; give one measurement of each per round")
     if not (np.isfinite(first) & np.isfinite(second) & (first > 0) & (second > 0)).all():
         raise DataError("a ratio needs positive finite measurements; leave out rounds without a result")
-    log = _interval(np.log(first) - np.log(second), _trimmed_mean, seed)
+    log = _interval(np.log(first) - np.log(second), _trimmed_mean)
     value, low, high = np.exp((log.value, log.low, log.high)).tolist()
     return Interval(value, low, high, log.n)
 
@@ -78,12 +78,12 @@ def mean_error(values: _Values) -> tuple[float, float]:
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
-def mean_interval(values: _Values, *, seed: int = 0) -> Interval:
+def mean_interval(values: _Values) -> Interval:
     """Return the mean of independent values, one per item (items, not tokens, are independent), and its interval.
 
     Show the number of items beside it: five right answers of five give 1 to 1, values with a long tail need about 60.
     """
-    return _interval(_items(values), lambda x: np.asarray(x.mean(axis=-1)), seed)
+    return _interval(_items(values), lambda x: np.asarray(x.mean(axis=-1)))
 
 
 def _items(values: _Values) -> _Array:
@@ -98,11 +98,11 @@ def _trimmed_mean(x: _Array) -> _Array:
     return np.asarray(np.sort(x, axis=-1)[..., k : x.shape[-1] - k].mean(axis=-1))
 
 
-def _interval(x: _Array, estimate: Callable[[_Array], _Array], seed: int) -> Interval:
+def _interval(x: _Array, estimate: Callable[[_Array], _Array]) -> Interval:
     n, value = len(x), float(estimate(x))
     if n < 2:
         return Interval(value, math.nan, math.nan, n)
-    draws = estimate(x[np.random.default_rng(seed).integers(0, n, (_N_DRAWS, n))])
+    draws = estimate(x[np.random.default_rng(0).integers(0, n, (_N_DRAWS, n))])
     widening = _student_t(n - 1) * math.sqrt(n / (n - 1))
     half = widening * float(draws.std())
     tail = NormalDist().cdf(-widening)

@@ -1,7 +1,8 @@
 """``adaskip-cpp bench``: measures the speed of a model with and without plans, against stock llama-cpp-python."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import click
 
@@ -9,16 +10,17 @@ from ..benchmark import measure
 from ..files import json_text
 from ..measuring.running import Running
 from ..model.frontier import Frontier
-from ..model.mode import MODES
+from ..model.mode import MODES, ModeName
 from ..model.plan import SkipPlan
 from ..model.plan_file import plan_beside
-from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..progress import progress_bar
 from .bench_report import print_report
-from .lists import LAYERS_OF_BOTH, names, numbers
-from .planning import CHOOSERS, find_profile
-from .terminal import CHOOSING, console, json_option, model_options, option, verb
+from .lists import LAYERS_OF_BOTH, numbers
+from .planning import find_profile
+from .terminal import CHOOSING, OUTPUT, console, model_options, option, verb
+
+_Layers: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # of attentions, of FFNs
 
 _chosen = partial(option, group=CHOOSING)
 _measured = partial(option, group="What to measure")
@@ -32,27 +34,23 @@ _measured = partial(option, group="What to measure")
 @option("--profile", metavar="PROFILE",
         help="Profile to make plans from.  [default: X.adaskip.json beside MODEL, X.gguf]")  # fmt: skip
 @option("--skip", type=numbers(int, "6,12"), help="Numbers of sublayers, a plan for each, as 6,12.  [default with "
-        f"--strategy or --profile: {DEFAULT_N_SKIP}]")  # fmt: skip
+        f"--profile: {DEFAULT_N_SKIP}]")  # fmt: skip
 @option("--contexts", type=numbers(int, "512,2048"),
         help="Lengths of prompts, in tokens.  [default: 512,2048,8192, as far as the model allows]")  # fmt: skip
 @option("--repeats", type=click.IntRange(min=1), default=12, help="Number of rounds.")
-@_chosen("--strategy", type=names(CHOOSERS), help=f"How to choose: {', '.join(CHOOSERS)}.  [default: adaskip]")
-@_chosen("--speedup", type=numbers(float, "1.2,1.4"), help="One plan for each speed-up, predicted at the longest "
-         "context: 1.2,1.4 are 1.2 and 1.4 times as fast.")  # fmt: skip
 @_chosen("--layers", type=LAYERS_OF_BOTH, multiple=True, help="A plan that skips only these attentions/FFNs, as "
          "1,5-7/8,9 or 1,5-7/ or /8,9; may be repeated.")  # fmt: skip
 @_chosen("--tuned", is_flag=True, help="The plans that `tune` found for MODEL, by the default promise.")
 @_chosen("--mode", type=click.Choice(MODES), default="prompt", help="Phases that skip, see `generate --help`.")
-@_chosen("--compensation", type=click.Choice(list(COMPENSATIONS)),
-         help=f"See `generate --help`.  [default: {DEFAULT_COMPENSATION}; none with --strategy suffix]")  # fmt: skip
 @_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to decode after each prompt.")
 @_measured("--no-stock", is_flag=True, help="Do not measure stock llama-cpp-python.")
 @_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
 @model_options
-@json_option
+@option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON with all times instead of tables.")
 def bench(
-    model: str, profile: str | None, contexts: tuple[int, ...] | None, tuned: bool, repeats: int, decode_tokens: int,
-    no_stock: bool, no_ideal: bool, running: Running, as_json: bool, **choice: Any
+    model: str, profile: str | None, skip: tuple[int, ...] | None, contexts: tuple[int, ...] | None, repeats: int,
+    layers: tuple[_Layers, ...], tuned: bool, mode: ModeName, decode_tokens: int, no_stock: bool, no_ideal: bool,
+    running: Running, as_json: bool
 ) -> None:  # fmt: skip
     """Measure the time to the first token and per token of MODEL, a GGUF file.
 
@@ -69,9 +67,9 @@ def bench(
         context = click.get_current_context()
         raise click.UsageError("an rpc-server serves one process, but bench needs several; leave out --rpc", context)
     err = console(stderr=True)
-    requests = _requests(choice)
-    if profile is not None and not requests and not tuned:
-        requests = _requests({**choice, "skip": (DEFAULT_N_SKIP,)})
+    if skip is None:
+        skip = (DEFAULT_N_SKIP,) if profile is not None and not (layers or tuned) else ()
+    requests = _requests(skip, layers, mode)
     source, note = find_profile(model, profile) if requests else (None, "")
     if note:
         err.print(note)
@@ -100,16 +98,12 @@ def bench(
         raise result.ended_by
 
 
-def _requests(choice: dict[str, Any]) -> dict[str, PlanRequest]:
+def _requests(n_skips: Sequence[int], layers: Sequence[_Layers], mode: ModeName) -> dict[str, PlanRequest]:
     """Return the requests by their names in tables; equal names get numbers."""
-    budgets = [{"n_skip": n} for n in choice["skip"] or ()] + [{"speedup": ratio} for ratio in choice["speedup"] or ()]
-    if choice["strategy"] and not budgets:
-        budgets = [{"n_skip": DEFAULT_N_SKIP}]
-    wanted = [{"strategy": name, **budget} for name in choice["strategy"] or ("adaskip",) for budget in budgets]
-    wanted += [{"strategy": "manual", "attention": first, "ffn": second} for first, second in choice["layers"]]
+    wanted = [PlanRequest(n_skip, mode=mode) for n_skip in n_skips]
+    wanted += [PlanRequest(mode=mode, strategy="manual", attention=first, ffn=second) for first, second in layers]
     named: dict[str, PlanRequest] = {}
-    for each in wanted:
-        request = PlanRequest(mode=choice["mode"], compensation=choice["compensation"], **each)
+    for request in wanted:
         n = sum(name.partition(" (")[0] == request.name for name in named)
         named[f"{request.name} ({n + 1})" if n else request.name] = request
     return named

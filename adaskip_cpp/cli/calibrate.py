@@ -9,14 +9,14 @@ import click
 
 from ..calibration.calibrate import calibrate as run
 from ..calibration.cost import measure_cost
-from ..files import check_output, json_text, read_text
+from ..files import check_output, read_text
 from ..measuring import corpus
 from ..measuring.running import Running, open_quietly
 from ..model.stored import vectors_path
 from ..planning.profile import Profile
 from ..progress import progress_bar
 from .planning import load_profile
-from .terminal import console, json_option, model_options, option, verb
+from .terminal import console, model_options, option, verb
 
 _CTX_TIMED = 8192  # context for timing sublayers, in tokens: the default of `generate`, to cover its prompts
 
@@ -36,10 +36,9 @@ _learning = partial(option, group="What to measure")
 @_learning("--cost-only", is_flag=True, help="Only time the sublayers again, here; keep the rest of PROFILE.")
 @_learning("--no-cost", is_flag=True, help="Do not time the sublayers. Then --speedup cannot be used.")
 @model_options
-@json_option
 def calibrate(
     model: str, output: str, files: tuple[str, ...], requests: int, tokens: int, n_decode: int,
-    no_cost: bool, cost_only: bool, running: Running, as_json: bool
+    no_cost: bool, cost_only: bool, running: Running
 ) -> None:  # fmt: skip
     """Measure which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
 
@@ -69,9 +68,7 @@ def calibrate(
         )
     profile.save(output)
     elapsed_s = time.monotonic() - start
-    if as_json:
-        click.echo(json_text({"path": output, **profile.to_dict()}), nl=False)
-    elif cost_only:
+    if cost_only:
         told = f"The sublayers were timed again in {elapsed_s:.0f} s. The rest of {output} did not change."
         console().print(told, soft_wrap=True, markup=False)
     else:

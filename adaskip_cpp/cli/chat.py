@@ -12,7 +12,7 @@ from rich.console import Console
 from ..engine.generation import Generation, Message, Timing, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
 from ..errors import RequestError
-from ..measuring.running import Running, open_quietly
+from ..measuring.running import Running
 from ..planning.profile import Profile
 from ..progress import progress_bar
 from .plan import print_plan
@@ -46,14 +46,10 @@ def chat(
     --speedup is predicted for a conversation of half of --ctx. Without options for a plan, it uses the plans and
     settings that `adaskip-cpp tune` wrote beside MODEL, or else the whole model.
     """
-    llm = open_quietly(model, ctx, running, **source.opening(max(ctx // 2, 1)))
+    llm = source.open(model, ctx, running, max(ctx // 2, 1), seed)
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
-    if seed is not None:
-        llm.set_seed(seed)
-    err = console(stderr=True)
-    source.tell(err, llm)
-    Conversation(llm, source.profile, max_tokens, temp, err, system).run()
+    Conversation(llm, source.profile, max_tokens, temp, console(stderr=True), system).run()
 
 
 @dataclass

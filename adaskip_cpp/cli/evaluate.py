@@ -20,7 +20,7 @@ from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..progress import progress_bar
 from .lists import names, numbers
 from .planning import CHOOSERS, plan_file_option
-from .terminal import CHOOSING, RUNNING, console, json_option, model_options, option, table, verb
+from .terminal import CHOOSING, RUNNING, console, model_options, option, table, verb
 
 _AGAIN = "; may be repeated"
 _DEFAULTS = EvaluationOptions()
@@ -71,8 +71,7 @@ _speed = partial(option, group="Speed")
 @_speed("--speed-context", type=click.IntRange(min=2), help="Tokens of the timed prompt.  [default: 1024, or fewer]")
 @_running("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: as needed; 8192 with --tasks]")
 @model_options
-@json_option
-def evaluate(model: str, profile_path: str | None, output: str, running: Running, as_json: bool, **values: Any) -> None:
+def evaluate(model: str, profile_path: str | None, output: str, running: Running, **values: Any) -> None:
     """Compare plans of MODEL, a GGUF file, with the whole model: the added loss, the agreement, answers and speed.
 
     It runs the plans of `tune`, one for each promise. With --profile, it also runs every strategy with every budget in
@@ -94,10 +93,7 @@ def evaluate(model: str, profile_path: str | None, output: str, running: Running
             on_progress=on_progress,
             tell=partial(err.print, style="yellow", markup=False, soft_wrap=True),
         )
-    if as_json:
-        click.echo(found.to_json(), nl=False)
-    else:
-        _print(found, output)
+    _print(found, output)
     if found.n_done < found.n_results:
         err.print(f"Interrupted. All results are kept; the same command continues:\n  {command}", soft_wrap=True)
         context.exit(130)

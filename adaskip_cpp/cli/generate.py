@@ -38,7 +38,6 @@ def generate(
     A plan skips the sublayers that matter least. Without options for a plan, it uses the plans and settings that
     `adaskip-cpp tune` wrote beside MODEL, or else the whole model.
     """
-    err = console(stderr=True)
     if (prompt is None) == (file is None):
         raise click.UsageError("there must be one prompt; give it with -p, or a file with -f")
     text = prompt if prompt is not None else read_text(file or "")
@@ -49,10 +48,7 @@ def generate(
             length = max(len(_tokens(tokenizer, text, chat)), 1)
         if source.request is None or MODES[source.request.mode].in_bulk:
             length = max(length, _LEAST_LENGTH)
-    llm = open_quietly(model, ctx, running, **source.opening(length))
-    source.tell(err, llm)
-    if seed is not None:
-        llm.set_seed(seed)
+    llm = source.open(model, ctx, running, length, seed)
     prompt_tokens = _tokens(llm, text, chat)
     answer = Generation(llm, prompt_tokens, max_tokens=max_tokens, temperature=temp, on_stage=progress_bar)
     for piece in answer:
@@ -69,7 +65,7 @@ def generate(
     ]
     if answer.timing.is_cut:
         lines.append("the answer stops because the context is full; use a larger --ctx")
-    err.print("\n".join(lines), style="dim")
+    console(stderr=True).print("\n".join(lines), style="dim")
 
 
 def _tokens(llm: AdaSkipLlama, text: str, chat: bool | None) -> list[int]:

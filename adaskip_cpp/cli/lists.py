@@ -1,4 +1,4 @@
-"""Types of options that take a list with commas: :func:`numbers`, :func:`names`, :data:`LAYERS`."""
+"""Types of options that take a list with commas: :func:`numbers`, :func:`names`, :data:`LAYERS_OF_BOTH`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -60,6 +60,5 @@ def _layers(part: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
-LAYERS = _List(_layers, "a list of layers such as 1,5-7", "LAYERS")
 LAYERS_OF_BOTH = _Two(_layers, "two lists of layers such as 1,5-7/8,9", "LAYERS/LAYERS")
 """Layers of attentions, then layers of FFNs."""

@@ -1,26 +1,22 @@
 """``adaskip-cpp plan``: shows the plan that a profile gives, with all ranks, and the predicted speed-up."""
 
-from dataclasses import asdict
-from typing import Any
-
 import click
 import numpy as np
 from rich.console import Console
 from rich.table import Column
 
-from ..files import check_output, json_text
+from ..files import check_output
 from ..model.mode import MODES
 from ..model.plan import PHASES, TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
-from ..model.skip_set import KIND_NAMES, KINDS, SkipSet, ranked
-from ..model.stored import plain
+from ..model.skip_set import KIND_NAMES, SkipSet, ranked
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
 from ..planning.strategies import make_plan, what_is_lost
 from .planning import plan_options
 from .report import PHASE_WORDS, layer_list, seconds, window_words
-from .terminal import OUTPUT, console, json_option, option, table, verb
+from .terminal import OUTPUT, console, option, table, verb
 from .tune_report import print_frontier
 
 
@@ -35,12 +31,11 @@ from .tune_report import print_frontier
 @option("--context", type=click.IntRange(min=1), default=2048, help="Prompt length for predictions, in tokens.")
 @option("-o", "--output", metavar="PLAN", group=OUTPUT,
         help="Also write the plan to a file, for --plan of other verbs.")  # fmt: skip
-@json_option
-def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None, as_json: bool) -> None:
+def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None) -> None:
     """Show the plan that PROFILE gives with these options: the sublayers that it skips, and the rank of each sublayer.
 
     PROFILE may also be a plan file, written by `tune` or with -o. Then its plans are shown, with the measurements of
-    `tune`. The only other option is then --json.
+    `tune`. No options go with it.
 
     The table has these columns for each sublayer. "divergence": of next-token probabilities if the bulk skips it alone,
     in thousandths of a nat per token. "rank": its place by divergence times the layers above it; rank 1 loses least.
@@ -52,83 +47,40 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     if is_plan_file(profile_path):
         if request is not None or output is not None:
             raise click.UsageError("PROFILE is a plan file, which is shown as it is; leave out other options")
-        _show_plan_file(out, load_plan(profile_path), profile_path, as_json)
+        _print_plan_file(out, load_plan(profile_path))
         return
     if output is not None:
         check_output(output)
     profile = Profile.load(profile_path)
     request = request or PlanRequest()
-    phase = request.faster_phase
     chosen = make_plan(profile, request.at(context))
     if output is not None:
         save_plan(output, chosen)
-    rows, cost = _rows(profile, request, chosen, context, phase), profile.cost
-    speedup, first = {}, {}
-    if cost is not None:
-        speedup = {name: cost.speedup(chosen, context, name) for name in TIMED}
-        first = {name: cost.seconds(each, context, "prefill") for name, each in (("full", None), ("plan", chosen))}
-    if as_json:
-        told = {
-            "profile": profile_path,
-            "context": context,
-            "phase": phase,
-            "predicted_speedup": speedup or None,
-            "predicted_first_token_s": first or None,
-            "times": cost and {**asdict(cost.settings), "deepest": cost.deepest},
-            "layers_without_kv": chosen.without_kv,
-            "sublayers": rows,
-            "plan": chosen.to_dict(),
-        }
-        click.echo(json_text(told), nl=False)
-        return
     print_plan(out, chosen)
-    _print_rows(out, rows)
+    _print_ranks(out, profile, request, chosen, context)
+    cost, phase = profile.cost, request.faster_phase
     if cost is None:
         out.print("No speed-up is predicted, because the profile has no times; `calibrate --cost-only` adds them.")
     else:
-        words = ", ".join(f"{name} {times:.2f} x" for name, times in speedup.items())
+        speedups = ", ".join(f"{name} {cost.speedup(chosen, context, name):.2f} x" for name in TIMED)
+        first, first_whole = (seconds(cost.seconds(each, context, "prefill")) for each in (chosen, None))
         what = "a prompt" if phase == "bulk" else phase
         measured = f"predicted from times of {cost.settings.words}, up to {cost.deepest:,} tokens"
         out.print(f"ms: time saved in {what}, {measured}", style="dim", markup=False)
-        out.print(f"Predicted speed-up at {context:,} tokens: {words}.")
-        out.print(f"Predicted first token: after {seconds(first['plan'])}, whole model {seconds(first['full'])}.")
+        out.print(f"Predicted speed-up at {context:,} tokens: {speedups}.")
+        out.print(f"Predicted first token: after {first}, whole model {first_whole}.")
     _print_elided(out, chosen)
     if output is not None:
         out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
 
 
-def _show_plan_file(out: Console, found: PlanFile, path: str, as_json: bool) -> None:
-    if as_json:
-        click.echo(json_text({"file": path, **plain(vars(found))[0]}), nl=False)
-    elif found.frontier is not None:
+def _print_plan_file(out: Console, found: PlanFile) -> None:
+    if found.frontier is not None:
         print_frontier(out, found.frontier)
     elif found.plan is not None:
         print_plan(out, found.plan)
         out.print()
         _print_elided(out, found.plan)
-
-
-def _rows(profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int, phase: Phase) -> list[dict[str, Any]]:
-    saved = None if profile.cost is None else seconds_saved(profile.cost, context, phase)
-    divergence = profile.divergence if MODES[request.mode].in_bulk and request.ranking != "similarity" else None
-    lost = -profile.similarity if divergence is None else what_is_lost(profile, request)
-    rows = []
-    for rank, index in enumerate(ranked(lost), start=1):
-        at = layer, kind = divmod(index, 2)
-        skipped = {name: each for name, each in _phases(chosen) if each.skip[at]}
-        rows.append(
-            {
-                "rank": rank if profile.in_bulk[at] else None,
-                "layer": layer,
-                "kind": KINDS[kind],
-                "similarity": float(profile.similarity[at]) if profile.in_bulk[at] else None,
-                "divergence": float(divergence[at]) if divergence is not None and profile.in_bulk[at] else None,
-                "saved_ms": None if saved is None else float(saved[at] * 1e3),
-                "skipped": list(skipped),
-                "scale": next((float(each.scale[at]) for each in skipped.values()), None),
-            }
-        )
-    return rows
 
 
 def _phases(plan: SkipPlan) -> list[tuple[Phase, SkipSet]]:
@@ -166,28 +118,29 @@ def print_plan(out: Console, chosen: SkipPlan) -> None:
         )
 
 
-def _print_rows(out: Console, rows: list[dict[str, Any]]) -> None:
-    timed = any(row["saved_ms"] is not None for row in rows)
-    measure = "simi-\nlarity" if all(row["divergence"] is None for row in rows) else "diver-\ngence"
-    of_each = ("rank", measure, *(["\nms"] if timed else []), "\nskip", "\nscale")
+def _print_ranks(out: Console, profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int) -> None:
+    saved = None if profile.cost is None else 1e3 * seconds_saved(profile.cost, context, request.faster_phase)
+    divergence = profile.divergence if MODES[request.mode].in_bulk else None
+    lost = -profile.similarity if divergence is None else what_is_lost(profile, request)
+    ranks, phases = {divmod(index, 2): rank for rank, index in enumerate(ranked(lost), start=1)}, _phases(chosen)
+
+    def cells(at: tuple[int, int]) -> list[str]:
+        times = [] if saved is None else [f"{saved[at]:.1f}" if saved[at] >= 10 else f"{saved[at]:.2f}"]
+        if not profile.in_bulk[at]:
+            return ["-", "-", *("-" for _ in times), "", ""]
+        measured = f"{profile.similarity[at]:.4f}" if divergence is None else f"{1e3 * divergence[at]:.2f}"
+        skipped = {name: each for name, each in phases if each.skip[at]}
+        scale = next((f"{each.scale[at]:.3f}" for each in skipped.values()), "")
+        found = [str(ranks[at]), measured, *times, "".join(name[0] for name in skipped), scale]
+        return [f"[bold]{cell}[/]" if cell and skipped else cell for cell in found]
+
+    measure = "simi-\nlarity" if divergence is None else "diver-\ngence"
+    of_each = ("rank", measure, *(["\nms"] if saved is not None else []), "\nskip", "\nscale")
     columns = [f"{name}\nrank" if column == "rank" else column for name in KIND_NAMES for column in of_each]
     printed = table(Column("\nlayer", justify="right"), *columns, collapse_padding=True)
-    cells = {(row["layer"], row["kind"]): _cells(row, timed) for row in rows}
-    for layer in range(len(rows) // 2):
-        printed.add_row(str(layer), *cells[layer, "attention"], *cells[layer, "ffn"])
+    for layer in range(profile.n_layer):
+        printed.add_row(str(layer), *cells((layer, 0)), *cells((layer, 1)))
     out.print(printed)
-
-
-def _cells(row: dict[str, Any], timed: bool) -> list[str]:
-    if row["rank"] is None:
-        return ["-", "-", *(["-"] if timed else []), "", ""]
-    skip, ms = "".join(name[0] for name in row["skipped"]), row["saved_ms"]
-    times = [f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"] if timed else []
-    scale = "" if row["scale"] is None else f"{row['scale']:.3f}"
-    diverges = row["divergence"]
-    measured = f"{row['similarity']:.4f}" if diverges is None else f"{1e3 * diverges:.2f}"
-    cells = [str(row["rank"]), measured, *times, skip, scale]
-    return [f"[bold]{cell}[/]" if cell and skip else cell for cell in cells]
 
 
 def _print_elided(out: Console, plan: SkipPlan) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import AdaSkipError
+from ..measuring.running import Running, open_quietly
 from ..model.frontier import DEFAULT_LOSS, Frontier
 from ..model.identity import check_model, plan_path, profile_path
 from ..model.mode import MODES
@@ -20,9 +20,8 @@ from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 from ..planning.profile import Profile
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES, make_plan
-from .lists import LAYERS
 from .report import skipped_words
-from .terminal import CHOOSING, made_of, option, options
+from .terminal import CHOOSING, console, made_of, option, options
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -59,19 +58,22 @@ class PlanSource:
         plan = None if self.file is None else self.file.plan
         return None if plan is None or plan.is_whole else plan
 
-    def opening(self, context: int) -> dict[str, Any]:
-        """Return the arguments that open a model with this plan, for prompts of ``context`` tokens."""
-        if self.frontier is not None:
-            return {"plan": self.frontier, "max_loss": self.max_loss}
-        return {"plan": self.plan(context)}
+    def open(self, model: str, n_ctx: int, running: Running, context: int, seed: int | None) -> AdaSkipLlama:
+        """Open a model with this plan, for prompts of ``context`` tokens.
 
-    def tell(self, err: Console, llm: AdaSkipLlama) -> None:
-        """Print which source was chosen. Warn if its times were measured with settings other than the model's."""
+        Print which source was chosen. Warn if its times were measured with settings other than the model's.
+        """
+        promise = {} if self.frontier is None else {"max_loss": self.max_loss}
+        llm = open_quietly(model, n_ctx, running, plan=self.frontier or self.plan(context), **promise)
+        if seed is not None:
+            llm.set_seed(seed)
+        err = console(stderr=True)
         if self.note:
             err.print(self.note, style="dim", markup=False)
         cost = None if self.profile is None else self.profile.cost
         if self.asks_speedup and cost is not None and (note := cost.settings.note(cost_settings(llm))):
             err.print(note, style="yellow", markup=False, soft_wrap=True)
+        return llm
 
 
 def find_plan_source(
@@ -139,14 +141,9 @@ def _request(**given: Any) -> PlanRequest | None:
     chosen = {name: value for name, value in given.items() if value is not None}
     if not chosen:
         return None
-    by_hand = not chosen.keys().isdisjoint(("attention", "ffn"))
-    if by_hand + ("n_skip" in chosen) + ("speedup" in chosen) > 1:
-        raise click.UsageError("give either --skip or --speedup, or list what to skip with --attention and --ffn")
-    if by_hand and "strategy" in chosen:
-        raise click.UsageError("--attention and --ffn list the sublayers to skip; leave out --strategy")
-    if "online" in chosen and MODES[chosen.get("mode", "prompt")].in_bulk and not chosen.get("decode"):
-        raise click.UsageError("--no-online has no effect when decode skips nothing; give --decode or --mode too")
-    return PlanRequest(**{**chosen, "strategy": "manual"} if by_hand else chosen)
+    if "n_skip" in chosen and "speedup" in chosen:
+        raise click.UsageError("give either --skip or --speedup")
+    return PlanRequest(**chosen)
 
 
 def _choosing(name: str, kind: Any, words: str, default: object = None) -> Callable[[_Command], _Command]:
@@ -163,23 +160,18 @@ _OPTIONS = {
                       "the profile. 1.5: 1.5 times as fast."),
     "mode": _choosing("--mode", click.Choice(MODES), "Phases that skip. prompt: the bulk, which is a prompt without "
                       "its head and tail. prefill: the whole prompt and decode skip the same sublayers. decode: only "
-                      "decode. e2e: as prefill, and decode adds FFNs (see --no-online).", "prompt"),
-    "decode": _choosing("--decode", click.IntRange(0), "Sublayers to skip in decode, with --mode prompt.", 0),
+                      "decode. e2e: as prefill. decode and e2e add FFNs after 20 tokens of each answer.", "prompt"),
     "head": _choosing("--head", click.IntRange(0), "Tokens at a prompt's beginning that skip nothing.", DEFAULT_HEAD),
     "tail": _choosing("--tail", click.IntRange(1), "Tokens at a prompt's end that skip nothing.", DEFAULT_TAIL),
     "windowed": _choosing("--windowed", click.IntRange(0),
                           "Number of attentions with a window in the bulk, an eighth of the prompt; the last layers'.",
                           "the best number for --speedup, else 0"),
     "strategy": _choosing("--strategy", click.Choice(CHOOSERS), "How to choose sublayers.", "adaskip"),
-    "attention": _choosing("--attention", LAYERS, "Layers whose attention to skip, as 1,5-7. No others but --ffn."),
-    "ffn": _choosing("--ffn", LAYERS, "Layers whose FFN to skip, as 1,5-7. No others but --attention."),
     "compensation": _choosing("--compensation", click.Choice(list(COMPENSATIONS)), "What replaces the output of a "
                               "skipped sublayer. none: its input. paper: the input times the paper's norm ratio. "
                               "median: the input times the median ratio. affine: median plus the mean error. linear: "
                               "affine plus a low-rank map of the input.",
                               f"{DEFAULT_COMPENSATION}; none with --strategy suffix"),
-    "online": option("--no-online", "online", group=CHOOSING, flag_value=False, default=None, help="Add no FFNs to the "
-                     "plan. Otherwise decode, e2e and --decode add some after 20 tokens of each answer."),
 }  # fmt: skip
 """The options by the field of PlanRequest that each sets, in the order of the help; None if not given."""
 

@@ -199,9 +199,6 @@ def table(*columns: str | Column, **settings: Any) -> Table:
     return Table(first, *figures, **{"box": SIMPLE_HEAD, "pad_edge": False, "title_justify": "left", **settings})
 
 
-json_option = option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON instead of tables and text.")
-
-
 def made_of(make: Callable[..., Any], name: str, *parts: str, kept: str = "") -> Callable[[_Command], _Command]:
     """Pass a command ``name=make(**parts)`` in place of the options ``parts``. It also gets the option ``kept``."""
 

@@ -7,16 +7,16 @@ from functools import partial
 import click
 
 from ..errors import DataError
-from ..files import check_output, content_hash, json_text
+from ..files import check_output, content_hash
 from ..measuring.running import Running
 from ..measuring.tasks import read_texts
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import fingerprint, plan_path
-from ..model.plan_file import frontier_dict, save_plan
+from ..model.plan_file import save_plan
 from ..progress import progress_bar
 from ..tuning import tune as tuning
 from ..tuning.memo import Memo
-from .terminal import OUTPUT, console, json_option, model_options_with, option, verb
+from .terminal import OUTPUT, console, model_options_with, option, verb
 from .tune_report import minutes, print_frontier
 
 
@@ -35,10 +35,9 @@ from .tune_report import minutes, print_frontier
 @model_options_with("the fastest number", "if it is faster")
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
         help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
-@json_option
 def tune(
     model: str, context: int, n_answer: int, files: tuple[str, ...], text_files: tuple[str, ...], output: str | None,
-    running: Running, as_json: bool
+    running: Running
 ) -> None:  # fmt: skip
     """Find the settings and plans that make MODEL, a GGUF file, fastest on this machine. Write them to a plan file.
 
@@ -80,9 +79,6 @@ def tune(
     )
     save_plan(target, frontier)
     memo.remove()
-    if as_json:
-        click.echo(json_text({"path": target, **frontier_dict(frontier)}), nl=False)
-        return
     out = console()
     print_frontier(out, frontier)
     out.print(f"\nWritten to {target}. It took {minutes(time.monotonic() - start)}.", soft_wrap=True, markup=False)

@@ -12,7 +12,7 @@ from ..engine.generation import chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError, DataError
 from ..measuring import corpus
-from ..measuring.synthetic import synthetic_items
+from ..measuring.synthetic import TASKS, passkey_items
 from ..measuring.task_files import task_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
 from ..model.identity import plan_path
@@ -58,7 +58,7 @@ class EvaluationOptions:
         tasks: files of LongBench or L-Eval. LongBench's ``dataset2prompt.json`` and ``dataset2maxlen.json`` are read
             from the folder of each file; without them, only ``multi_news`` has a prompt and a length of answers.
         tasks_items: number of questions of each of these tasks; None for all.
-        synthetic: names of long-context tasks that are made from the text.
+        synthetic: names of long-context tasks that are made from the text: ``"passkey"``.
         lengths: tokens of the prompts of these.
         depths: places of the answers in these prompts, 0 to 1.
         n_per: number of questions for each of these tasks, lengths and depths.
@@ -204,15 +204,10 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
             f"{options.n_continuation} are judged"
         )
     if options.synthetic:
+        if unknown := [task for task in options.synthetic if task not in TASKS]:
+            raise DataError(f"there is no task {unknown[0]!r}; use {', '.join(TASKS)}")
         lengths, depths = (", ".join(f"{each:g}" for each in all_) for all_ in (options.lengths, options.depths))
-        questions += synthetic_items(
-            llm,
-            whole,
-            tasks=options.synthetic,
-            lengths=options.lengths,
-            depths=options.depths,
-            n_per=options.n_per,
-        )
+        questions += passkey_items(llm, whole, lengths=options.lengths, depths=options.depths, n_per=options.n_per)
         words["Synthetic tasks"] = (
             f"{', '.join(options.synthetic)}: {options.n_per} of each length ({lengths} tokens) and depth ({depths}), "
             "from the same text"

@@ -10,7 +10,7 @@ from importlib import metadata
 
 from ..engine.settings import cost_settings
 from ..files import StrPath, content_hash
-from ..measuring.cores import is_busy, load_average
+from ..measuring.cores import busy_warning, load_average
 from ..measuring.metrics import continuation_rouge_l
 from ..measuring.running import Running, described, open_quietly
 from ..planning.profile import Profile
@@ -84,7 +84,7 @@ def evaluate(
         }
         with open_store(folder, settings, facts) as kept:
             load = kept.facts["load_average"]
-            if work.speed_prompt and is_busy(load):
+            if work.speed_prompt and busy_warning(load):
                 notes.append(
                     f"The load average was {load:.1f} at the beginning. If other programs were running, they disturbed "
                     "the speeds: close them, and evaluate again into another folder."

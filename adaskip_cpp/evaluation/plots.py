@@ -21,7 +21,7 @@ def quality_picture(results: Results) -> plots.Figure | None:
     if not panels:
         return None
     n = len(panels)
-    fig, every = plots.panels(1, n, width_in=3.3 * n + 0.4, height_in=3.6, sharey=True)
+    fig, every = plots.panels(n, width_in=3.3 * n + 0.4, height_in=3.6, sharey=True)
     handles: dict[str, Any] = {}
     for axes, (mode, points) in zip(every, panels.items(), strict=True):
         axes.set_yscale("symlog", linthresh=0.1)  # logarithmic, because losses differ by a factor of a hundred

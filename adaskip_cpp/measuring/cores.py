@@ -16,10 +16,6 @@ def load_average() -> float | None:
     return os.getloadavg()[0]
 
 
-def is_busy(load: float | None) -> bool:
-    return load is not None and load > _BUSY
-
-
 def busy_warning(load: float | None) -> str:
     """Return a sentence for the user before a measurement on a busy machine, else an empty one."""
     if load is None or load <= _BUSY:

@@ -2,15 +2,14 @@
 
 import contextlib
 import os
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import msgspec
 
 from ..errors import PlanError, PlanFileError
 from ..files import StrPath
 from . import stored
-from .frontier import Frontier, Point
+from .frontier import Frontier
 from .identity import PLAN_SUFFIX, check_model, plan_path
 from .plan import SkipPlan
 
@@ -116,12 +115,3 @@ def plan_beside(model: StrPath) -> PlanFile:
     if not os.path.exists(name):
         raise PlanFileError(f"there is no plan {name!r} beside the model; run `adaskip-cpp tune {os.fspath(model)}`")
     return load_plan(name, model=model)
-
-
-def frontier_dict(frontier: Frontier) -> dict[str, Any]:
-    """Return the figures of a frontier, without its plans."""
-
-    def values(of: Frontier | Point) -> dict[str, Any]:
-        return {field.name: getattr(of, field.name) for field in fields(of) if field.name != "plan"}
-
-    return {**values(frontier), "points": list(map(values, frontier.points))}

@@ -86,10 +86,8 @@ def has_matplotlib() -> bool:
     return True
 
 
-def panels(
-    n_rows: int = 1, n_columns: int = 1, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any
-) -> tuple[Figure, list[Axes]]:
-    """Return an empty picture and its panels, row by row; ``share`` is for ``Figure.subplots``.
+def panels(n: int = 1, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any) -> tuple[Figure, list[Axes]]:
+    """Return an empty picture and its panels, from left to right; ``share`` is for ``Figure.subplots``.
 
     6.5 inches are the width of the text on a page. At this width, the picture's text has 9 points.
     """
@@ -98,7 +96,7 @@ def panels(
     except ImportError:
         raise PackageMissingError('pictures need matplotlib; run: pip install "adaskip-cpp[plot]"') from None
     fig = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
-    every = list(fig.subplots(n_rows, n_columns, squeeze=False, **share).flat)
+    every = list(fig.subplots(1, n, squeeze=False, **share).flat)
     for axes in every:
         axes.set(facecolor="none", axisbelow=True)
         axes.grid(True, color=GRID, linewidth=0.4, alpha=0.45)

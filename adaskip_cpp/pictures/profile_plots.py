@@ -18,7 +18,7 @@ LENGTHS = (2048, 8192, 32768)  # tokens of the prompts whose losses and speeds a
 
 def similarity(profile: Profile) -> plots.Figure:
     """Draw the IO similarity of whole layers, attentions and FFNs in prefill and decode, the paper's Fig. 2 to 4."""
-    fig, panels = plots.panels(1, 3, width_in=9.5, height_in=3.2, sharey=True)
+    fig, panels = plots.panels(3, width_in=9.5, height_in=3.2, sharey=True)
     layers = range(profile.n_layer)
     for phase, look in plots.PHASE.items():
         measured = getattr(profile, phase)

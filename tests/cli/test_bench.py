@@ -78,17 +78,12 @@ def profile_path(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["m", "--contexts", "512,x"], "not a list such as 512,2048"),
         (["m", "--contexts", "0"], "not a list"),
         (["m", "--skip", "six"], "not a list such as 6,12"),
-        (["m", "--speedup", "0.5"], "not a list"),
-        (["m", "--speedup", "inf"], "not a list"),
-        (["m", "--strategy", "adaskip,best"], "not a list"),
-        (["m", "--strategy", "manual"], "not a list"),
         (["m", "--layers", "7-3/"], "not two lists of layers"),
         (["m", "--layers", "/1,two"], "not two lists of layers"),
         (["m", "--layers", "1,2"], "not two lists of layers"),
         (["m", "--layers", "1/2/3"], "not two lists of layers"),
         (["m", "--layers", "/"], "not two lists of layers"),
         (["m", "--repeats", "0"], "--repeats"),
-        (["m", "--compensation", "magic"], "affine"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_with_2(args: list[str], message: str) -> None:
@@ -110,17 +105,13 @@ def test_layers_that_do_not_exist_are_one_line(tiny: Any, profile_path: Path) ->
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_budget_is_a_plan_of_every_strategy_and_every_list_of_layers_one_of_its_own(
-    tiny: Any, profile_path: Path
-) -> None:
-    budgets = ("--skip", "1,2", "--strategy", "adaskip,early_exit")
+def test_every_budget_is_a_plan_and_every_list_of_layers_one_of_its_own(tiny: Any, profile_path: Path) -> None:
+    budgets = ("--skip", "1,2")
     lists = ("--layers", "0-1/", "--layers", "/0,2", "--layers", "/1-2", "--layers", "2/0-1")
     found = plans(run(tiny(), "--profile", profile_path, *budgets, *lists, *QUICK))
     assert {name: skipped(plan) for name, plan in found.items()} == {
         "adaskip 1": ([2], []),  # the last layer loses nothing
         "adaskip 2": ([2], [2]),
-        "early_exit 1": ([], []),  # whole layers
-        "early_exit 2": ([2], [2]),
         "2 attention": ([0, 1], []),
         "2 FFN": ([], [0, 2]),
         "2 FFN (2)": ([], [1, 2]),

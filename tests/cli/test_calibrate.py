@@ -1,6 +1,5 @@
 """``adaskip-cpp calibrate``: a profile that the other verbs take."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ def test_calibrate_writes_a_profile_that_generate_takes(run: Run, tiny: Any, tmp
     profile = Profile.load(output)
     assert (profile.n_requests, profile.n_tokens, profile.corpus) == (4, 80, "text.txt")
     assert (profile.decode.n_tokens, profile.prefill.mean_u.shape[2], profile.cost) == (20, N_EMBD, None)
-    assert json.loads(run(*args, "--json").stdout)["prefill"] == profile.to_dict()["prefill"]
 
     result = run("generate", tiny(), "-p", "hello", "--profile", output, "--skip", 2, "--max-tokens", 5)
     assert result.exit_code == 0, result.output

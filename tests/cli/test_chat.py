@@ -105,7 +105,7 @@ def test_the_system_text_and_all_turns_are_in_the_prompt(model: Path, open_model
 def test_the_status_line_tells_both_phases_and_fits_the_terminal(chat: Chat, profile: Path) -> None:
     (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2]))
     assert "skipped 2 bulk, 0 decode" in status and "/8192" in status
-    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--mode", "e2e", "--no-online"]))
+    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--mode", "prefill"]))
     assert "skipped 2 prefill, 2 decode" in status
     (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--mode", "decode"]))
     assert "skipped 0 prefill, 2+0 decode" in status

@@ -132,11 +132,6 @@ def test_questions_of_files_and_of_the_text_are_asked_and_scored(run: Run, resul
     assert {task: scores["score"]["n"] for task, scores in questions.items()} == {"passkey": 4, "qasper": 1}
 
 
-def test_json_prints_what_stands_in_the_file(run: Run, results: Any) -> None:
-    result = run("--skip", 2, "--mode", "prefill", "--strategy", "adaskip", "--json")
-    assert json.loads(result.stdout) == results()
-
-
 def test_the_report_says_how_to_repeat_it(run: Run, tmp_path: Path, text: Path) -> None:
     run("--skip", 2, "--mode", "prefill", "--strategy", "adaskip")
     page = (tmp_path / "out" / "report.html").read_text()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import Result
 from oracles.command_line import line
@@ -37,22 +38,24 @@ def test_the_same_seed_gives_the_same_text(run: Run, tiny: Any) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_generate_allocates_no_kv_for_attentions_that_never_run(run: Run, tiny: Any, profile_path: Path) -> None:
-    args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", profile_path, "--ctx", 256]
+def test_generate_allocates_no_kv_for_attentions_that_never_run(run: Run, tiny: Any, tmp_path: Path) -> None:
+    def told(**chosen: Any) -> str:
+        save_plan(tmp_path / "plan.json", SkipPlan.manual(3, **chosen))
+        args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--ctx", 256]
+        return run(*args, "--plan", tmp_path / "plan.json").stderr
+
     # f16 K and V of 2 heads of 16 for 256 positions: 32,768 bytes a layer.
-    result = run(*args, "--attention", "0,2", "--mode", "e2e")
-    assert "KV:      33 kB, none for 2 of 3 layers" in result.stderr
-    assert "KV:      98 kB\n" in run(*args, "--attention", "0,2", "--mode", "decode").stderr
-    assert "KV:      98 kB\n" in run(*args, "--ffn", "0", "--mode", "e2e").stderr
-    assert "KV:      98 kB\n" in run(*args, "--attention", "0,2").stderr, "the bulk keeps its K and V"
+    assert "KV:      33 kB, none for 2 of 3 layers" in told(attention=[0, 2])
+    assert "KV:      98 kB\n" in told(attention=[0, 2], phase="decode")
+    assert "KV:      98 kB\n" in told(ffn=[0])
+    assert "KV:      98 kB\n" in told(attention=[0, 2], phase="bulk"), "the bulk keeps its K and V"
 
 
 def test_generate_tells_what_each_phase_skipped(run: Run, tiny: Any, profile_path: Path) -> None:
     args = ["generate", tiny(), "-p", "hello", "--max-tokens", 8, "--profile", profile_path, "--raw"]
-    decode_only = run(*args, "--mode", "decode", "--skip", 1, "--no-online").stderr
+    decode_only = run(*args, "--mode", "decode", "--skip", 1).stderr
     assert "skipped: 0 of 6 sublayers in prefill" in decode_only
     assert "1 of 6 in decode (0 attention, 1 FFN)" in decode_only
-    assert "online" not in decode_only
     assert "of 20 tokens observed" in run(*args, "--skip", 1, "--mode", "e2e").stderr
 
 
@@ -98,9 +101,11 @@ def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
     timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=3.0, decode_s=0.1, is_cut=False)
     monkeypatch.setattr(Generation, "timing", property(lambda self: timing, lambda self, value: None), raising=False)
     cost = cost_model(0, [1] * 3, [1] * 3, size=64, kept=[0.5] * 3)
-    profile = replace(Profile.load(profile_path), cost=cost)
+    lost = np.ones((3, 2))
+    lost[:2, 1] = 0.0  # FFN 0 and 1, and attention 2, whose output no K or V in the bulk depends on
+    profile = replace(Profile.load(profile_path), cost=cost, divergence=lost, copying=lost)
     monkeypatch.setattr(Profile, "load", lambda path: profile)
-    args = ["generate", tiny(), "-p", "hello", "--profile", profile_path, "--ffn", "0,1", "--head", 1, "--tail", 1]
+    args = ["generate", tiny(), "-p", "hello", "--profile", profile_path, "--skip", 3, "--head", 1, "--tail", 1]
     told = run(*args, "--max-tokens", 2).stderr
     # By hand, of 64 tokens without outputs: two layers and the last one's K and V take 4.5 s, without two FFNs 2.5. The
     # plan cuts 1 + 64 + 1 tokens, the whole model 64 + 2, of which the two lie between 0.06 s for one and 5.01 for 64.

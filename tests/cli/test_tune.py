@@ -1,6 +1,5 @@
 """``adaskip-cpp tune``: from a tiny model to the file that the other verbs use."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -101,15 +100,6 @@ def test_it_prints_settings_plans_promises_and_speed_within_80_columns(
     path = plan_path(folder / "m.gguf")
     assert f"Written to {path}" in told
     assert max(len(each) for each in result.stdout.splitlines() if path not in each and "auto" not in each) <= 80
-
-
-def test_json_is_what_was_found(tune: Tune, folder: Path) -> None:
-    data = json.loads(tune("--json").stdout)
-    frontier = found(folder)
-    assert data["path"] == plan_path(folder / "m.gguf") and data["n_read"] == frontier.n_read
-    values = [each["continuation"]["divergence"]["value"] for each in data["points"]]
-    assert values == [each.continuation.divergence.value for each in frontier.points]
-    assert data["settings"]["n_threads"] == 1 and data["speeds"][0]["seconds"] == [5.0, 2.0]
 
 
 def test_the_output_can_be_elsewhere(tune: Tune, folder: Path, tmp_path: Path) -> None:
@@ -229,7 +219,7 @@ def test_a_real_model_is_tuned_with_the_built_in_text(
     for module in ("calibration.calibrate", "tuning.planned"):
         monkeypatch.setattr(f"adaskip_cpp.{module}.late_layers", lambda llm: range(27, 30))
     monkeypatch.setattr("adaskip_cpp.tuning.exact.MOST_TOKENS", 2000)
-    args = ["tune", str(smollm2_path), "--context", "512", "-o", str(tmp_path / "p.json"), "--json"]
+    args = ["tune", str(smollm2_path), "--context", "512", "-o", str(tmp_path / "p.json")]
     result = CliRunner().invoke(main, args, prog_name="adaskip-cpp")
     assert result.exit_code == 0, result.output
     frontier = load_plan(tmp_path / "p.json", model=smollm2_path).frontier

@@ -119,7 +119,7 @@ def test_windows_tells_no_load_and_counts_half_its_processors(monkeypatch: pytes
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert cores.load_average() is None and not cores.is_busy(None)
+    assert cores.load_average() is None and not cores.busy_warning(None)
     assert cores.physical_cores() == 6
 
 

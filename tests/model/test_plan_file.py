@@ -442,7 +442,7 @@ def test_generate_uses_the_plan_beside_the_model_and_says_so(generate: Any, mode
 def test_what_to_skip_is_taken_from_the_profile_beside_the_model(generate: Any, profile: Path, model: Path) -> None:
     assert "skipped" not in generate().stderr
     save_plan(plan_path(model), make(model))
-    result = generate("--skip", 2, "--mode", "e2e", "--no-online")
+    result = generate("--skip", 2, "--mode", "prefill")
     assert result.exit_code == 0 and "2 of 6" in said(result)
     profile.unlink()
     assert generate("--skip", 2).exit_code == 2
@@ -459,7 +459,7 @@ def test_a_plan_of_another_model_is_told_and_not_used_and_refused_where_it_is_na
 
 
 def test_plan_writes_a_plan_that_generate_takes(generate: Any, profile: Path, tmp_path: Path) -> None:
-    for options, request in (((), {}), (("--mode", "e2e", "--no-online"), {"mode": "e2e", "online": False})):
+    for options, request in (((), {}), (("--mode", "prefill"), {"mode": "prefill"})):
         written = run("plan", profile, "--skip", 2, *options, "-o", tmp_path / "two.json")
         assert written.exit_code == 0 and "two.json" in written.stdout
         assert load_plan(tmp_path / "two.json").plan == Profile.load(profile).plan(2, **request)
