@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llama_cpp import Llama
 
 from ..engine.llama import AdaSkipLlama
-from ..errors import DataError
+from ..errors import DataError, RequestError
 from ..measuring.corpus import held_out
 from ..measuring.probes import Probe, probes_of
 from ..measuring.tasks import TextItem, python_sources, readmes, text_items
@@ -37,7 +37,7 @@ def unseen_texts() -> list[dict[str, str]]:
     """Return, for each kind of text that this Python has, the texts by name that calibration leaves out."""
     kinds = []
     for kind in (readmes, held_out, python_sources):
-        with suppress(DataError):
+        with suppress(DataError, RequestError):  # a Python may lack pydoc_data
             kinds.append(kind())
     return [kind for kind in kinds if kind]
 
