@@ -593,10 +593,11 @@ class AdaSkipLlama(EditedPromptsLlama):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plan, readable, frontier, max_loss = state.pop("plan_in_force")
+        in_force = state.pop("plan_in_force", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._put_in_force(plan, readable)
-        self.frontier, self.max_loss = frontier, max_loss
+        if in_force is not None:  # None: llama-cpp-python's own class pickled it
+            plan, readable, self.frontier, self.max_loss = in_force
+            self._put_in_force(plan, readable)
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:
