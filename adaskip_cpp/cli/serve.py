@@ -83,7 +83,7 @@ def serve(
         from ..serving.middleware import is_loopback
         from ..serving.prefix_cache import usable
         from ..serving.process import Worker
-        from ..serving.server import listen, run
+        from ..serving.server import Server, listen
         from ..serving.worker import Opening
         from ..serving.workers import Workers
     except ImportError as error:
@@ -112,7 +112,8 @@ def serve(
         app, queue = make_app(workers, keys=keys, names=(host, *allowed), log_prompts=log_prompts)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         ready = f"Serving {', '.join(names)} at {address}/v1. A page to try it: {address}. Ctrl-C ends it."
-        run(app, queue, workers, listener, functools.partial(err.print, ready, markup=False, soft_wrap=True))
+        tell = functools.partial(err.print, ready, markup=False, soft_wrap=True)
+        Server(app, queue, workers, listener, tell).run()
 
 
 def _names(models: tuple[str, ...], aliases: tuple[str, ...]) -> list[str]:

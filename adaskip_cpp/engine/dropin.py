@@ -74,12 +74,6 @@ class Llama(AdaSkipLlama, metaclass=ABCMeta):
         self.set_plan("auto", max_loss=max_loss)
         return "" if plans else f"no plan keeps {max_loss:g} nats per token in {self.context_size} tokens"
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "plan_in_force" in state:
-            super().__setstate__(state)
-        else:  # llama-cpp-python's own class pickled it
-            Llama.__init__(self, **state)
-
 
 functools.update_wrapper(Llama.__init__, _STOCK.__init__)  # some programs ask for the names of its arguments
 

@@ -84,13 +84,13 @@ class EditedPromptsLlama(SelfDescribingLlama):
 
     def _read_edited(self, prompt: list[int]) -> None:
         """Read a prompt up to the end of the last run that it shares with the one in memory or a saved one."""
-        native, self.n_moved = self._adaskip, 0
-        if self.edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
+        native, edits, self.n_moved = self._adaskip, self.edits, 0
+        if edits is None or self._reads_prompt or self.logits_all or self.context_params.embeddings:
             return
         n = min(self.n_held(self.n_tokens), native.kv_valid("prefill", self.n_tokens))
         wanted = np.array(prompt, np.int32)
         first, runs = self._known(self.input_ids[:n], wanted)
-        saved = self._choose_saved(wanted, [Run(0, 0, first), *runs])
+        saved = self._choose_saved(edits, wanted, [Run(0, 0, first), *runs])
         is_readable = n == 0 or (self.input_ids[:n].min() >= 0 and not self.has_lost_window(max(first, 1)))
         if not (runs or saved) or not is_readable:
             return
@@ -115,12 +115,9 @@ class EditedPromptsLlama(SelfDescribingLlama):
             self._fills = False
             self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # runs that are still set aside after an interruption
 
-    def _choose_saved(self, prompt: Tokens, taken: list[Run]) -> list[tuple[Saved, list[Run]]]:
+    def _choose_saved(self, edits: Edits, prompt: Tokens, taken: list[Run]) -> list[tuple[Saved, list[Run]]]:
         """Return which saved prompts have runs for places that are not taken, and these runs; those with most first."""
-        edits, chosen = self.edits, list[tuple[Saved, list[Run]]]()
-        if edits is None:
-            return []
-        known = []
+        chosen, known = [], []
         for each in self.saved_prompts:
             if each.model != self.model_info:
                 raise StateError("saved_prompts has a prompt of another model; save prompts with this one.")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,11 +25,7 @@ from .native import OnlineResult, elide_kv
 from .settings import is_here
 from .statistics import StatisticsSink
 
-
-class Rows(Protocol):
-    """Takes the logits after consecutive tokens, float32 ``[n, n_vocab]``, a batch at a time."""
-
-    def append(self, logits: Vectors, /) -> object: ...
+Rows: TypeAlias = Callable[[Vectors], object]  # takes the logits after the tokens of a batch, float32 [n, n_vocab]
 
 
 @dataclass(frozen=True)
@@ -326,7 +322,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         """
         self._check_logits()
         rows: list[Vectors] = []
-        self._eval("decode", [int(token) for token in tokens], rows)
+        self._eval("decode", [int(token) for token in tokens], rows.append)
         return np.concatenate([np.empty((0, self.n_vocab()), np.float32), *rows])
 
     def eval_bulk(self, tokens: Sequence[int]) -> None:
@@ -385,7 +381,7 @@ class AdaSkipLlama(EditedPromptsLlama):
             for batch, with_logits in self._batches(tokens, is_last=is_last):
                 try:
                     if rows is not None:
-                        rows.append(self._decode(batch, with_logits=True))
+                        rows(self._decode(batch, with_logits=True))
                     elif with_logits and is_read:
                         super().eval(batch)
                     else:
@@ -593,10 +589,11 @@ class AdaSkipLlama(EditedPromptsLlama):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plan, readable, frontier, max_loss = state.pop("plan_in_force")
+        in_force = state.pop("plan_in_force", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._put_in_force(plan, readable)
-        self.frontier, self.max_loss = frontier, max_loss
+        if in_force is not None:  # None: llama-cpp-python's own class pickled it
+            plan, readable, self.frontier, self.max_loss = in_force
+            self._put_in_force(plan, readable)
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:

@@ -22,6 +22,8 @@ PING = 1.0  # seconds between two comments in a silent stream; without them, pro
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _TYPES |= {429: "rate_limit_error", 503: "service_unavailable_error"}
+_LATER = {b"retry-after": b"5"}
+_HEADERS = {401: {b"www-authenticate": b"Bearer"}, 429: _LATER, 503: _LATER}
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -119,9 +121,7 @@ class Sent:
         if self._is_begun:
             await self.event(_event(told), is_last=True)
             return
-        headers = {b"retry-after": b"5"} if status in (429, 503) else {}
-        headers = {b"www-authenticate": b"Bearer"} if status == 401 else headers
-        await self.json(status, msgspec.json.encode(told), headers)
+        await self.json(status, msgspec.json.encode(told), _HEADERS.get(status))
 
 
 def encoded(

@@ -1,6 +1,6 @@
 """Checks the body of a request by the schemas of llama-cpp-python's server, and more. Start at :func:`read_body`."""
 
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest
@@ -165,12 +165,11 @@ def _messages(messages: Any) -> Any:
 def _message(message: dict[str, Any]) -> dict[str, Any]:
     role, content = message.get("role"), message.get("content") or ""  # a message that calls a tool has no content
     if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") in _TEXTS else None for part in content
-        ]
-        if not all(isinstance(part, str) for part in parts):
+        typed = (part for part in content if isinstance(part, dict) and part.get("type") in _TEXTS)
+        texts: list[str] = [part["text"] for part in typed if isinstance(part.get("text"), str)]
+        if len(texts) < len(content):
             raise RequestError("content has a part that is not text; send parts of text only")
-        content = "".join(cast("list[str]", parts))
+        content = "".join(texts)
     return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 

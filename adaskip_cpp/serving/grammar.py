@@ -4,6 +4,7 @@ llama-cpp-python makes the grammar. If it cannot, it silently allows any JSON in
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -58,32 +59,28 @@ def check_schema(where: str, schema: Any) -> None:
 
 def check_depth(where: str, value: Any) -> None:
     """Raise RequestError if values are nested too deeply."""
-    level, depth = [value], 0
-    while level := [
-        inner
-        for each in level
-        if isinstance(each, dict | list)
-        for inner in (each.values() if isinstance(each, dict) else each)
-    ]:
-        depth += 1
-        if depth > MOST_DEPTH:
-            raise RequestError(f"{where} has more than {MOST_DEPTH} levels of nested values; use fewer")
+    if any(depth > MOST_DEPTH for depth, _ in _nested(value)):
+        raise RequestError(f"{where} has more than {MOST_DEPTH} levels of nested values; use fewer")
+
+
+def _nested(value: Any) -> Iterator[tuple[int, Any]]:
+    """Yield a value of JSON and all values inside it, each with its depth."""
+    waiting = [(0, value)]
+    while waiting:
+        depth, each = waiting.pop()
+        yield depth, each
+        inner = each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        waiting += [(depth + 1, value) for value in inner]
 
 
 def _check_values(schema: Any) -> None:
     """Refuse too many repetitions, and patterns on which the converter never ends."""
-    waiting = [schema]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            for key, value in each.items():
-                if key in _REPEATS and isinstance(value, int | float) and not 0 <= value <= MOST_REPEATED:
-                    raise RequestError(f"{key} is {value!r}, not a number from 0 to {MOST_REPEATED}")
-                if key == "pattern" and isinstance(value, str):
-                    _check_pattern(value)
-            waiting += each.values()
-        elif isinstance(each, list):
-            waiting += each
+    for _, each in _nested(schema):
+        for key, value in each.items() if isinstance(each, dict) else ():
+            if key in _REPEATS and isinstance(value, int | float) and not 0 <= value <= MOST_REPEATED:
+                raise RequestError(f"{key} is {value!r}, not a number from 0 to {MOST_REPEATED}")
+            if key == "pattern" and isinstance(value, str):
+                _check_pattern(value)
 
 
 def _check_pattern(pattern: str) -> None:

@@ -45,7 +45,7 @@ class ServedLlama(AdaSkipLlama):
         of_model = self.plans.choose("auto", self.context_size)
         self.set_plan(of_model.plan, readable=of_model.readable)  # a wrong plan fails now, not at the first request
         self.prefix_cache, cache.can_rewind = cache, not self.has_state
-        self._steps: Any = None  # the generator of the answer
+        self._steps: Generator[Any, None, None] | None = None  # of the answer
         self._embedder = Embedder({**kwargs, "model_path": model_path}, self.context_size)
         self._logprobs: Logprobs | None = None
         self._is_cut = False  # whether a limit ended the answer
@@ -165,19 +165,17 @@ class ServedLlama(AdaSkipLlama):
     def _take_up(self, request: ServedRequest, prompt: Tokens) -> None:
         """Set the request's plan, and load as much of its prompt into memory as is known."""
         plan, readable = request.choice.plan, request.choice.readable
-        if not request.reuses:
-            request.known = {"cache_prompt": len(prompt)}
-            self._keep(0)
-            self.set_plan(plan, readable=readable)
-            self.reset()
-            self.saved_prompts = ()
-            self._live_key, self._n_kept = "", 0  # so this prompt is neither saved nor used again
-            return
         names = f"{self._settings_key}/{content_hash([request.owner, request.salt])}/"
-        if not self._live_key.startswith(names):  # another client's, and no answer may reveal what that client wrote
+        # What another client wrote is not used, so that no answer reveals it.
+        if not (request.reuses and self._live_key.startswith(names)):
             self._keep(0)
             self.reset()
             self._live_key, self._n_kept = "", 0
+        if not request.reuses:  # without a key, this prompt is neither saved nor used again
+            request.known = {"cache_prompt": len(prompt)}
+            self.set_plan(plan, readable=readable)
+            self.saved_prompts = ()
+            return
         key = names + plan_key(plan)
         keys = {key, *(names + plan_key(each) for each in (None, *readable))}
         kept = [each for each in self.prefix_cache.entries if each.key.startswith(names)]
@@ -193,9 +191,10 @@ class ServedLlama(AdaSkipLlama):
             state = self.prefix_cache.take(found)
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
-        others = [each for each in self.prefix_cache.entries if each.key in keys]
         self.saved_prompts = [
-            Saved(each.tokens, partial(self.prefix_cache.take, each), self.model_info) for each in others
+            Saved(each.tokens, partial(self.prefix_cache.take, each), self.model_info)
+            for each in self.prefix_cache.entries
+            if each.key in keys
         ]
         if self._prompt_rows is not None:
             request.known = {"logprobs": len(prompt)}
@@ -239,6 +238,10 @@ class ServedLlama(AdaSkipLlama):
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """As the stock one, with ``logprobs`` without ``logits_all``, prompts of token ids, and answers of 0 tokens."""
+        self._steps = self._completed(*args, **kwargs)
+        return self._steps
+
+    def _completed(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
         request = self.request
         n_top, echo = kwargs.pop("logprobs", None), kwargs.pop("echo", False)
         self._check_tokens(request.prompt_tokens, kwargs.get("logit_bias") or ())
@@ -246,40 +249,31 @@ class ServedLlama(AdaSkipLlama):
             kwargs["prompt"] = request.prompt_tokens
         kwargs["model"] = self.name  # stock returns the name in the request, or the path
         is_empty = kwargs.get("max_tokens") == 0
-        steps = super()._create_completion(*args, **{**kwargs, "max_tokens": 1} if is_empty else kwargs)
-        self._steps = steps
-        before = self._prompt_text(kwargs["prompt"]) if echo else ""
-        collected = None if n_top is None else Logprobs(n_top, self._text)
+        steps: Any = super()._create_completion(*args, **{**kwargs, "max_tokens": 1} if is_empty else kwargs)
+        prompt = kwargs["prompt"] if isinstance(kwargs["prompt"], str) else self._text(kwargs["prompt"])
+        before, n_told, offset = prompt if echo else "", 0, 0 if echo else len(prompt)
+        self._logprobs = collected = None if n_top is None else Logprobs(n_top, self._text)
         self._is_cut = False
-        n_told, offset = 0, 0 if echo else len(self._prompt_text(kwargs["prompt"]))
-        while True:
-            reading = self._reading_prompt(collected) if echo and collected is not None else nullcontext()
-            with reading:
-                self._logprobs = collected
-                try:
-                    step = next(steps, None)
-                finally:
-                    self._logprobs = None
-            if step is None:
-                return
-            choice = step["choices"][0]
-            is_end = choice["finish_reason"] is not None
-            if is_end and self._is_cut:
-                choice["finish_reason"] = "length"
-            request.finish = choice["finish_reason"] or ""
-            if is_empty:
-                request.n_generated = 0
-                if not is_end:
-                    continue
-                choice["text"] = ""
-            choice["text"], before = before + choice["text"], ""
-            if collected is not None:
-                end = collected.n_prompt if is_empty else len(collected.tokens)
-                if not is_end:
-                    end = collected.covered(n_told, end, len(choice["text"]))
-                choice["logprobs"] = told = collected.block(n_told, end, offset) if end > n_told else None
-                n_told, offset = end, offset + sum(map(len, told["tokens"] if told else ()))
-            yield step
+        with closing(steps), self._reading_prompt(collected.append) if echo and collected else nullcontext():
+            for step in steps:
+                choice = step["choices"][0]
+                is_end = choice["finish_reason"] is not None
+                if is_end and self._is_cut:
+                    choice["finish_reason"] = "length"
+                request.finish = choice["finish_reason"] or ""
+                if is_empty:
+                    request.n_generated = 0
+                    if not is_end:
+                        continue
+                    choice["text"] = ""
+                choice["text"], before = before + choice["text"], ""
+                if collected is not None:
+                    end = collected.n_prompt if is_empty else len(collected.texts)
+                    if not is_end:
+                        end = collected.covered(n_told, end, len(choice["text"]))
+                    choice["logprobs"] = told = collected.block(n_told, end, offset) if end > n_told else None
+                    n_told, offset = end, offset + sum(map(len, told["tokens"] if told else ()))
+                yield step
 
     def _check_tokens(self, prompt: list[int] | None, biased: Iterable[Any]) -> None:
         if prompt is not None and not (prompt and 0 <= min(prompt) <= max(prompt) < self.n_vocab()):
@@ -288,11 +282,8 @@ class ServedLlama(AdaSkipLlama):
             if not (re.fullmatch(r"\d{1,9}", str(token), re.ASCII) and int(token) < self.n_vocab()):
                 raise RequestError(f"logit_bias names token {token!r}; use ids from 0 to {self.n_vocab() - 1}")
 
-    def _prompt_text(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._text(prompt, [])
-
-    def _text(self, tokens: list[int], before: list[int]) -> str:
-        return self.detokenize(tokens, prev_tokens=before or None).decode("utf-8", "ignore")
+    def _text(self, tokens: list[int]) -> str:
+        return self.detokenize(tokens).decode("utf-8", "ignore")
 
 
 def _most_common(prompt: Tokens, entries: Iterable[Entry], keys: Collection[str]) -> int:

@@ -45,16 +45,15 @@ class Plans:
         self._for_speedup = lru_cache(32)(self._plan_for_speedup)
 
     def choose(self, wish: Any, n_tokens: int, *, edited: bool = False) -> Choice:
-        """Return the plan for a prompt of ``n_tokens`` tokens and a ``wish``, one of :data:`WISHES`.
+        """Return the plan for a prompt of ``n_tokens`` tokens and a ``wish`` that passed :func:`check_wish`.
 
         A speed-up is planned for the next power of two of tokens, so that a growing chat keeps its plan. ``edited``
         allows moving runs of an earlier prompt, if that keeps the promise.
 
         Raises:
-            RequestError: the wish is unknown, or no plan of the frontier meets it.
+            RequestError: no plan of the frontier meets the wish.
             PlanError: no plan of the profile has the speed-up.
         """
-        check_wish(wish)
         if wish == "none":
             return Choice()
         value = float(*wish.values()) if isinstance(wish, dict) else self.max_loss

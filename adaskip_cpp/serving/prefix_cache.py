@@ -100,13 +100,9 @@ class PrefixCache:
 
         ``known(entry_tokens, prompt_tokens)`` counts the tokens of the prompt that the entry has.
         """
-        best, most = None, 0
-        for entry in self.entries:
-            if entry.key in keys:
-                n = known(entry.tokens, tokens)
-                if n > most and (self.can_rewind or n == len(entry.tokens)):
-                    best, most = entry, n
-        return best, most
+        counted = [(each, known(each.tokens, tokens)) for each in self.entries if each.key in keys]
+        loadable = [(each, n) for each, n in counted if n and (self.can_rewind or n == len(each.tokens))]
+        return max(loadable, key=lambda pair: pair[1], default=(None, 0))
 
     def take(self, entry: Entry) -> bytearray | None:
         """Return the state of an entry, and mark it as just used; None if its file is gone or damaged."""

@@ -1,14 +1,18 @@
 """The queue of requests: one runs at a time, and clients take turns. Start at :meth:`FairQueue.turn`."""
 
 import asyncio
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TypeAlias
+from typing import NamedTuple
 
 from .request import STOPPING, Refused
 
-_Turn: TypeAlias = "asyncio.Future[None]"
+
+class _Waiting(NamedTuple):
+    party: str
+    user: str
+    turn: "asyncio.Future[None]"
 
 
 class FairQueue:
@@ -21,10 +25,10 @@ class FairQueue:
 
     def __init__(self, most: int) -> None:
         self.most, self.is_busy, self.is_closed = most, False, False
-        self._waiting: dict[str, dict[str, deque[_Turn]]] = {}  # by party and user, in the order of their turns
+        self._waiting: list[_Waiting] = []  # the first is next; a party's or user's turn is that of its first request
 
     def __len__(self) -> int:
-        return sum(map(_count, self._waiting.values()))
+        return len(self._waiting)
 
     @asynccontextmanager
     async def turn(self, party: str, user: str = "") -> AsyncIterator[None]:
@@ -43,47 +47,34 @@ class FairQueue:
         if len(self) >= self.most:
             self._make_room(party)
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(party, {}).setdefault(user, deque()).append(turn)
+        self._waiting.append(_Waiting(party, user, turn))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._next()  # this request had just got its turn
-            else:
-                self._remove(party, user, turn)
+            self._waiting = [each for each in self._waiting if each.turn is not turn]
             raise
 
     def _make_room(self, party: str) -> None:
         """Refuse the newest request of the party with the most, or the new request if that party is its own."""
         full = Refused(429, f"{self.most} requests are waiting already; try again later", "queue_full")
-        greedy = max(reversed(self._waiting), key=lambda each: _count(self._waiting[each]), default=party)
-        users = self._waiting.get(greedy, {})
-        if _count(users) <= _count(self._waiting.get(party, {})) + 1:
+        counts = Counter(each.party for each in self._waiting)
+        greedy = max(reversed(counts), key=counts.__getitem__, default=party)
+        if counts[greedy] <= counts[party] + 1:
             raise full
-        user = max(reversed(users), key=lambda each: len(users[each]))
-        turn = users[user][-1]
-        self._remove(greedy, user, turn)
-        if not turn.done():
-            turn.set_exception(full)
-
-    def _remove(self, party: str, user: str, turn: _Turn) -> None:
-        users = self._waiting.get(party, {})
-        if turn in users.get(user, ()):
-            users[user].remove(turn)
-            if not users[user]:
-                del users[user]
-            if not users:
-                del self._waiting[party]
+        users = Counter(each.user for each in self._waiting if each.party == greedy)
+        user = max(reversed(users), key=users.__getitem__)
+        newest = [each for each in self._waiting if (each.party, each.user) == (greedy, user)][-1]
+        self._waiting.remove(newest)
+        if not newest.turn.done():
+            newest.turn.set_exception(full)
 
     def _next(self) -> None:
-        """Give the turn to the next user of the next party, and move both to the end."""
+        """Give the turn to the first request. Move the others of its party to the end, and those of its user last."""
         while self._waiting:
-            party = next(iter(self._waiting))
-            users = self._waiting[party] = self._waiting.pop(party)
-            user = next(iter(users))
-            turns = users[user] = users.pop(user)
-            turn = turns[0]
-            self._remove(party, user, turn)
+            party, user, turn = self._waiting.pop(0)
+            self._waiting.sort(key=lambda each: (each.party == party, each[:2] == (party, user)))
             if not turn.done():
                 turn.set_result(None)
                 return
@@ -92,12 +83,7 @@ class FairQueue:
     def close(self) -> None:
         """Refuse all waiting requests, and all later ones."""
         self.is_closed = True
-        for users in self._waiting.values():
-            for turn in (each for waiting in users.values() for each in waiting):
-                if not turn.done():
-                    turn.set_exception(Refused(*STOPPING))
+        for each in self._waiting:
+            if not each.turn.done():
+                each.turn.set_exception(Refused(*STOPPING))
         self._waiting.clear()
-
-
-def _count(users: dict[str, deque[_Turn]]) -> int:
-    return sum(map(len, users.values()))

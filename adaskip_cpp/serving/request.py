@@ -183,10 +183,8 @@ class ServedRequest:
             "loss_measured": None if point is None else point.harm(point.judged_at),
             "speedup_predicted": choice.speedup,
             "n_layer": self.n_layer,
-            "skipped": {
-                phase: {"attention": list(each.attention), "ffn": list(each.ffn)} for phase, each in sets.items()
-            },
-            "windowed": list(plan.narrowed),
+            "skipped": {phase: {"attention": each.attention, "ffn": each.ffn} for phase, each in sets.items()},
+            "windowed": plan.narrowed,
             "window_size": plan.bulk.window_size if plan.bulk and plan.narrowed else None,
             "prompt_tokens_read": self.n_read,
             "prompt_tokens_reused": self.n_reused,

@@ -1,4 +1,4 @@
-"""Runs the application with uvicorn: limits connections, and lets a running answer finish. Start at :func:`run`."""
+"""Runs the application with uvicorn: limits connections, lets a running answer finish. Start at :meth:`Server.run`."""
 
 import asyncio
 import contextlib
@@ -140,6 +140,22 @@ class Server(uvicorn.Server):
         self._queue, self._workers, self._listener, self._on_ready = queue, workers, listener, on_ready
         self._tasks: list[asyncio.Task[None]] = []
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until SIGTERM or Ctrl-C, then end within :data:`STOP` seconds. NativeError: no model can be loaded."""
+
+        def end(number: int, frame: FrameType | None) -> None:
+            """Also before uvicorn sets its handler, and when uvicorn raises the signal again at its end."""
+            self.should_exit = True
+
+        before = {each: signal.signal(each, end) for each in HANDLED_SIGNALS}
+        try:
+            super().run()
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+        if self._workers.failure is not None:
+            raise self._workers.failure
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
         tasks = self._load(), self._accept(), self._workers.unload_idle(self._queue)
@@ -206,23 +222,3 @@ def _most_connections() -> int:
 
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_CONNECTIONS if most == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, max(most - _RESERVED, 16))
-
-
-def run(
-    app: ASGIApp, queue: FairQueue, workers: Workers, listener: socket.socket, on_ready: Callable[[], None]
-) -> None:
-    """Serve until SIGTERM or Ctrl-C, then end within :data:`STOP` seconds. NativeError: no model can be loaded."""
-    server = Server(app, queue, workers, listener, on_ready)
-
-    def end(number: int, frame: FrameType | None) -> None:
-        """End the server, also before uvicorn sets its handler, and when uvicorn raises the signal again at its end."""
-        server.should_exit = True
-
-    before = {each: signal.signal(each, end) for each in HANDLED_SIGNALS}
-    try:
-        server.run()
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-    if workers.failure is not None:
-        raise workers.failure

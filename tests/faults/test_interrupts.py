@@ -96,7 +96,7 @@ def test_ctrl_c_in_a_callback_from_c_still_ends_the_verb() -> None:
 def test_a_server_that_is_just_starting_hears_ctrl_c() -> None:
     pytest.importorskip("uvicorn")
     from adaskip_cpp.serving.queue import FairQueue
-    from adaskip_cpp.serving.server import listen, run
+    from adaskip_cpp.serving.server import Server, listen
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("nobody asks")
@@ -107,7 +107,7 @@ def test_a_server_that_is_just_starting_hears_ctrl_c() -> None:
 
     ended: list[bool] = []
     with listen("127.0.0.1", 0) as listener, interrupted_after(30):  # which it does not come to
-        run(app, FairQueue(1), Ended(), listener, lambda: signal.raise_signal(signal.SIGINT))
+        Server(app, FairQueue(1), Ended(), listener, lambda: signal.raise_signal(signal.SIGINT)).run()
     assert ended == [True]
 
 
