@@ -71,10 +71,6 @@ def test_a_passage_is_to_be_copied_from_where_the_prompt_ends(llm: Any) -> None:
 # --- ids --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_arguments_give_the_same_items(llm: Any) -> None:
-    assert synthetic_items(llm, TEXT, lengths=[1500], n_per=2) == synthetic_items(llm, TEXT, lengths=[1500], n_per=2)
-
-
 def test_a_key_is_the_same_in_every_run_and_on_every_python(llm: Any) -> None:
     (item,) = synthetic_items(llm, TEXT, tasks=["passkey"], lengths=[1500], depths=[0.5], n_per=1)
     assert item.answers == ("90024",)
