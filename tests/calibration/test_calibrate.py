@@ -1,7 +1,6 @@
 """adaskip_cpp.calibrate: profiles of a model in NumPy, and of tiny ones."""
 
 import contextlib
-import io
 import itertools
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 from oracles.fake_llama import BOS, FakeLlama
 from oracles.fixtures import Open
-from oracles.reference import ReferenceRun, Trace, mean_similarity, median_ratio, norm_ratio
+from oracles.profiles import FIGURES, measured
+from oracles.reference import ReferenceRun
 from oracles.tiny_families import tokens
 
 import adaskip_cpp
@@ -20,7 +20,6 @@ from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration.linear import DEFAULT_RANK, RIDGE, LinearFit
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.model.statistics import map_scale
-from adaskip_cpp.progress import progress_bar, silent
 
 PLAN = SkipPlan.manual(3, ffn=[1])
 N_DECODE = 4
@@ -39,19 +38,6 @@ def llm() -> Any:
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-def figures(u: np.ndarray, v: np.ndarray) -> list[np.ndarray]:
-    """Similarity, norm ratio, median ratio, whole layers' similarity and mean vectors of [n_layer, 2, n_tokens, 4]."""
-    norm_u, norm_v = np.linalg.norm(u, axis=3), np.linalg.norm(v, axis=3)
-    return [
-        ((u * v).sum(axis=3) / (norm_u * norm_v)).mean(axis=2),
-        np.sqrt((v**2).sum(axis=(2, 3)) / (u**2).sum(axis=(2, 3))),
-        np.median(norm_v / norm_u, axis=2),
-        ((u[:, 0] * v[:, 1]).sum(axis=2) / (norm_u[:, 0] * norm_v[:, 1])).mean(axis=1),
-        u.mean(axis=2),
-        v.mean(axis=2),
-    ]
-
-
 def decoded(llm: FakeLlama, prompt: list[int]) -> list[int]:
     """The tokens that are evaluated in decode after a prompt."""
     tokens = [llm.next_token(prompt[-1])]
@@ -66,10 +52,10 @@ def test_figures_are_the_mean_over_requests_of_each_requests_figures(llm: Any, p
     profile = calibrate(llm, requests)
     statistics = getattr(profile, phase)
     texts = requests if phase == "prefill" else [decoded(llm, request) for request in requests]
-    expected = zip(*(figures(*llm.streams(text)) for text in texts), strict=True)
-    names = ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v")
-    for name, per_request in zip(names, expected, strict=True):
-        np.testing.assert_allclose(getattr(statistics, name), np.mean(per_request, axis=0), rtol=1e-4, atol=1e-6)
+    each = [measured(*llm.streams(text)) for text in texts]
+    for name in FIGURES:
+        expected = np.mean([getattr(one, name) for one in each], axis=0)
+        np.testing.assert_allclose(getattr(statistics, name), expected, rtol=1e-4, atol=1e-6)
     assert statistics.n_tokens == sum(len(text) for text in texts)
     assert (profile.similarity is statistics.similarity) == (phase == "prefill")
 
@@ -84,18 +70,12 @@ def test_both_phases_of_a_model_equal_a_numpy_forward_pass(open_tiny: Open, nump
     for _ in range(6):
         pieces.append(run.eval([int(logits.argmax())]))
         logits = pieces[-1].logits[-1]
-    decode = Trace.concatenate(pieces)
-    for actual, trace in ((profile.prefill, prefill), (profile.decode, decode)):
-        np.testing.assert_allclose(actual.similarity, mean_similarity(trace), atol=1e-6)
-        np.testing.assert_allclose(actual.norm_ratio, norm_ratio(trace), rtol=1e-5)
-        np.testing.assert_allclose(actual.median_ratio, median_ratio(trace), rtol=1e-5)
     for actual, traces in ((profile.prefill, [prefill]), (profile.decode, pieces)):
-        n_tokens = actual.n_tokens
-        for name in ("u", "v"):
-            expected = sum(getattr(trace, f"sum_{name}") for trace in traces) / n_tokens
-            np.testing.assert_allclose(getattr(actual, f"mean_{name}"), expected, atol=1e-5 * np.abs(expected).max())
-        cosines = [trace.layer_dot / np.sqrt(trace.u_sq[:, 0] * trace.v_sq[:, 1]) for trace in traces]
-        np.testing.assert_allclose(actual.layer_similarity, np.concatenate(cosines, axis=1).mean(axis=1), atol=1e-6)
+        expected = measured(*(np.concatenate([getattr(each, name) for each in traces], axis=2) for name in "uv"))
+        assert actual.n_tokens == expected.n_tokens
+        for name in FIGURES:
+            wanted = getattr(expected, name)
+            np.testing.assert_allclose(getattr(actual, name), wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
 
 
 def test_a_profile_says_what_it_was_learned_from(llm: Any) -> None:
@@ -231,12 +211,6 @@ def assert_ridge(profile: adaskip_cpp.Profile, u: np.ndarray, v: np.ndarray) -> 
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
 
 
-def test_maps_are_fitted_on_all_prompts_without_their_first_tokens(llm: Any) -> None:
-    requests = [[5, 6, 7], list(range(8, 30)), [31], list(range(40, 60))]
-    u, v = llm.streams([token for request in requests for token in request[1:]])
-    assert_ridge(calibrate(llm, requests), u, v)
-
-
 def test_maps_of_a_model_equal_regressions_on_a_numpy_forward_pass(open_tiny: Open, numpy_model: Open) -> None:
     prompts, traces = [tokens(100, seed) for seed in (1, 2)], []
     profile = calibrate(open_tiny(n_ubatch=32), prompts, rank=64)
@@ -250,8 +224,6 @@ def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:
     for rank, expected in ((1, 1), (3, 3), (4, 4), (DEFAULT_RANK, 4)):
         maps = calibrate(llm, [list(range(5, 40))], rank=rank).maps
         assert maps is not None and (maps.n_layer, *maps.up.shape[2:]) == (3, 4, expected)
-    plan = calibrate(llm, [list(range(5, 40))], rank=1).plan(strategy="manual", ffn=[2], mode="e2e")
-    assert plan.prefill.down is not None and plan.prefill.down.shape == (3, 2, 1, 4)
 
 
 @pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
@@ -290,30 +262,12 @@ def test_the_first_third_of_the_layers_gets_no_maps(n_layer: int, n_early: int) 
     assert maps.fitted.tolist() == [[layer >= n_early] * 3 for layer in range(n_layer)]
 
 
-def test_in_the_first_third_linear_adds_the_mean_error(llm: Any) -> None:
-    """Of layer 0 the median ratio and the mean of v - s u, of layer 2 a map."""
-    tokens = list(range(5, 40))
-    chosen = calibrate(llm, [tokens]).plan(strategy="manual", attention=[0, 2], mode="e2e").prefill
-    u, v = (stream[0, 0] for stream in llm.streams(tokens))
-    ratio = np.median(np.linalg.norm(v, axis=1) / np.linalg.norm(u, axis=1))
-    assert chosen.up is not None and np.argwhere(chosen.up.any(axis=(2, 3))).tolist() == [[2, 0]]
-    assert chosen.bias is not None and not chosen.bias[2].any()
-    assert chosen.scale[0, 0] == pytest.approx(ratio, rel=1e-5)
-    np.testing.assert_allclose(chosen.bias[0, 0], (v - ratio * u).mean(axis=0), atol=1e-5)
-
-
-def test_without_maps_linear_is_affine(llm: Any) -> None:
-    """With rank 0, and where requests of one token leave nothing to fit."""
+def test_without_a_rank_or_tokens_to_fit_there_are_no_maps(llm: Any) -> None:
+    """Requests of one token leave nothing to fit."""
     requests = [list(range(5, 30))]
     bare, fitted, short = calibrate(llm, requests, rank=0), calibrate(llm, requests), calibrate(llm, [[5], [6]])
     assert bare.maps is None is short.maps and fitted.maps is not None
     assert bare.prefill == fitted.prefill and bare.decode == fitted.decode
-    plans = [
-        bare.plan(3, mode="e2e", **options) for options in ({}, {"compensation": "linear"}, {"compensation": "affine"})
-    ]
-    assert plans[0] == plans[1] == plans[2]
-    found = [each.plan(2, mode="e2e").compensation for each in (bare, fitted, short)]
-    assert found == ["affine", "linear", "affine"]
 
 
 def test_a_sublayer_that_is_not_skippable_has_no_map_nor_has_its_layer() -> None:
@@ -324,26 +278,6 @@ def test_a_sublayer_that_is_not_skippable_has_no_map_nor_has_its_layer() -> None
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-@pytest.mark.parametrize(
-    ("stage", "terminal", "slow", "shown"),
-    [(progress_bar, True, True, True), (progress_bar, True, False, False), (progress_bar, False, True, False),
-     (silent, True, True, False)],
-)  # fmt: skip
-def test_progress_is_shown_on_a_terminal_if_it_takes_long(
-    llm: Any, monkeypatch: pytest.MonkeyPatch, stage: Any, terminal: bool, slow: bool, shown: bool
-) -> None:
-    stderr = Terminal() if terminal else io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    monkeypatch.setattr("adaskip_cpp.progress._SHOW_AFTER_S", -1.0 if slow else 1e6)
-    calibrate(llm, ["hello", "world"], on_stage=stage)
-    assert ("Calibrating" in stderr.getvalue()) is shown
 
 
 def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(open_tiny: Open) -> None:

@@ -1,6 +1,7 @@
 """adaskip_cpp.calibration.cost: measured on a model of known cost, whose evaluations advance a clock of their own."""
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,6 @@ from oracles.fixtures import Open
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.calibration import cost
 from adaskip_cpp.errors import RequestError
-from adaskip_cpp.model.plan import Bulk
-from adaskip_cpp.model.skip_set import SkipSet
 
 
 class TimedLlama:
@@ -21,15 +20,15 @@ class TimedLlama:
     A ubatch of a prompt has no outputs: the last layer with KV of its own computes K and V alone, those above nothing.
     ``base``, ``growth`` and ``kept`` are the truth, seconds per token, ``limit`` KV cells, ``head`` seconds of a
     decoded token's output, ``noise`` the relative deviation of times; one in twenty is also three times as long.
-    ``slow`` is how many times as long evaluations take.
+    ``slow`` is how many times as long evaluations take, ``shapes`` are sizes of FFNs, by default all alike.
     """
 
     def __init__(
         self,
-        shapes: list[int],
         base: Any,
         growth: Any,
         *,
+        shapes: Sequence[int] | None = None,
         windows: Any = 0,
         limit: Any = math.inf,
         size: int = 512,
@@ -52,7 +51,7 @@ class TimedLlama:
         self.sublayers = tuple(
             SimpleNamespace(layer=layer, kind=kind, skippable=True, in_bulk=True, shape=shape, window=window)
             for layer, (size_of_ffn, slides) in enumerate(
-                zip(shapes, np.broadcast_to(windows, self.n_layer), strict=True)
+                zip(shapes or [8] * self.n_layer, np.broadcast_to(windows, self.n_layer), strict=True)
             )
             for kind, shape, window in (("attention", int(slides), int(slides)), ("ffn", 10_000 + size_of_ffn, 0))
         )
@@ -132,33 +131,28 @@ class TimedLlama:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> Open:
-    """``timed(shapes, base, growth, ...)``: a TimedLlama whose layers have FFNs of the given sizes."""
+    """``timed(n_layer=12, growth=1e-7, ...)``: a TimedLlama whose layers all cost the same."""
 
-    def make(*arguments: Any, **options: Any) -> TimedLlama:
-        llm = TimedLlama(*arguments, **options)
+    def make(
+        n_layer: int = 12, growth: float = 1e-7, attention: float = 1e-4, ffn: float = 3e-4, **options: Any
+    ) -> TimedLlama:
+        base = np.tile([attention, ffn], (n_layer, 1))
+        llm = TimedLlama(base, np.full(n_layer, growth), **options)
         monkeypatch.setattr(cost, "perf_counter", lambda: llm.now)
         return llm
 
     return make
 
 
-def uniform(n_layer: int, attention: float, ffn: float, growth: float) -> tuple[np.ndarray, np.ndarray]:
-    return np.tile([attention, ffn], (n_layer, 1)), np.full(n_layer, growth)
-
-
-UNIFORM = uniform(12, 1e-4, 3e-4, 1e-7)
-
-
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_fit_recovers_the_truth(timed: Open) -> None:
-    base, growth = uniform(20, 1e-4, 3e-4, 2e-8)
-    llm = timed([8] * 20, base, growth)
+    llm = timed(20, 2e-8)
     found = cost.measure_cost(llm, seconds=60)
     for phase, n_tokens in ((found.prefill, 512), (found.decode, 1)):
-        np.testing.assert_allclose(phase.base, base * n_tokens, rtol=1e-6)
-        np.testing.assert_allclose(phase.growth, growth * n_tokens, rtol=1e-6)
+        np.testing.assert_allclose(phase.base, llm.base * n_tokens, rtol=1e-6)
+        np.testing.assert_allclose(phase.growth, llm.growth * n_tokens, rtol=1e-6)
         assert phase.fixed == pytest.approx((2e-4 + 5e-4 * (n_tokens == 1)) * n_tokens, rel=1e-6)
     np.testing.assert_allclose(found.prefill.kept, 2e-5 * 512, rtol=1e-6)
     assert found.n_layer_kv == 20 and not found.decode.kept.any()
@@ -166,25 +160,21 @@ def test_the_fit_recovers_the_truth(timed: Open) -> None:
 
 
 def test_predictions_hold_in_noise_and_with_disturbed_runs(timed: Open) -> None:
-    base, growth = uniform(20, 1e-4, 3e-4, 2e-8)
-    llm = timed([8] * 20, base, growth)
+    llm = timed(20, 2e-8)
     llm.noise = 0.1
     found = cost.measure_cost(llm, seconds=200)
     skip = np.zeros((20, 2), bool)
     skip[3:9, 0] = skip[10:14, 1] = True
-    nothing = np.zeros((20, 2), bool)
     for context in (512, 2048, 6000):
-        true = llm.token_seconds(nothing, context + 1) / llm.token_seconds(skip, context + 1)
-        assert found.seconds(None, context, "decode") / found.seconds(skip, context, "decode") == pytest.approx(
-            true, rel=0.03
-        )
+        true = llm.token_seconds(skip & False, context + 1) / llm.token_seconds(skip, context + 1)
+        predicted = found.seconds(None, context, "decode") / found.seconds(skip, context, "decode")
+        assert predicted == pytest.approx(true, rel=0.03)
 
 
 def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs(timed: Open) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 2e-8)
-    base[4:, 1] = 6e-4
-    base[4, 1] = 9e-4  # as if this one had been disturbed: it has the shape of its neighbours, and so their cost
-    llm = timed([8] * 4 + [16] * 8, base, growth)
+    llm = timed(growth=2e-8, shapes=[8] * 4 + [16] * 8)
+    llm.base[4:, 1] = 6e-4
+    llm.base[4, 1] = 9e-4  # as if this one had been disturbed: it has the shape of its neighbours, and so their cost
     found = cost.measure_cost(llm, seconds=60)
     ffn = found.prefill.base[:, 1] / 512
     assert len(set(ffn[:4])) == len(set(ffn[4:])) == len(set(found.decode.base[4:, 1])) == 1
@@ -197,30 +187,14 @@ def test_layers_of_another_shape_have_their_own_cost_and_equal_ones_share_theirs
 def test_what_keeping_k_and_v_costs_is_found_for_every_shape(
     kinds_of_attention: int, shapes: list[int], timed: Open
 ) -> None:
-    base, growth = UNIFORM
-    llm = timed(shapes, base, growth, windows=4096 + np.arange(12) % kinds_of_attention, n_ctx=4096)
+    llm = timed(shapes=shapes, windows=4096 + np.arange(12) % kinds_of_attention, n_ctx=4096)
     found = cost.measure_cost(llm, seconds=60)
     np.testing.assert_allclose(found.prefill.kept, 2e-5 * 512, rtol=1e-6)
-    np.testing.assert_allclose(found.prefill.base, base * 512, rtol=1e-6)
-
-
-def test_a_prompt_with_a_bulk_takes_as_long_as_its_ubatches(timed: Open) -> None:
-    base, growth = UNIFORM
-    llm = timed([8] * 12, base, growth)
-    found = cost.measure_cost(llm, seconds=60)
-    skip, nothing = np.zeros((12, 2), bool), np.zeros((12, 2), bool)
-    skip[7:] = True
-    bulk = [(508, 512), (512, 1024), (512, 1536), (512, 2048), (512, 2560), (4, 2564)]
-    expected = sum(n * llm.unread_seconds(skip, True, end) for n, end in bulk)
-    read = 16 * (llm.token_seconds(nothing, 2580) - llm.head - base[-1, 1]) + llm.head + base[-1, 1]
-    expected += 4 * llm.unread_seconds(nothing, False, 4) + read
-    predicted = found.seconds(skip, 4 + 5 * 512 + 16, "bulk", around=Bulk(SkipSet.none(12), head=4, tail=16))
-    assert predicted == pytest.approx(expected, rel=2e-3)  # of a few tokens one with an output is taken for one without
+    np.testing.assert_allclose(found.prefill.base, llm.base * 512, rtol=1e-6)
 
 
 def test_layers_without_kv_of_their_own_cost_what_the_last_token_takes(timed: Open) -> None:
-    base, growth = UNIFORM
-    llm = timed([8] * 12, base, growth, n_layer_kv=5)
+    llm = timed(n_layer_kv=5)
     found = cost.measure_cost(llm, seconds=60)
     nothing = np.zeros((12, 2), bool)
     expected = sum(512 * llm.unread_seconds(nothing, False, end) for end in (512, 1024, 1536))
@@ -229,8 +203,7 @@ def test_layers_without_kv_of_their_own_cost_what_the_last_token_takes(timed: Op
 
 def test_what_the_bulk_alone_can_skip_is_measured_too(timed: Open) -> None:
     """What keeping K and V costs there is never left out, and so belongs to the rest."""
-    base, growth = UNIFORM
-    llm = timed([8] * 12, base, growth, windows=[0] * 10 + [4096] * 2, n_ctx=4096)
+    llm = timed(windows=[0] * 10 + [4096] * 2, n_ctx=4096)
     llm.sublayers[16].skippable = llm.sublayers[18].skippable = False  # attentions of layers 8 and 9
     found = cost.measure_cost(llm, seconds=100)
     np.testing.assert_allclose(found.prefill.base[:, 0], [1e-4 * 512] * 8 + [8e-5 * 512] * 2 + [1e-4 * 512] * 2)
@@ -241,13 +214,12 @@ def test_what_the_bulk_alone_can_skip_is_measured_too(timed: Open) -> None:
 
 @pytest.mark.parametrize("swa_full", [False, True])
 def test_layers_with_a_window_stop_growing(swa_full: bool, timed: Open) -> None:
-    base, growth = UNIFORM
     windows = np.where(np.arange(12) % 6 == 5, 0, 512)  # Gemma 3's pattern
     limit = np.where(windows, 1024, math.inf)  # the window and a ubatch of 512
-    llm = timed([8] * 12, base, growth, windows=windows, limit=limit, swa_full=swa_full)
+    llm = timed(windows=windows, limit=limit, swa_full=swa_full)
     found = cost.measure_cost(llm, seconds=100)
     np.testing.assert_array_equal(found.limit, limit)
-    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
+    np.testing.assert_allclose(found.decode.growth, llm.growth, rtol=1e-6)
     only_windows = np.zeros((12, 2), bool)
     only_windows[5::6, 0] = True
     at = [found.seconds(only_windows, context, "decode") for context in (500, 1020, 3000, 6000)]
@@ -258,15 +230,14 @@ def test_layers_with_a_window_stop_growing(swa_full: bool, timed: Open) -> None:
 def test_windows_whose_kv_is_kept_and_read_whole_and_those_wider_than_the_context_are_no_limit(
     options: Any, timed: Open
 ) -> None:
-    base, growth = UNIFORM
-    found = cost.measure_cost(timed([8] * 12, base, growth, **options), seconds=100)
+    llm = timed(**options)
+    found = cost.measure_cost(llm, seconds=100)
     assert np.isinf(found.limit).all()
-    np.testing.assert_allclose(found.decode.growth, growth, rtol=1e-6)
+    np.testing.assert_allclose(found.decode.growth, llm.growth, rtol=1e-6)
 
 
 def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Open) -> None:
-    base, growth = UNIFORM
-    llm = timed([8] * 12, base, growth)
+    llm = timed()
     llm.sublayers[0].skippable = llm.sublayers[0].in_bulk = False  # attention of layer 0
     found = cost.measure_cost(llm, seconds=100)
     assert found.prefill.base[0, 0] == found.prefill.growth[0] == 0
@@ -280,7 +251,7 @@ def test_what_cannot_be_skipped_belongs_to_the_rest_and_grows_with_it(timed: Ope
 def test_the_time_is_kept_to_and_more_of_it_is_spent_on_more_rounds(timed: Open) -> None:
     evaluated = []
     for seconds, contexts in ((40, {}), (1, {"contexts": [512]}), (60, {"contexts": [512]})):
-        llm = timed([8] * 30, *uniform(30, 5e-6, 7e-6, 1e-8))
+        llm = timed(30, 1e-8, attention=5e-6, ffn=7e-6)
         cost.measure_cost(llm, seconds=seconds, **contexts)
         assert contexts or 20 < llm.now < 45
         evaluated.append(llm.n_evaluated)
@@ -290,8 +261,7 @@ def test_the_time_is_kept_to_and_more_of_it_is_spent_on_more_rounds(timed: Open)
 @pytest.mark.parametrize("slow", range(56, 76, 2))
 def test_a_slow_moment_does_not_change_the_costs_of_a_slow_model(timed: Open, slow: int) -> None:
     """One round alone takes longer than the time allows. Each trial slows another evaluation down."""
-    base, growth = uniform(24, 1e-4, 3e-4, 2e-8)
-    llm = timed([8] * 24, base, growth)
+    llm = timed(24, 2e-8)
     write = llm._write
 
     def slowed(*args: Any, **options: Any) -> None:
@@ -312,24 +282,21 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
-def test_between_contexts_the_cache_is_filled(timed: Open, filled: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "gaps"),
+    [(60, {2048 - 512 - 525, 8192 - 512 - 2061}), (0.1, {8192 - 512 - 525})],
+    ids=["every context", "too slow for more than the first and the last"],
+)
+def test_between_contexts_the_cache_is_filled(seconds: float, gaps: set[int], timed: Open, filled: list[int]) -> None:
     """After a ubatch of 512 and 13 decoded tokens, 1,011 are missing to one that ends at 2,048, and so on."""
-    base, growth = UNIFORM
-    llm = timed([8] * 12, base, growth, n_ctx=9000)
-    found = cost.measure_cost(llm, seconds=60, contexts=[512, 2048, 8192])
-    assert set(filled) == {2048 - 512 - 525, 8192 - 512 - 2061} and found.deepest == 8192 + 13
-    np.testing.assert_allclose(found.prefill.growth, growth * 512, rtol=1e-6)
-
-
-def test_the_last_context_is_timed_however_slow_the_model_is(timed: Open, filled: list[int]) -> None:
-    llm = timed([8] * 12, *UNIFORM, n_ctx=9000)
-    found = cost.measure_cost(llm, seconds=0.1, contexts=[512, 2048, 8192])
-    assert set(filled) == {8192 - 512 - 525} and found.deepest == 8192 + 13
-    np.testing.assert_allclose(found.prefill.growth, UNIFORM[1] * 512, rtol=1e-6)
+    llm = timed(n_ctx=9000)
+    found = cost.measure_cost(llm, seconds=seconds, contexts=[512, 2048, 8192])
+    assert set(filled) == gaps and found.deepest == 8192 + 13
+    np.testing.assert_allclose(found.prefill.growth, llm.growth * 512, rtol=1e-6)
 
 
 def test_progress_goes_from_0_to_1_and_never_back(timed: Open) -> None:
-    llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
+    llm = timed()
     seen: list[float] = []
     cost.measure_cost(llm, seconds=20, on_progress=seen.append)
     counted = seen[2:]  # after the warm-up, whose time does not count
@@ -338,7 +305,7 @@ def test_progress_goes_from_0_to_1_and_never_back(timed: Open) -> None:
 
 @pytest.mark.parametrize("fail_after", [1, 2, 40, None])
 def test_the_plan_is_put_back_and_the_cache_is_empty_however_it_ends(timed: Open, fail_after: int | None) -> None:
-    llm = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 1e-7))
+    llm = timed()
     llm.plan = plan = SkipPlan.manual(12, [3])
     llm.fail_after = fail_after
     try:
@@ -349,15 +316,13 @@ def test_the_plan_is_put_back_and_the_cache_is_empty_however_it_ends(timed: Open
 
 
 def test_a_small_context_is_measured_as_far_as_it_goes(timed: Open) -> None:
-    base, growth = uniform(12, 1e-4, 3e-4, 0)
-    llm = timed([8] * 12, base, growth, n_ctx=64, size=32)
+    llm = timed(growth=0, n_ctx=64, size=32)
     found = cost.measure_cost(llm, seconds=1)
     assert found.seconds(None, 64, "decode") == pytest.approx(llm.token_seconds(np.zeros((12, 2), bool), 64), rel=1e-6)
 
 
 def test_a_context_without_room_is_refused_before_anything_runs(timed: Open) -> None:
-    llm: Any = timed([8] * 12, *uniform(12, 1e-4, 3e-4, 0))
-    llm.input_ids = np.zeros(8, np.intc)
+    llm = timed(n_ctx=8)
     with pytest.raises(RequestError, match=r"too small.*n_ctx="):
         cost.measure_cost(llm)
     assert llm.n_evaluated == 0

@@ -4,31 +4,30 @@ Frontiers are made by hand: what plans lose and bring is said, not measured. Ora
 positions that are evaluated.
 """
 
+import os
 import pickle
 import shutil
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from oracles.costs import SETTINGS
+from oracles.fixtures import Open, Tiny
 from oracles.frontiers import frontier, point
 from oracles.readable import evaluated, logits
+from oracles.tiny_families import tokens
 
 import adaskip_cpp.engine.llama
 import adaskip_cpp.model.frontier
 from adaskip_cpp import AdaSkipLlama, Frontier, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
-from adaskip_cpp.errors import PlanError, PlanFileError
-from adaskip_cpp.model.identity import plan_path
-from adaskip_cpp.model.plan import Bulk
-from adaskip_cpp.model.plan_file import frontier_beside, load_plan, save_plan
-from adaskip_cpp.model.settings import Settings, Tried
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
+from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
+from adaskip_cpp.model.plan_file import save_plan
+from adaskip_cpp.model.settings import Settings
 
 LEAST = 32
 """Tokens: in these tests shorter prompts run whole."""
@@ -51,63 +50,45 @@ def short_prompts_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def llm(tiny: Tiny, open_model: Open) -> Any:
-    return open_model(tiny(), plan=FOUND)
+def llm(open_tiny: Open) -> Any:
+    return open_tiny(plan=FOUND)
 
 
 # -- which plan ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "plan"), [(31, None), (32, MILD), (64, MILD), (65, STRONG), (128, STRONG)])
-def test_each_prompt_gets_the_fastest_plan_for_its_length(n: int, plan: SkipPlan | None, llm: Any, tokens: Any) -> None:
+def test_each_prompt_gets_the_fastest_plan_for_its_length(n: int, plan: SkipPlan | None, llm: Any) -> None:
     llm.eval(tokens(n))
     assert llm.plan == plan
     assert (chosen := llm.point(n)) is None or chosen.plan == plan
 
 
-def test_a_generated_answer_keeps_the_plan_of_its_prompt(llm: Any, tokens: Tokens) -> None:
+def test_a_generated_answer_keeps_the_plan_of_its_prompt(llm: Any) -> None:
     steps = llm.generate(tokens(60), temp=0)
     for _ in range(10):
         next(steps)
     assert llm.n_tokens > 64 and llm.plan == MILD
 
 
-def test_what_a_prompt_reads_is_what_its_plan_reads(llm: Any, tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
-    fresh = open_model(tiny())
-    fresh.set_plan(STRONG)
+def test_what_a_prompt_reads_is_what_its_plan_reads(llm: Any, open_tiny: Open) -> None:
+    fresh = open_tiny(under=STRONG)
     for each in (llm, fresh):
         each.eval(tokens(100))
     np.testing.assert_array_equal(logits(llm), logits(fresh))
 
 
-def test_a_tighter_promise_picks_a_milder_plan(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
+def test_a_tighter_promise_picks_a_milder_plan(open_tiny: Open) -> None:
     for max_loss, plan in ((0.05, STRONG), (0.02, MILD), (0.001, None)):
-        llm = open_model(tiny(), plan=FOUND, max_loss=max_loss)
+        llm = open_tiny(plan=FOUND, max_loss=max_loss)
         llm.eval(tokens(100))
         assert llm.plan == plan
-
-
-def test_a_plan_that_loses_a_pass_key_is_never_used(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
-    llm = open_model(tiny(), plan=frontier([point(STRONG, 0.0, {64: 2.0}, keys=1)]), max_loss=10.0)
-    llm.eval(tokens(100))
-    assert llm.plan is None
-
-
-def test_windows_are_an_eighth_of_what_the_prompt_is_planned_for(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
-    windowed = replace(MILD, bulk=Bulk(MILD.bulk.skip, windowed=(0, 2), window_size=252))  # type: ignore[union-attr]
-    llm = open_model(tiny(), plan=frontier([point(windowed, 0.01, {64: 1.2})]), n_ctx=4100)
-    sizes = {}
-    for n in (2048, 2049, 4096):
-        llm.reset()
-        llm.eval(tokens(n))
-        sizes[n] = llm.plan.bulk.window_size + 4  # with the head it is a whole number of blocks of KV cells
-    assert sizes == {2048: 256, 2049: 512, 4096: 512}
 
 
 # -- what is read again ----------------------------------------------------------------------------------------------
 
 
-def test_a_chat_that_grows_through_all_plans_reads_every_token_once(llm: Any, tokens: Tokens) -> None:
+def test_a_chat_that_grows_through_all_plans_reads_every_token_once(llm: Any) -> None:
     prompt, plans, positions = tokens(120), [], []
     for begin in range(0, 120, 20):
         positions += evaluated(llm, lambda begin=begin: llm.eval(prompt[begin : begin + 20]))
@@ -116,7 +97,7 @@ def test_a_chat_that_grows_through_all_plans_reads_every_token_once(llm: Any, to
     assert positions == list(range(120))
 
 
-def test_a_chat_of_turns_reads_only_what_is_new(llm: Any, tokens: Tokens) -> None:
+def test_a_chat_of_turns_reads_only_what_is_new(llm: Any) -> None:
     prompt = tokens(120, seed=1)
     for n in (20, 50, 80, 120):
         cached = llm.n_tokens
@@ -125,21 +106,19 @@ def test_a_chat_of_turns_reads_only_what_is_new(llm: Any, tokens: Tokens) -> Non
         assert llm.n_evaluated - n_before <= n - cached + 1  # of no token llama.cpp counts 1
 
 
-def test_a_tighter_promise_reads_what_was_read_under_a_plan_that_breaks_it_again(
-    llm: Any, tiny: Tiny, open_model: Open, tokens: Tokens
-) -> None:
+def test_a_tighter_promise_reads_what_was_read_under_a_plan_that_breaks_it_again(llm: Any, open_tiny: Open) -> None:
     llm.eval(tokens(100))
     assert llm.plan == STRONG
     llm.set_plan("auto", max_loss=0.02)
     positions = evaluated(llm, lambda: llm.eval([7]))
     assert llm.plan == MILD and positions == list(range(2, 101)), "all but the head, which the whole model read"
-    fresh = open_model(tiny(), plan=FOUND, max_loss=0.02)
+    fresh = open_tiny(plan=FOUND, max_loss=0.02)
     fresh.eval([*tokens(100), 7])
     # The head is in another batch, which rounds otherwise.
     np.testing.assert_allclose(logits(llm), logits(fresh), rtol=1e-4, atol=1e-5)
 
 
-def test_what_was_read_under_a_plan_that_keeps_the_tighter_promise_stays(llm: Any, tokens: Tokens) -> None:
+def test_what_was_read_under_a_plan_that_keeps_the_tighter_promise_stays(llm: Any) -> None:
     llm.eval(tokens(60))
     assert llm.plan == MILD
     llm.set_plan("auto", max_loss=0.02)
@@ -147,14 +126,14 @@ def test_what_was_read_under_a_plan_that_keeps_the_tighter_promise_stays(llm: An
     assert llm.plan == MILD
 
 
-def test_a_looser_promise_reads_nothing_again(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
-    llm = open_model(tiny(), plan=FOUND, max_loss=0.02)
+def test_a_looser_promise_reads_nothing_again(open_tiny: Open) -> None:
+    llm = open_tiny(plan=FOUND, max_loss=0.02)
     llm.eval(tokens(100))
     llm.set_plan("auto")
     assert evaluated(llm, lambda: llm.eval([7])) == [100] and llm.plan == STRONG
 
 
-def test_an_equal_prompt_under_another_promise_is_evaluated_before_sampling(llm: Any, tokens: Tokens) -> None:
+def test_an_equal_prompt_under_another_promise_is_evaluated_before_sampling(llm: Any) -> None:
     prompt = tokens(100)
     next(llm.generate(prompt, temp=0))
     llm.set_plan("auto", max_loss=0.0)
@@ -164,10 +143,8 @@ def test_an_equal_prompt_under_another_promise_is_evaluated_before_sampling(llm:
 # -- other plans -----------------------------------------------------------------------------------------------------
 
 
-def test_without_a_plan_it_is_the_whole_model_bit_for_bit_again(
-    llm: Any, tiny: Tiny, open_model: Open, tokens: Tokens
-) -> None:
-    whole = open_model(tiny())
+def test_without_a_plan_it_is_the_whole_model_bit_for_bit_again(llm: Any, open_tiny: Open) -> None:
+    whole = open_tiny()
     llm.eval(tokens(100))
     llm.set_plan(None)
     llm.reset()
@@ -177,7 +154,7 @@ def test_without_a_plan_it_is_the_whole_model_bit_for_bit_again(
     np.testing.assert_array_equal(llm.scores[:100], whole.scores[:100])
 
 
-def test_a_plan_set_by_hand_stays_until_auto_is_set_again(llm: Any, tokens: Tokens) -> None:
+def test_a_plan_set_by_hand_stays_until_auto_is_set_again(llm: Any) -> None:
     llm.set_plan(MILD)
     llm.eval(tokens(100))
     assert llm.plan == MILD
@@ -193,76 +170,66 @@ def test_a_plan_set_by_hand_stays_until_auto_is_set_again(llm: Any, tokens: Toke
 @pytest.fixture
 def model(tiny: Tiny, tmp_path: Path) -> Path:
     """A model with that frontier beside it."""
-    path = Path(shutil.copy(tiny(), tmp_path / "m.gguf"))
+    path = Path(shutil.copy(tiny(), tmp_path / "m.Q4.gguf"))
     save_plan(plan_path(path), FOUND)
     return path
 
 
-def test_auto_reads_the_frontier_beside_the_model(model: Path, open_model: Open, tokens: Tokens) -> None:
+def test_auto_reads_the_frontier_beside_the_model(model: Path, open_model: Open) -> None:
     llm = open_model(model, plan="auto", max_loss=0.02)
     llm.eval(tokens(100))
     assert llm.plan == MILD and len(llm.frontier.points) == 2
+    save_plan(plan_path(model), frontier([]))
+    whole = open_model(model, plan="auto")
+    whole.eval(tokens(100))
+    assert whole.plan is None, "where nothing can be skipped"
 
 
-def test_auto_without_a_file_says_how_to_write_one(tiny: Tiny) -> None:
-    with pytest.raises(PlanFileError, match="run `adaskip-cpp tune"):
-        AdaSkipLlama(str(tiny()), plan="auto", verbose=False)
+def test_auto_uses_the_one_plan_of_a_file_and_reads_nothing_else(model: Path, open_model: Open) -> None:
+    plan = replace(SkipPlan.manual(3, [2], [0], scale=0.9), model=ModelInfo(fingerprint(model), "llama", 3))
+    assert Path(plan_path(model)).name == "m.Q4.adaskip-plan.json"
+    save_plan(plan_path(model), plan)
+    Path(profile_path(model)).write_text("this is no profile")
+    llm, by_hand = open_model(model, plan="auto"), open_model(model, plan=plan)
+    assert llm.plan == plan and llm.elided_kv == (2,)
+    for each in (llm, by_hand):
+        each.eval(tokens(9))
+    np.testing.assert_array_equal(logits(llm), logits(by_hand))
 
 
-def test_settings_that_the_model_cannot_run_with_are_told_by_the_file(model: Path) -> None:
-    failed = Tried(Settings(flash_attn=True), *[float("inf")] * 4, False)
-    save_plan(plan_path(model), replace(FOUND, tried=(failed,)))
-    assert load_plan(plan_path(model)).frontier == replace(FOUND, tried=(failed,))
-    beside = frontier_beside(model)
-    assert beside is not None and beside.tried == (failed,)
+def test_auto_refuses_what_is_no_plan_for_the_model(model: Path, open_model: Open) -> None:
+    save_plan(plan_path(model), replace(MILD, model=ModelInfo("ab" * 32, "llama", 3)))
+    with pytest.raises(ProfileMismatchError, match=r"another model.*tune"):
+        open_model(model, plan="auto")
+    os.remove(plan_path(model))
+    with pytest.raises(PlanFileError, match=r"m\.Q4\.adaskip-plan\.json.*`adaskip-cpp tune .*m\.Q4\.gguf`"):
+        open_model(model, plan="auto")
 
 
 TUNED = Settings(flash_attn=True, repack=False, n_batch=64, n_ubatch=32, n_threads=1, n_threads_batch=2)
 
 
-def settings_of(llm: Any) -> Settings:
-    found, repack = cost_settings(llm), bool(llm.model_params.use_extra_bufts)
-    threads = found.n_threads, found.n_threads_batch
-    return Settings(found.flash_attention, repack, found.n_batch, found.n_ubatch, *threads)
-
-
-@pytest.fixture
-def opened_with(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``opened_with(here, **arguments)``: the settings of a model that is opened with a frontier of TUNED."""
-
-    def open_(here: bool, **arguments: Any) -> Settings:
-        monkeypatch.setattr(adaskip_cpp.engine.llama, "is_here", lambda machine: here)
-        llm = AdaSkipLlama(str(tiny()), plan=replace(FOUND, settings=TUNED), n_ctx=128, verbose=False, **arguments)
-        found = settings_of(llm)
-        llm.close()
-        return found
-
-    return open_
-
-
-def test_settings_are_used_on_the_machine_that_they_were_found_on(opened_with: Any) -> None:
-    assert opened_with(True) == TUNED
-
-
-def test_settings_are_not_used_on_another_machine(opened_with: Any, tiny: Tiny) -> None:
-    llm = AdaSkipLlama(str(tiny()), n_ctx=128, verbose=False)
-    assert opened_with(False) == settings_of(llm)
-    llm.close()
-
-
-def test_a_frontier_that_tells_no_machine_changes_no_settings(tiny: Tiny) -> None:
-    plans = None, replace(FOUND, settings=TUNED)
-    whole, auto = (AdaSkipLlama(str(tiny()), plan=plan, n_ctx=128, verbose=False) for plan in plans)
-    assert settings_of(auto) == settings_of(whole)
-    whole.close()
-    auto.close()
+def settings_of(path: Path, plan: Frontier | None, **arguments: Any) -> Settings:
+    """The settings of a model that is opened with a frontier."""
+    with closing(AdaSkipLlama(str(path), plan=plan, n_ctx=128, verbose=False, **arguments)) as llm:
+        found, repack = cost_settings(llm), bool(llm.model_params.use_extra_bufts)
+        threads = found.n_threads, found.n_threads_batch
+        return Settings(found.flash_attention, repack, found.n_batch, found.n_ubatch, *threads)
 
 
 @pytest.mark.parametrize(
-    "given", [{"flash_attn": False}, {"repack": True}, {"n_batch": 128}, {"n_threads": 3}], ids=str
+    "given", [{}, {"flash_attn": False}, {"repack": True}, {"n_batch": 128}, {"n_threads": 3}], ids=str
 )
-def test_arguments_that_are_given_win(given: dict[str, Any], opened_with: Any) -> None:
-    assert opened_with(True, **given) == replace(TUNED, **given)
+def test_settings_are_used_on_the_machine_that_they_were_found_on_and_arguments_win(
+    given: dict[str, Any], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaskip_cpp.engine.llama, "is_here", lambda machine: True)
+    assert settings_of(tiny(), replace(FOUND, settings=TUNED), **given) == replace(TUNED, **given)
+
+
+@pytest.mark.parametrize("machine", [None, SETTINGS], ids=["of no machine", "of another machine"])
+def test_settings_that_were_not_found_here_are_not_used(machine: Any, tiny: Tiny) -> None:
+    assert settings_of(tiny(), replace(FOUND, settings=TUNED, machine=machine)) == settings_of(tiny(), None)
 
 
 # -- promises that make no sense -------------------------------------------------------------------------------------
@@ -277,16 +244,16 @@ def test_a_promise_without_auto_is_refused(plan: SkipPlan | None, tiny: Tiny, ll
 
 
 @pytest.mark.parametrize("max_loss", [-0.1, float("nan"), float("inf"), "0.1", True])
-def test_a_promise_that_is_no_loss_is_refused_and_the_one_before_stays(max_loss: Any, llm: Any, tokens: Tokens) -> None:
+def test_a_promise_that_is_no_loss_is_refused_and_the_one_before_stays(max_loss: Any, llm: Any) -> None:
     with pytest.raises(PlanError, match="a number from 0 on"):
         llm.set_plan("auto", max_loss=max_loss)
     llm.eval(tokens(100))
     assert llm.plan == STRONG
 
 
-def test_auto_on_a_model_without_a_frontier_is_refused(tiny: Tiny, open_model: Open) -> None:
+def test_auto_on_a_model_without_a_frontier_is_refused(open_tiny: Open) -> None:
     with pytest.raises(PlanError, match='open the model with plan="auto"'):
-        open_model(tiny()).set_plan("auto")
+        open_tiny().set_plan("auto")
 
 
 def test_a_plan_by_another_name_is_refused(tiny: Tiny, llm: Any) -> None:
@@ -299,8 +266,8 @@ def test_a_plan_by_another_name_is_refused(tiny: Tiny, llm: Any) -> None:
 # -- copies, and fewer tokens ----------------------------------------------------------------------------------------
 
 
-def test_a_pickled_model_keeps_frontier_and_promise(tiny: Tiny, open_model: Open, tokens: Tokens) -> None:
-    llm = open_model(tiny(), plan=FOUND, max_loss=0.02)
+def test_a_pickled_model_keeps_frontier_and_promise(open_tiny: Open) -> None:
+    llm = open_tiny(plan=FOUND, max_loss=0.02)
     copy = pickle.loads(pickle.dumps(llm))
     for each in (llm, copy):
         each.eval(tokens(100))
@@ -310,11 +277,9 @@ def test_a_pickled_model_keeps_frontier_and_promise(tiny: Tiny, open_model: Open
 
 
 @pytest.mark.parametrize("name", ["llama", "jamba"])
-def test_a_truncated_model_goes_on_as_one_that_read_no_more(
-    name: str, tiny: Tiny, open_model: Open, tokens: Tokens
-) -> None:
+def test_a_truncated_model_goes_on_as_one_that_read_no_more(name: str, open_tiny: Open) -> None:
     # jamba keeps a state, which cannot give back what it has read: it reads the first ones again.
-    llm, fresh = open_model(tiny(name)), open_model(tiny(name))
+    llm, fresh = open_tiny(name), open_tiny(name)
     llm.eval(tokens(40))
     llm.truncate(25)
     assert llm.n_tokens == 25
@@ -324,10 +289,8 @@ def test_a_truncated_model_goes_on_as_one_that_read_no_more(
 
 
 @pytest.mark.parametrize("n", [-1, 40, 50])
-def test_there_is_nothing_to_truncate_beyond_what_was_read(
-    n: int, tiny: Tiny, open_model: Open, tokens: Tokens
-) -> None:
-    llm = open_model(tiny())
+def test_there_is_nothing_to_truncate_beyond_what_was_read(n: int, open_tiny: Open) -> None:
+    llm = open_tiny()
     llm.eval(tokens(40))
     llm.truncate(n)
     assert llm.n_tokens == 40

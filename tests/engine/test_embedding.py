@@ -4,12 +4,11 @@ Stock is the oracle of a skipped sublayer, too: of a model whose projection that
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
+from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.stock import EXACT, Job, run_stock
 from oracles.tiny_families import ENCODERS, N_CTX_TRAIN, N_LAYER
@@ -18,8 +17,6 @@ from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NotSkippableError
 from adaskip_cpp.model.skip_set import SkipSet
 
-Tiny = Callable[..., Path]
-Open = Callable[..., Any]
 TEXTS = ["the other of the", "in an", "on the other"]
 SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in ("attention", "ffn")]
 POOLED = {"embedding": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN}
@@ -28,9 +25,8 @@ POOLED = {"embedding": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN}
 # -- a model that generates ------------------------------------------------------------------------------------------
 
 
-def states(path: Path, tokens: list[int], each: SkipSet) -> np.ndarray:
+def states(model: ReferenceModel, tokens: list[int], each: SkipSet) -> np.ndarray:
     """The stream after the last norm, under this set: [n_tokens, n_embd]."""
-    model = ReferenceModel(path)
     trace = ReferenceRun(model).eval(tokens, each.skip, each.scale, each.bias)
     assert trace.v is not None
     return model.norm(trace.v[-1, 1], "output_norm")
@@ -51,51 +47,41 @@ PLANS = {
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_texts_are_embedded_under_the_prefill_set(plan: str, pooling: str, tiny: Tiny, open_model: Open) -> None:
+def test_texts_are_embedded_under_the_prefill_set(plan: str, pooling: str, open_tiny: Open, numpy_model: Open) -> None:
     # Float32 against float64: 1e-6 is measured. All texts are in one batch, as sequences of their own; but alone where
     # nothing is pooled, since llama-cpp-python then mixes up the texts of a batch.
     kind, pool = POOLINGS[pooling]
-    llm = open_model(tiny(), embedding=True, pooling_type=kind)
-    llm.set_plan(PLANS[plan])
+    llm = open_tiny(embedding=True, pooling_type=kind, under=PLANS[plan])
     chosen = SkipSet.none(N_LAYER) if llm.plan is None else llm.plan.prefill
     embedded = [llm.embed(text) for text in TEXTS] if pooling == "none" else llm.embed(TEXTS)
     for text, actual in zip(TEXTS, embedded, strict=True):
-        expected = pool(states(tiny(), llm.tokenize(text.encode()), chosen))
+        expected = pool(states(numpy_model(), llm.tokenize(text.encode()), chosen))
         assert relative_error(np.atleast_2d(actual), np.atleast_2d(expected)) < 5e-6
 
 
-def test_a_model_opened_with_a_plan_embeds_without_the_kv_of_what_it_skips(tiny: Tiny, open_model: Open) -> None:
+def test_a_model_opened_with_a_plan_embeds_without_the_kv_of_what_it_skips(open_tiny: Open, numpy_model: Open) -> None:
     plan = PLANS["whole layers"]
-    llm = open_model(tiny(), plan=plan, **POOLED)
+    llm = open_tiny(plan=plan, **POOLED)
     assert llm.elided_kv == (0, 2)
-    expected = [states(tiny(), llm.tokenize(text.encode()), plan.prefill).mean(axis=0) for text in TEXTS]
+    expected = [states(numpy_model(), llm.tokenize(text.encode()), plan.prefill).mean(axis=0) for text in TEXTS]
     actual = [row["embedding"] for row in llm.create_embedding(TEXTS)["data"]]
     assert relative_error(actual, expected) < 5e-6
-
-
-def test_plans_change_between_two_embeddings(tiny: Tiny, open_model: Open) -> None:
-    llm = open_model(tiny(), **POOLED)
-    for plan in (PLANS["whole layers"], None, PLANS["attention and FFNs"], PLANS["whole layers"]):
-        llm.set_plan(plan)
-        chosen = SkipSet.none(N_LAYER) if plan is None else plan.prefill
-        expected = states(tiny(), llm.tokenize(TEXTS[0].encode()), chosen).mean(axis=0)
-        assert relative_error([llm.embed(TEXTS[0])], [expected]) < 5e-6
 
 
 # -- encoders --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_without_a_plan_is_bit_identical_to_stock(name: str, tiny: Tiny, open_model: Open) -> None:
+def test_an_encoder_without_a_plan_is_bit_identical_to_stock(name: str, tiny: Tiny, open_tiny: Open) -> None:
     (expected,) = run_stock([Job(str(tiny(name)), [], {**EXACT, "embedding": True}, TEXTS)])
     assert np.isfinite(expected).all() and len({row.tobytes() for row in expected}) == len(TEXTS)
-    np.testing.assert_array_equal(open_model(tiny(name), embedding=True).embed(TEXTS), expected)
+    np.testing.assert_array_equal(open_tiny(name, embedding=True).embed(TEXTS), expected)
 
 
-def test_each_sublayer_of_an_encoder_skipped_equals_stock_on_the_zeroed_model(tiny: Tiny, open_model: Open) -> None:
+def test_each_sublayer_of_an_encoder_skipped_equals_stock_on_the_zeroed_model(tiny: Tiny, open_tiny: Open) -> None:
     # x + 0 is x: measured is no difference at all.
     jobs = [Job(str(tiny("bert", zero=[at])), [], {**EXACT, "embedding": True}, TEXTS) for at in SUBLAYERS]
-    llm = open_model(tiny("bert"), embedding=True)
+    llm = open_tiny("bert", embedding=True)
     assert [(each.layer, each.kind, each.skippable) for each in llm.sublayers] == [(*at, True) for at in SUBLAYERS]
     whole = llm.embed(TEXTS)
     for (layer, kind), expected in zip(SUBLAYERS, run_stock(jobs), strict=True):
@@ -106,8 +92,8 @@ def test_each_sublayer_of_an_encoder_skipped_equals_stock_on_the_zeroed_model(ti
     np.testing.assert_array_equal(llm.embed(TEXTS), whole)
 
 
-def test_an_encoder_whose_sublayers_are_not_found_says_so_and_still_runs(tiny: Tiny, open_model: Open) -> None:
-    llm = open_model(tiny("t5encoder"), embedding=True)
+def test_an_encoder_whose_sublayers_are_not_found_says_so_and_still_runs(open_tiny: Open) -> None:
+    llm = open_tiny("t5encoder", embedding=True)
     whole = llm.embed(TEXTS)
     assert all(not each.skippable and "was found on the residual stream" in each.reason for each in llm.sublayers)
     with pytest.raises(NotSkippableError, match="leave it out of the plan"):
@@ -115,10 +101,10 @@ def test_an_encoder_whose_sublayers_are_not_found_says_so_and_still_runs(tiny: T
     np.testing.assert_array_equal(llm.embed(TEXTS), whole)
 
 
-def test_a_text_beyond_the_learned_positions_is_cut(tiny: Tiny, open_model: Open) -> None:
+def test_a_text_beyond_the_learned_positions_is_cut(open_tiny: Open) -> None:
     """ggml ends the process at a position without an embedding. Stock cuts texts at n_batch tokens."""
     text, size = "the other " * 400, N_CTX_TRAIN + 256
-    longer = open_model(tiny("bert"), embedding=True, n_ctx=size, n_batch=size, n_ubatch=size)
-    same = open_model(tiny("bert"), embedding=True, n_ctx=N_CTX_TRAIN, n_batch=N_CTX_TRAIN, n_ubatch=N_CTX_TRAIN)
+    longer = open_tiny("bert", embedding=True, n_ctx=size, n_batch=size, n_ubatch=size)
+    same = open_tiny("bert", embedding=True, n_ctx=N_CTX_TRAIN, n_batch=N_CTX_TRAIN, n_ubatch=N_CTX_TRAIN)
     assert len(longer.tokenize(text.encode())) > N_CTX_TRAIN
     np.testing.assert_array_equal(longer.embed(text), same.embed(text))

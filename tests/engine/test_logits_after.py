@@ -1,24 +1,19 @@
 """``AdaSkipLlama.logits_after``: the logits after every token, also of a model that keeps the last one's alone."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from oracles.bulks import TOLERANCE, chosen, history, phases, plan
-from oracles.reference import OnlineReference, ReferenceModel, relative_error
+from oracles.bulks import NOTHING, TOLERANCE, chosen, plan
+from oracles.expected import history_of, split
+from oracles.fixtures import Open, Tiny
+from oracles.reference import OnlineReference, relative_error
 from oracles.stock import EXACT, Job, run_stock
-from oracles.tiny_families import N_LAYER, N_VOCAB
+from oracles.tiny_families import N_LAYER, N_VOCAB, tokens
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NativeError, RequestError, StateError
 from adaskip_cpp.model.plan import OnlineStage
-from adaskip_cpp.model.skip_set import SkipSet
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 N_PROMPT = 40
 
@@ -30,13 +25,11 @@ def logits_all(request: pytest.FixtureRequest) -> bool:
 
 @pytest.mark.parametrize("n_batch", [128, 16, 7])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4"])
-def test_they_are_stocks_bit_for_bit(
-    name: str, n_batch: int, logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_they_are_stocks_bit_for_bit(name: str, n_batch: int, logits_all: bool, tiny: Tiny, open_tiny: Open) -> None:
     text, options = tokens(60), {"n_batch": n_batch, "logits_all": logits_all, "exact_batches": True}
     pieces, all_rows = [text[:N_PROMPT], text[N_PROMPT:]], {"n_ctx": 128, "n_batch": n_batch, "logits_all": True}
     [expected] = run_stock([Job(str(tiny(name)), pieces, {**all_rows, **EXACT})])
-    llm = open_model(tiny(name), **options)
+    llm = open_tiny(name, **options)
     llm.eval(pieces[0])
     found = llm.logits_after(pieces[1])
     assert found.dtype == np.float32
@@ -44,46 +37,31 @@ def test_they_are_stocks_bit_for_bit(
     assert llm.n_tokens == 60 and llm.input_ids[:60].tolist() == text
 
 
-@pytest.mark.parametrize("options", [{}, {"n_batch": 7}, {"n_ubatch": 3}, {"swa_full": False}], ids=str)
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [(20, {}), (1, {}), (20, {"n_batch": 7}), (20, {"n_ubatch": 3}), (20, {"swa_full": False})],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_after_a_bulk_they_are_those_of_numpy(
-    name: str, options: dict[str, Any], logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
+    name: str, size: int, options: dict[str, Any], logits_all: bool, open_tiny: Open, numpy_model: Open
 ) -> None:
     of = plan(chosen((0, 0), (1, 1)), decode=chosen((2, 1), seed=1), tail=3)
-    llm, expected = open_model(tiny(name), logits_all=logits_all, **options), history(tiny(name), of)
-    llm.set_plan(of)
+    llm, expected = open_tiny(name, logits_all=logits_all, under=of, **options), history_of(numpy_model(name), of)
     for each in (llm, expected):
         each.eval(tokens(N_PROMPT))
     answer = tokens(20, seed=1)
-    found = llm.logits_after(answer)
+    found = np.concatenate([llm.logits_after(piece) for piece in split(answer, size)])
     for token in answer:
         expected.decode([token])
     rows = [expected.trace(N_PROMPT + index).logits[0] for index in range(20)]
     assert relative_error(found, np.stack(rows)) < TOLERANCE[name]
 
 
-def test_where_attentions_of_the_prompt_were_skipped_it_is_read_again(
-    logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm, fresh = (open_model(tiny(), logits_all=each) for each in (logits_all, True))
-    llm.set_plan(SkipPlan.manual(N_LAYER, attention=[1]))
-    llm.eval(tokens(N_PROMPT))
-    llm.set_plan(None)
-    fresh.eval(tokens(N_PROMPT))
-    np.testing.assert_array_equal(llm.logits_after([7, 8, 9]), fresh.logits_after([7, 8, 9]))
-
-
-def test_the_tokens_are_an_answers(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny(), logits_all=logits_all)
-    llm.eval(tokens(N_PROMPT))
-    assert phases(llm, lambda: llm.logits_after([7, 8, 9])) == {"decode": [N_PROMPT, N_PROMPT + 1, N_PROMPT + 2]}
-
-
-def test_they_count_in_the_online_stage(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_they_count_in_the_online_stage(logits_all: bool, open_tiny: Open, numpy_model: Open) -> None:
     stage = OnlineReference(4, -1.0, "none", np.zeros((N_LAYER, 2), bool))  # every FFN is as similar as that
-    of = SkipPlan(SkipSet.none(N_LAYER), SkipSet.none(N_LAYER), online=OnlineStage(4, -1.0, "none"))
-    llm, expected = open_model(tiny(), logits_all=logits_all), history(tiny(), of)
-    llm.set_plan(of)
+    of = SkipPlan(NOTHING, NOTHING, online=OnlineStage(4, -1.0, "none"))
+    llm, expected = open_tiny(logits_all=logits_all, under=of), history_of(numpy_model(), of)
     llm.begin_request()
     for each in (llm, expected):
         each.eval(tokens(N_PROMPT))
@@ -97,9 +75,9 @@ def test_they_count_in_the_online_stage(logits_all: bool, tiny: Tiny, tokens: To
     np.testing.assert_allclose(llm.online.similarity, stage.similarity, atol=1e-6)
 
 
-def test_generation_goes_on_right_after(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_generation_goes_on_right_after(logits_all: bool, open_tiny: Open) -> None:
     text = tokens(60)
-    llm, fresh = open_model(tiny(), logits_all=logits_all), open_model(tiny(), logits_all=logits_all)
+    llm, fresh = open_tiny(logits_all=logits_all), open_tiny(logits_all=logits_all)
     llm.eval(text[:N_PROMPT])
     found = llm.logits_after(text[N_PROMPT:])
     expected = next(fresh.generate(text, temp=0.0))
@@ -108,8 +86,8 @@ def test_generation_goes_on_right_after(logits_all: bool, tiny: Tiny, tokens: To
     assert next(llm.generate([*text, 7, 8, 9], temp=0.0)) == next(fresh.generate([*text, 7, 8, 9], temp=0.0))
 
 
-def test_where_all_logits_are_kept_their_rows_are_among_them(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, other = open_model(tiny()), open_model(tiny())
+def test_where_all_logits_are_kept_their_rows_are_among_them(open_tiny: Open) -> None:
+    llm, other = open_tiny(), open_tiny()
     for each in (llm, other):
         each.eval(tokens(N_PROMPT))
     found = llm.logits_after([7, 8, 9])
@@ -118,8 +96,8 @@ def test_where_all_logits_are_kept_their_rows_are_among_them(tiny: Tiny, tokens:
     np.testing.assert_array_equal(llm.scores[N_PROMPT : llm.n_tokens], found)
 
 
-def test_they_are_the_callers_to_keep(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny(), logits_all=logits_all)
+def test_they_are_the_callers_to_keep(logits_all: bool, open_tiny: Open) -> None:
+    llm = open_tiny(logits_all=logits_all)
     llm.eval(tokens(N_PROMPT))
     found = llm.logits_after([7, 8])
     kept = found.copy()
@@ -127,16 +105,14 @@ def test_they_are_the_callers_to_keep(logits_all: bool, tiny: Tiny, tokens: Toke
     np.testing.assert_array_equal(found, kept)
 
 
-def test_after_no_tokens_there_are_none(logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm = open_model(tiny(), logits_all=logits_all)
+def test_after_no_tokens_there_are_none(logits_all: bool, open_tiny: Open) -> None:
+    llm = open_tiny(logits_all=logits_all)
     llm.eval(tokens(N_PROMPT))
     assert llm.logits_after([]).shape == (0, N_VOCAB) and llm.n_tokens == N_PROMPT
 
 
-def test_while_statistics_of_all_tokens_are_collected_there_are_none(
-    logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
-    llm = open_model(tiny(), logits_all=logits_all)
+def test_while_statistics_of_all_tokens_are_collected_there_are_none(logits_all: bool, open_tiny: Open) -> None:
+    llm = open_tiny(logits_all=logits_all)
     llm.eval(tokens(N_PROMPT))
     with llm.collect_statistics(lambda batch: None):
         with pytest.raises(StateError, match=r"leave collect_statistics\(\) first, or .* keep_logits=True"):
@@ -147,21 +123,11 @@ def test_while_statistics_of_all_tokens_are_collected_there_are_none(
 
 @pytest.mark.parametrize("wrong", [[7] * 300, [-1], [N_VOCAB]], ids=["too many", "below 0", "beyond the vocabulary"])
 def test_what_cannot_be_evaluated_is_refused_and_the_model_goes_on(
-    wrong: list[int], logits_all: bool, tiny: Tiny, tokens: Tokens, open_model: Open
+    wrong: list[int], logits_all: bool, open_tiny: Open
 ) -> None:
-    llm, other = (open_model(tiny(), n_ctx=256, n_batch=512, logits_all=logits_all) for _ in range(2))
+    llm, other = (open_tiny(n_ctx=256, n_batch=512, logits_all=logits_all) for _ in range(2))
     for each in (llm, other):
         each.eval(tokens(N_PROMPT))
     with pytest.raises(RequestError if len(wrong) > 1 else NativeError):
         llm.logits_after(wrong)
     np.testing.assert_array_equal(llm.logits_after([7, 8]), other.logits_after([7, 8]))
-
-
-def test_one_token_after_another_gives_the_same(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    model, answer = ReferenceModel(tiny()), tokens(10, seed=2)
-    llm = open_model(tiny(), logits_all=False)
-    llm.eval(tokens(N_PROMPT))
-    found = np.concatenate([llm.logits_after([token]) for token in answer])
-    expected = history(tiny(), SkipPlan(SkipSet.none(model.n_layer), SkipSet.none(model.n_layer)))
-    expected.eval([*tokens(N_PROMPT), *answer])
-    assert relative_error(found, np.stack([expected.trace(N_PROMPT + i).logits[0] for i in range(10)])) < 1e-5

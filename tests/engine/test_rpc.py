@@ -5,23 +5,18 @@ That devices of servers compute the same is in test_backends.py.
 
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from oracles.fixtures import Open
 from oracles.rpc_server import bytes_travelled
+from oracles.tiny_families import tokens
 
 from adaskip_cpp import SkipPlan, add_rpc_server
 from adaskip_cpp.engine.binding import lib
 from adaskip_cpp.engine.rpc import supports_rpc
 from adaskip_cpp.errors import RPCServerError
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 without_rpc = pytest.mark.skipif(supports_rpc(), reason="ggml was built with RPC")
 with_rpc = pytest.mark.skipif(not supports_rpc(), reason="ggml was built without RPC")
@@ -66,15 +61,13 @@ def test_another_kind_of_server_is_refused() -> None:
             add_rpc_server(endpoint)
 
 
-def test_a_plan_adds_nothing_to_what_travels(
-    rpc_servers: list[str], tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_a_plan_adds_nothing_to_what_travels(rpc_servers: list[str], open_tiny: Open) -> None:
     """Bytes to and from both servers, of a prompt and of tokens of the answer; what is skipped is not described.
 
     Of the two together: which tokens have outputs is an input of the last layer, and may move to the server before. A
     prompt with a bulk is read in up to two more pieces, its head and its tail, each of which has a graph of its own.
     """
-    llm = open_model(tiny(), n_gpu_layers=-1, n_ctx=256)
+    llm = open_tiny(n_gpu_layers=-1, n_ctx=256)
 
     def travelled() -> np.ndarray:
         return np.sum([bytes_travelled(endpoint) for endpoint in rpc_servers], axis=0)
@@ -105,11 +98,9 @@ def test_a_plan_adds_nothing_to_what_travels(
 
 
 @pytest.mark.parametrize("what", ["vectors", "context"])
-def test_what_is_freed_between_two_evaluations_ends_nothing(
-    what: str, rpc_servers: list[str], tiny: Tiny, tokens: Tokens, open_model: Open
-) -> None:
+def test_what_is_freed_between_two_evaluations_ends_nothing(what: str, rpc_servers: list[str], open_tiny: Open) -> None:
     """A server forgets its last graph with every buffer that it frees; asked for it again, it hangs up, ggml aborts."""
-    llm = open_model(tiny(), n_gpu_layers=-1)
+    llm = open_tiny(n_gpu_layers=-1)
     if what == "vectors":
         skipped = SkipPlan.manual(llm.n_layer, ffn=[1], phase="decode")
         bias = np.ones((llm.n_layer, 2, llm.n_embd()), np.float32)
@@ -122,5 +113,5 @@ def test_what_is_freed_between_two_evaluations_ends_nothing(
         if what == "vectors":
             llm.set_plan(None)
         else:
-            open_model(tiny(), n_gpu_layers=-1).close()
+            open_tiny(n_gpu_layers=-1).close()
     np.testing.assert_array_equal(*passes)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from oracles.expected import log_probabilities
 from oracles.fixtures import Open
 from oracles.reference import OnlineReference, ReferenceRun
 from oracles.tiny_families import tokens
@@ -36,10 +37,7 @@ def probes() -> list[Probe]:
 
 def by_definition(whole: Any, own: Any, targets: Sequence[int]) -> Scores:
     """The figures in float64, of one row of logits in front of each target."""
-    log_p, log_q = (
-        (rows := np.asarray(each, np.float64)) - np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        for each in (whole, own)
-    )
+    log_p, log_q = log_probabilities(whole), log_probabilities(own)
     at = np.arange(len(targets))
     others = np.where(np.arange(log_p.shape[1]) == np.array(targets)[:, None], -np.inf, log_p)
     best, found = log_q.argmax(axis=1), log_p.argmax(axis=1)
@@ -105,17 +103,6 @@ def test_the_figures_are_those_of_plain_evaluations_of_each_prompt(
         assert_scores(found, by_definition(rows(probe, None), rows(probe, plan), probe.answer[probe.n_cue :]), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "jamba"])
-def test_a_probe_scores_what_it_does_alone(name: str, probes: Any, open_tiny: Open) -> None:
-    llm = open_tiny(name)
-    for probe, found in zip(probes, Judge(llm, probes)(skipping(llm)), strict=True):
-        [alone] = Judge(llm, [probe])(skipping(llm))
-        if probe.n_prompt == CUTS[0]:
-            assert same(found, alone)
-        else:  # the bulk before the shorter prompt's tail is read in a batch of its own
-            assert_scores(found, alone, 1e-4)
-
-
 def test_a_plan_that_skips_nothing_changes_nothing_and_the_last_answer_is_in_the_cache(
     probes: Any, open_tiny: Open
 ) -> None:
@@ -131,8 +118,7 @@ def test_the_whole_models_losses_are_those_of_the_answers_tokens(
     model = numpy_model()
     for probe, found in zip(probes, Judge(open_tiny(), probes).whole_losses, strict=True):
         text = [*probe.tokens[: probe.n_prompt], *probe.answer]
-        logits = np.asarray(ReferenceRun(model).eval(text).logits, np.float64)
-        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        log_p = log_probabilities(ReferenceRun(model).eval(text).logits)
         at = np.arange(probe.n_prompt + probe.n_cue, len(text))
         np.testing.assert_allclose(found, -log_p[at - 1, np.array(text)[at]], atol=1e-5)
 

@@ -59,10 +59,6 @@ def test_a_key_is_a_number_that_the_text_does_not_have(llm: Any) -> None:
 # --- ids --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_arguments_give_the_same_items(llm: Any) -> None:
-    assert passkey_items(llm, TEXT, lengths=[1500], n_per=2) == passkey_items(llm, TEXT, lengths=[1500], n_per=2)
-
-
 def test_a_key_is_the_same_in_every_run_and_on_every_python(llm: Any) -> None:
     (item,) = passkey_items(llm, TEXT, lengths=[1500], depths=[0.5], n_per=1)
     assert item.answers == ("90024",)

@@ -2,37 +2,21 @@
 
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
-from oracles.fake_llama import BOS, FakeLlama
+from oracles.questions import LLM
 
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring import corpus, tasks
-from adaskip_cpp.measuring.tasks import READMES, QuestionItem, python_sources, read_texts, readmes, text_items
-
-LLM: Any = FakeLlama()
-
-
-def written(tokens: tuple[int, ...]) -> str:
-    """The text of an item; in FakeLlama's vocabulary each byte is a token."""
-    assert tokens[0] == BOS
-    return "".join(chr(token - 2) for token in tokens[1:])
-
+from adaskip_cpp.measuring.tasks import READMES, python_sources, read_texts, readmes, text_items
 
 # --- items of text ----------------------------------------------------------------------------------------------------
 
 
-def test_items_are_of_equal_length_and_do_not_overlap() -> None:
-    text = "".join(chr(33 + i) for i in range(90))
-    items = text_items(LLM, {"a": text}, n_items=3, n_tokens=11)
-    assert [written(item.tokens) for item in items] == [text[:10], text[30:40], text[60:70]]
-    assert {item.task for item in items} == {"text"}
-
-
 def test_items_are_dealt_out_over_the_texts_in_turn() -> None:
     items = text_items(LLM, {"a": "a" * 100, "b": "b" * 25, "c": "c" * 15}, n_items=7, n_tokens=11)
-    assert [written(item.tokens)[0] for item in items] == ["a", "b", "c", "a", "b", "a", "a"]
+    texts = [LLM.detokenize(item.tokens).decode() for item in items]
+    assert texts == [letter * 10 for letter in "abcabaa"] and {item.task for item in items} == {"text"}
 
 
 def test_ids_tell_items_apart_and_do_not_change() -> None:
@@ -46,7 +30,7 @@ def test_a_text_shorter_than_an_item_is_refused_or_left_out() -> None:
     with pytest.raises(DataError, match=r"'short' has 9 tokens, fewer than the 11.*give a longer text"):
         text_items(LLM, texts, n_items=2, n_tokens=11)
     items = text_items(LLM, texts, n_items=2, n_tokens=11, drop_short=True)
-    assert [written(item.tokens)[0] for item in items] == ["a", "a"]
+    assert [LLM.detokenize(item.tokens)[:1] for item in items] == [b"a", b"a"]
 
 
 def test_fewer_items_than_asked_for_are_refused() -> None:
@@ -66,7 +50,7 @@ def test_the_held_out_pages_are_enough_for_a_measurement() -> None:
     items = text_items(LLM, corpus.held_out(), n_items=16, n_tokens=2048)
     calibration = corpus.text().encode()
     assert len({item.id for item in items}) == 16
-    assert not any(bytes(token - 2 for token in item.tokens[1:]) in calibration for item in items)
+    assert not any(LLM.detokenize(item.tokens) in calibration for item in items)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -116,27 +100,3 @@ def test_sources_that_a_python_lacks_are_left_out(tmp_path: Path, monkeypatch: p
     (tmp_path / "argparse.py").unlink()
     with pytest.raises(DataError, match=r"no sources in .*--text FILE"):
         python_sources()
-
-
-# --- questions --------------------------------------------------------------------------------------------------------
-
-
-def question(**fields: Any) -> QuestionItem:
-    return QuestionItem(
-        **{"id": "q", "task": "t", "prompt": (1,), "answers": ("a cat",), "max_tokens": 8, "metric": "qa_f1", **fields}
-    )
-
-
-def test_a_question_scores_an_answer_by_its_metric() -> None:
-    assert question().score("The cat") == 1.0
-    assert question(answers=("dog", "cat")).score("cat") == 1.0
-    assert question(metric="classification", answers=("red",), all_classes=("red", "blue")).score("red, blue") == 0.5
-
-
-def test_only_the_first_line_counts_where_a_dataset_says_so() -> None:
-    assert question(first_line=True).score("\n\ncat\ndog") == 1.0
-    assert question(first_line=False).score("\ncat\ndog") == pytest.approx(2 / 3)
-
-
-def test_all_modules_named_are_single_files() -> None:
-    assert all("." not in name and "/" not in name for name in corpus.SOURCES.split())

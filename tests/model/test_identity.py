@@ -30,14 +30,6 @@ def poke(path: Path, offset: int) -> None:
         file.write(b"x")
 
 
-def test_equal_files_have_equal_fingerprints(tmp_path: Path) -> None:
-    a, b = tmp_path / "a.gguf", tmp_path / "b.gguf"
-    for path in (a, b):
-        path.write_bytes(b"GGUF" + bytes(range(256)))
-    assert fingerprint(a) == fingerprint(str(b))
-    assert len(fingerprint(a)) == 64
-
-
 @pytest.mark.parametrize(
     ("size", "offsets"), [(6, (0, 300, 3 * MIB, 6 * MIB - 1)), (64, (0, MIB - 1, 63 * MIB, 64 * MIB - 1))]
 )
@@ -142,7 +134,7 @@ def test_a_number_that_is_none_of_a_model_in_several_is_a_part_of_the_name(name:
     for each in (path, other):
         each.write_bytes(b"GGUF" + bytes(99))
     check_gguf(path)
-    assert fingerprint(path) == fingerprint(other)
+    assert fingerprint(path) == fingerprint(str(other)) and len(fingerprint(path)) == 64
 
 
 def plan_of(llm: AdaSkipLlama) -> SkipPlan:

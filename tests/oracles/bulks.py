@@ -1,13 +1,9 @@
-"""Plans with a bulk, and the history that they must give."""
+"""Plans with a bulk, and the phases of what a call evaluates."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from oracles.expected import history_of
-from oracles.reference import ReferenceModel
-from oracles.sequence_oracle import History
 from oracles.skip_sets import only
 from oracles.tiny_families import N_EMBD, N_LAYER
 
@@ -34,10 +30,6 @@ def chosen(*sublayers: tuple[int, int], seed: int = 0, scale: Any = None, bias: 
 def plan(bulk: SkipSet, prefill: SkipSet = NOTHING, decode: SkipSet | None = None, **more: Any) -> SkipPlan:
     of_bulk = Bulk(bulk, **{"head": 4, "tail": 8, **more})
     return SkipPlan(prefill, prefill if decode is None else decode, bulk=of_bulk)
-
-
-def history(path: Path, of: SkipPlan) -> History:
-    return history_of(ReferenceModel(path), of)
 
 
 def phases(llm: Any, call: Callable[[], Any]) -> dict[str, list[int]]:

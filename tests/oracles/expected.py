@@ -5,6 +5,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.sequence_oracle import Cells, History
 from oracles.skip_sets import arguments
@@ -13,7 +14,7 @@ from oracles.stock import eval_logits
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.skip_set import SkipSet
 
-__all__ = ["error", "error_under", "generated", "history_of", "last_logits", "split"]
+__all__ = ["error", "error_under", "generated", "history_of", "last_logits", "log_probabilities", "split"]
 
 
 def split(tokens: list[int], size: int) -> list[list[int]]:
@@ -55,3 +56,9 @@ def generated(llm: Any, expected: History, prompt: list[int], n: int) -> list[in
 def last_logits(llm: Any) -> Any:
     """Those of the token that was read last, [n_vocab]."""
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()
+
+
+def log_probabilities(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Logarithms of the probabilities of logits, [n, n_vocab], float64."""
+    rows = np.asarray(logits, np.float64)
+    return np.asarray(rows - np.log(np.exp(rows).sum(axis=1, keepdims=True)))

@@ -9,6 +9,7 @@ from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.statistics import LinearMaps, PhaseStatistics
 
 NAN = float("nan")
+FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean_u", "mean_v")
 
 
 def statistics(similarity: Any, *, ratio: float = 1.5, **changes: Any) -> PhaseStatistics:
@@ -28,6 +29,23 @@ def statistics(similarity: Any, *, ratio: float = 1.5, **changes: Any) -> PhaseS
     return PhaseStatistics(similarity, **fields)
 
 
+def measured(u: np.ndarray, v: np.ndarray) -> PhaseStatistics:
+    """Those of inputs and outputs, float64 [n_layer, 2, n_tokens, n_embd], by whole matrices.
+
+    A layer's input is that of its attention, its output that of its FFN.
+    """
+    norm_u, norm_v = np.linalg.norm(u, axis=3), np.linalg.norm(v, axis=3)
+    return PhaseStatistics(
+        ((u * v).sum(axis=3) / (norm_u * norm_v)).mean(axis=2),
+        np.sqrt((v**2).sum(axis=(2, 3)) / (u**2).sum(axis=(2, 3))),
+        np.median(norm_v / norm_u, axis=2),
+        ((u[:, 0] * v[:, 1]).sum(axis=2) / (norm_u[:, 0] * norm_v[:, 1])).mean(axis=1),
+        u.mean(axis=2).astype(np.float32),
+        v.mean(axis=2).astype(np.float32),
+        u.shape[2],
+    )
+
+
 def profile(similarity: Any, **changes: Any) -> Profile:
     """A profile whose ratios are 1.5 and 0.75 in prefill, 1.2 and 0.6 in decode."""
     fields = {
@@ -44,6 +62,9 @@ def profile(similarity: Any, **changes: Any) -> Profile:
     return Profile(**fields)
 
 
+EXAMPLE = profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]])
+"""A profile in which the FFN of layer 1 was not observed."""
+
 MAPPED = [0, 1, 2, 3, 6, 7, 8]
 """What :func:`maps` has maps of, counted over layers and columns."""
 
@@ -56,3 +77,7 @@ def maps(n_layer: int = 3, rank: int = 2, n_embd: int = 5) -> LinearMaps:
     for array in arrays:
         array[1, 1:] = NAN
     return LinearMaps(*arrays)
+
+
+MAPPED_EXAMPLE = profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], maps=maps())
+"""The same with linear maps."""

@@ -50,6 +50,12 @@ def costing(lost: Any) -> dict[str, Any]:
     return {"divergence": np.where(even, lost / 2, lost), "copying": np.where(even, lost, lost / 2)}
 
 
+RISING, FALLING = np.linspace(0.5, 0.99, 24).reshape(12, 2), np.linspace(0.99, 0.5, 8).reshape(4, 2)
+"""Similarities of 12 and of 4 layers."""
+GROWING = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
+"""The time of attentions is nearly all growth with the context, which windows save."""
+
+
 def layers(skip_set: SkipSet) -> list[int]:
     """The layers skipped, all of them whole and without compensation."""
     assert skip_set.attention == skip_set.ffn
@@ -92,23 +98,18 @@ def test_unified_skipping_is_not_defined_for_more_than_half_of_the_layers(n_laye
         unified_skipping(blank(n_layer), PlanRequest(2 * k, mode="e2e"))
 
 
-def test_unified_skipping_by_hand() -> None:
-    assert layers(unified_skipping(blank(32), PlanRequest(16, mode="e2e")).prefill) == [1, 5, 9, 13, 17, 21, 25, 29]
-    assert layers(unified_skipping(blank(30), PlanRequest(12, mode="e2e")).prefill) == [1, 6, 11, 16, 21, 26]
-    assert layers(unified_skipping(blank(32), PlanRequest(20, mode="e2e")).prefill) == [
-        1,
-        4,
-        7,
-        10,
-        13,
-        16,
-        19,
-        22,
-        25,
-        28,
-        31,
-    ], "11 for a k of 10"
-    assert layers(unified_skipping(blank(18), PlanRequest(18, mode="e2e")).prefill) == [1, 3, 5, 7, 9, 11, 13, 15, 17]
+@pytest.mark.parametrize(
+    ("n_layer", "n_skip", "skipped"),
+    [
+        (32, 16, range(1, 32, 4)),
+        (30, 12, range(1, 30, 5)),
+        (32, 20, range(1, 32, 3)),  # 11 for a k of 10
+        (18, 18, range(1, 18, 2)),
+    ],
+)
+def test_unified_skipping_by_hand(n_layer: int, n_skip: int, skipped: range) -> None:
+    plan = unified_skipping(blank(n_layer), PlanRequest(n_skip, mode="e2e"))
+    assert layers(plan.prefill) == [*skipped]
 
 
 @pytest.mark.parametrize(("n_layer", "k"), [(n_layer, k) for n_layer, k in BUDGETS if k < n_layer])
@@ -136,9 +137,8 @@ def test_skip_decode_by_hand() -> None:
     # k = 3: m = 1 at t = 0, 2 for 1 <= t <= 256, 3 from 257 on.
     plan = skip_decode(blank(12), PlanRequest(6, mode="e2e"))
     assert [(start, layers(each)) for start, each in plan.schedule] == [(0, [1]), (1, [1, 2]), (257, [1, 2, 3])]
-    assert skip_decode(blank(12), PlanRequest(2, mode="e2e")).schedule == () and layers(
-        skip_decode(blank(12), PlanRequest(2, mode="e2e")).decode
-    ) == [1]
+    one = skip_decode(blank(12), PlanRequest(2, mode="e2e"))
+    assert one.schedule == () and layers(one.decode) == [1]
 
 
 def test_skip_decode_never_skips_layer_0() -> None:
@@ -185,12 +185,8 @@ def test_an_impossible_budget_is_refused_and_the_maximum_told(strategy: Any, n_s
 def test_a_sublayer_that_cannot_be_skipped_is_named(strategy: Any) -> None:
     similarity = np.full((4, 2), 0.9)
     similarity[1, 0] = similarity[3, 1] = NAN
-    by_hand = strategy is manual
-    request = (
-        PlanRequest(strategy="manual", attention=(1,), ffn=(3,), mode="e2e")
-        if by_hand
-        else PlanRequest(4, mode="prefill")
-    )
+    by_hand = PlanRequest(strategy="manual", attention=(1,), ffn=(3,), mode="e2e")
+    request = by_hand if strategy is manual else PlanRequest(4, mode="prefill")
     with pytest.raises(NotSkippableError, match=r"attention of layer 1|FFN of layer 3"):
         strategy(profile(similarity), request)
 
@@ -200,7 +196,7 @@ def test_a_sublayer_that_cannot_be_skipped_is_named(strategy: Any) -> None:
 
 @pytest.mark.parametrize("strategy", [adaskip, early_exit, suffix, skip_decode, unified_skipping])
 def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
-    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2))
+    known = judged(RISING)
     plan, prefill = strategy(known, PlanRequest(6, mode="prompt")), strategy(known, PlanRequest(6, mode="prefill"))
     assert plan.bulk.skip == prefill.prefill and plan.bulk.skip.n_skip == 6
     assert plan.prefill == plan.decode == SkipSet.none(12)
@@ -211,7 +207,7 @@ def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
 
 
 def test_decode_skips_the_most_similar_with_the_ratios_of_decode() -> None:
-    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2))
+    known = judged(RISING)
     plan = known.plan(6, mode="prompt", decode=3, strategy="suffix", compensation="paper")
     assert plan.bulk is not None and plan.bulk.skip.attention == plan.bulk.skip.ffn == (9, 10, 11)
     assert (plan.decode.attention, plan.decode.ffn, plan.prefill.n_skip) == ((11,), (10, 11), 0)
@@ -232,24 +228,22 @@ ORDER = [(3, 0), (3, 1), (1, 0), (2, 0), (2, 1), (0, 1), (0, 0), (1, 1)]
 
 @pytest.mark.parametrize("n_skip", range(9))
 def test_a_prompt_skips_what_costs_least_times_the_layers_above(n_skip: int) -> None:
-    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), **costing(DIVERGENCE))
+    known = profile(FALLING, **costing(DIVERGENCE))
     bulk = known.plan(n_skip, mode="prompt").bulk
     assert bulk is not None
     assert sorted(map(tuple, np.argwhere(bulk.skip.skip).tolist())) == sorted(ORDER[:n_skip])
 
 
 def test_the_papers_ranking_of_a_prompt_needs_no_divergence() -> None:
-    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
-    for known in (profile(similarity), profile(similarity, **costing(DIVERGENCE))):
+    for known in (profile(FALLING), profile(FALLING, **costing(DIVERGENCE))):
         plan, paper = known.plan(3, mode="prompt", ranking="similarity"), known.plan(3, mode="prefill")
         assert plan.bulk is not None and plan.bulk.skip == paper.prefill
         assert plan.bulk.skip.attention == (0, 1) and plan.bulk.skip.ffn == (0,)
 
 
 def test_the_other_modes_do_not_ask_what_a_bulk_costs() -> None:
-    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
     for mode in ("prefill", "decode", "e2e"):
-        assert profile(similarity, **costing(DIVERGENCE)).plan(3, mode=mode) == profile(similarity).plan(3, mode=mode)
+        assert profile(FALLING, **costing(DIVERGENCE)).plan(3, mode=mode) == profile(FALLING).plan(3, mode=mode)
 
 
 def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
@@ -266,7 +260,7 @@ def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
 def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
     # Every sublayer saves as much, but for attentions what their K and V cost; the last layer's loss is none.
     costs = cost_model(1, [1] * 4, [1] * 4, size=64, kept=[0.5] * 4)
-    known = profile(np.linspace(0.99, 0.5, 8).reshape(4, 2), **costing(DIVERGENCE), cost=costs)
+    known = profile(FALLING, **costing(DIVERGENCE), cost=costs)
     chosen = [known.plan(mode="prompt", speedup=speedup, context=1000).bulk for speedup in (1.1, 1.3, 1.5)]
     skipped = [{tuple(each) for each in np.argwhere(bulk.skip.skip).tolist()} for bulk in chosen if bulk is not None]
     lost = DIVERGENCE * np.array([[3], [2], [1], [0]])
@@ -285,37 +279,33 @@ def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
 
 
 def test_for_a_speed_up_attentions_are_windowed_where_that_loses_less() -> None:
-    """Attentions whose time is all growth with the context, which windows save, for nothing or for more than all."""
-    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
-    similarity = np.linspace(0.99, 0.5, 8).reshape(4, 2)
+    """Windows lose nothing, or more than all else."""
     cheap, dear = (Windows((0, 1, 2, 3), (0.0, *([loss] * 4))) for loss in (0.0, 1e3))
     request = {"mode": "prompt", "speedup": 1.5, "context": 8000}
     for windows, n in ((cheap, 3), (dear, 0)):  # three reach it, with nothing skipped
-        known = profile(similarity, **costing(DIVERGENCE), cost=costs, windows=windows)
+        known = profile(FALLING, **costing(DIVERGENCE), cost=GROWING, windows=windows)
         plan = known.plan(**request)
         assert plan.bulk is not None and (len(plan.narrowed), plan.bulk.window_size) == (n, 1020)
-        assert costs.speedup(plan, 8000, "prefill") >= 1.5
+        assert GROWING.speedup(plan, 8000, "prefill") >= 1.5
     assert known.plan(**request, windowed=2, window_size=7).narrowed == (2, 3)
     assert known.plan(**request, ranking="similarity").narrowed == () == known.plan(2).narrowed
     assert known.plan(0, windowed=3).narrowed == (1, 2, 3)
-    assert profile(similarity, **costing(DIVERGENCE), cost=costs).plan(**request).narrowed == ()
+    assert profile(FALLING, **costing(DIVERGENCE), cost=GROWING).plan(**request).narrowed == ()
 
 
 def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() -> None:
-    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
     divergence = np.full((4, 2), NAN)
     divergence[3] = 1.0
     similarity = np.where(np.isnan(divergence), NAN, 0.9)
-    known = profile(similarity, **costing(divergence), cost=costs, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3)))
+    known = profile(similarity, **costing(divergence), cost=GROWING, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3)))
     with pytest.raises(BudgetError, match="at most"):
         known.plan(mode="prompt", speedup=1.5, context=8000, windowed=0)
     assert known.plan(mode="prompt", speedup=1.5, context=8000).narrowed
 
 
 def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None:
-    costs = cost_model(1, [1] * 4, [1] * 4, size=64, growth=[0.01] * 4, kept=[0.5] * 4)
     windows = Windows((0, 1, 2, 3), (0.0,) * 5)
-    known = profile(np.full((4, 2), 0.9), **costing(DIVERGENCE), cost=costs, windows=windows)
+    known = profile(np.full((4, 2), 0.9), **costing(DIVERGENCE), cost=GROWING, windows=windows)
     request = PlanRequest(mode="prompt", windowed=2)
     for wanted, size in (
         (replace(request, speedup=1.3, context=8000, strategy="suffix"), 1020),
@@ -325,21 +315,8 @@ def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None
     ):
         bulk = known.plan(wanted).bulk
         assert bulk is not None and bulk.window_size == size
-
-
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        ({"windowed": 5}, "4 attentions can look back at a window, not 5; ask for at most 4"),
-        ({"windowed": -1}, "windowed is -1; use a whole number from 0 on"),
-        ({"window_size": 0}, "window_size is 0; use a whole number from 1 on"),
-        ({"windowed": 1, "mode": "e2e"}, "mode 'e2e' takes no windowed; leave it out, or use mode 'prompt'"),
-    ],
-)
-def test_impossible_windows_are_refused(request_: dict[str, Any], message: str) -> None:
-    known = profile(np.full((4, 2), 0.9), **costing(DIVERGENCE), windows=Windows((0, 1, 2, 3), (0.0,) * 5))
-    with pytest.raises((BudgetError, PlanError), match=message):
-        known.plan(0, **request_)
+    with pytest.raises(BudgetError, match="4 attentions can look back at a window, not 5; ask for at most 4"):
+        known.plan(0, windowed=5)
 
 
 def test_what_no_bulk_can_skip_is_not_chosen() -> None:
@@ -370,27 +347,10 @@ def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
         known.plan(strategy="manual", attention=[1], mode="e2e")
 
 
-def test_impossible_requests_of_the_prompt_mode_are_refused() -> None:
-    known = judged(np.full((12, 2), 0.9))
-    for values, words in (
-        ({"decode": -1}, "from 0 on"),
-        ({"decode": 1.5}, "from 0 on"),
-        ({"head": -1}, "from 0 on"),
-        ({"tail": 0}, "from 1 on"),
-        ({"decode": 25}, "0 to 24"),
-        ({"mode": "e2e", "decode": 1}, "leave it out"),
-        ({"mode": "e2e", "head": 0}, "leave it out"),
-        ({"mode": "prefill", "tail": 8}, "leave it out"),
-        ({"speedup": 1.2, "phase": "decode"}, "leave phase out"),
-    ):
-        with pytest.raises((PlanError, BudgetError), match=words):
-            known.plan(**{"mode": "prompt", **values})
-
-
 @pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
 def test_a_speed_up_of_the_prompt_mode_is_that_to_the_first_token(strategy: str) -> None:
     costs = cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12)
-    known = judged(np.linspace(0.5, 0.99, 24).reshape(12, 2), cost=costs)
+    known = judged(RISING, cost=costs)
     plan = known.plan(mode="prompt", strategy=strategy, speedup=1.25, context=1000, tail=32)
     assert plan.bulk is not None and plan.bulk.tail == 32
     assert 1.25 <= costs.speedup(plan, 1000, "prefill") < 1.5
@@ -424,5 +384,3 @@ def test_lists_that_do_not_fit_are_refused() -> None:
         known.plan(strategy="manual", ffn=[4], mode="e2e")
     with pytest.raises(BudgetError, match="1 sublayers are listed, not 3"):
         known.plan(3, strategy="manual", ffn=[1], mode="e2e")
-    with pytest.raises(PlanError, match="strategy='manual'"):
-        known.plan(3, ffn=[1], mode="e2e")

@@ -1,11 +1,11 @@
 """adaskip_cpp.tuning.edited: what edited prompts are measured on, and when nothing is measured."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles.tiny_families import N_LAYER
+from oracles.fixtures import Open
+from oracles.tiny_families import N_LAYER, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp.measuring.judge import Judge
@@ -15,15 +15,11 @@ from adaskip_cpp.tuning import edited
 from adaskip_cpp.tuning.edited import edit_points
 from adaskip_cpp.tuning.memo import Memo
 
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
-
 N_PROMPT = 1600
 OPTIONS: dict[str, Any] = {"n_ctx": 2048, "type_k": 0, "type_v": 0, "logits_all": False}
 
 
-def judge_of(llm: Any, tokens: Tokens, n_prompt: int = N_PROMPT) -> Judge:
+def judge_of(llm: Any, n_prompt: int = N_PROMPT) -> Judge:
     """Two texts with pass keys; the second one has some of them near its beginning."""
     texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (i, depth)) for i, depth in enumerate((0.5, 0.35))]
     cuts = n_prompt // 2, n_prompt  # the longest prompts are edited
@@ -41,9 +37,9 @@ def all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edited, "DEFAULT_LOSS", 9.0)
 
 
-def test_three_kinds_of_edits_are_measured(tiny: Tiny, tokens: Tokens, open_model: Open, all_kinds: None) -> None:
-    llm = open_model(tiny(), **OPTIONS, reuse="prefix")
-    judge, prompts = judge_of(llm, tokens), []
+def test_three_kinds_of_edits_are_measured(all_kinds: None, open_tiny: Open) -> None:
+    llm = open_tiny(**OPTIONS, reuse="prefix")
+    judge, prompts = judge_of(llm), []
     generate = llm.generate
 
     def read(prompt: Any, **kwargs: Any) -> Any:
@@ -76,19 +72,17 @@ def test_three_kinds_of_edits_are_measured(tiny: Tiny, tokens: Tokens, open_mode
     assert alien in str(second) and all(alien not in str(prompt) for prompt in prompts[: FEW + 1]), "of another text"
 
 
-def test_edits_cost_nothing_where_tokens_see_nothing_of_each_other(
-    tmp_path: Path, tokens: Tokens, open_model: Open
-) -> None:
+def test_edits_cost_nothing_where_tokens_see_nothing_of_each_other(tmp_path: Path, open_model: Open) -> None:
     """A model whose attentions add nothing computes K and V of a token alike after whatever text."""
     silent = [(layer, "attention") for layer in range(N_LAYER)]
     llm = open_model(write_model(tmp_path / "silent.gguf", zero=silent), **OPTIONS)
-    for each in measured(llm, judge_of(llm, tokens)):
+    for each in measured(llm, judge_of(llm)):
         assert each.continuation.divergence.value < 1e-6 and each.copying.divergence.value < 1e-6
 
 
-def test_a_run_that_was_stopped_measures_no_edits_again(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, memo = open_model(tiny(), **OPTIONS), Memo()
-    judge = judge_of(llm, tokens)
+def test_a_run_that_was_stopped_measures_no_edits_again(open_tiny: Open) -> None:
+    llm, memo = open_tiny(**OPTIONS), Memo()
+    judge = judge_of(llm)
     found, n_read = measured(llm, judge, memo), llm.n_evaluated
     assert measured(llm, judge, memo) == found and llm.n_evaluated == n_read
 
@@ -104,18 +98,16 @@ def test_a_run_that_was_stopped_measures_no_edits_again(tiny: Tiny, tokens: Toke
     ids=["a state", "a window that is lost", "logits of all tokens", "a short prompt"],
 )
 def test_nothing_is_measured_where_nothing_is_moved(
-    tiny: Tiny, tokens: Tokens, open_model: Open, family: str, options: dict[str, Any], n_prompt: int
+    family: str, options: dict[str, Any], n_prompt: int, open_tiny: Open
 ) -> None:
     """Edits that were never made would seem to lose nothing."""
-    llm = open_model(tiny(family), **{**OPTIONS, **options})
-    assert measured(llm, judge_of(llm, tokens, n_prompt)) == []
+    llm = open_tiny(family, **{**OPTIONS, **options})
+    assert measured(llm, judge_of(llm, n_prompt)) == []
 
 
-def test_documents_that_were_read_alone_are_put_together(
-    tiny: Tiny, tokens: Tokens, open_model: Open, all_kinds: None
-) -> None:
-    llm = open_model(tiny(), **OPTIONS)
-    judge, reads = judge_of(llm, tokens), []
+def test_documents_that_were_read_alone_are_put_together(all_kinds: None, open_tiny: Open) -> None:
+    llm = open_tiny(**OPTIONS)
+    judge, reads = judge_of(llm), []
     generate = llm.generate
 
     def read(prompt: Any, **kwargs: Any) -> Any:
@@ -133,10 +125,10 @@ def test_documents_that_were_read_alone_are_put_together(
 
 
 def test_documents_are_put_together_if_half_the_default_promise_is_twice_the_loss_of_new_orders(
-    tiny: Tiny, tokens: Tokens, open_model: Open, all_kinds: None, monkeypatch: pytest.MonkeyPatch
+    all_kinds: None, monkeypatch: pytest.MonkeyPatch, open_tiny: Open
 ) -> None:
-    llm, memo = open_model(tiny(), **OPTIONS), Memo()
-    judge = judge_of(llm, tokens)
+    llm, memo = open_tiny(**OPTIONS), Memo()
+    judge = judge_of(llm)
     needed = 2 * 2 * measured(llm, judge, memo)[1].needs(N_PROMPT)
     for share, kinds in ((0.99, [FEW, MANY]), (1.01, [FEW, MANY, TOGETHER])):
         monkeypatch.setattr(edited, "DEFAULT_LOSS", share * needed)

@@ -172,26 +172,23 @@ def test_where_nothing_matters_the_defaults_stay(search: Search) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("phase", "change"),
     [
-        {"flash_attn": True},
-        {"repack": False},
-        {"n_threads_batch": PHYSICAL},
-        {"n_threads_batch": PHYSICAL - 1},
-        {"n_batch": 1024, "n_ubatch": 1024},
-        {"n_batch": 256, "n_ubatch": 256},
+        ("prompt", {"flash_attn": True}),
+        ("prompt", {"repack": False}),
+        ("prompt", {"n_threads_batch": PHYSICAL}),
+        ("prompt", {"n_threads_batch": PHYSICAL - 1}),
+        ("prompt", {"n_batch": 1024, "n_ubatch": 1024}),
+        ("prompt", {"n_batch": 256, "n_ubatch": 256}),
+        ("token", {"flash_attn": True}),
+        ("token", {"repack": False}),
+        ("token", {"n_threads": LOGICAL}),
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("enough_tokens")
-def test_what_makes_prompts_faster_is_chosen(change: Mapping[str, Any], search: Search) -> None:
-    found = search(Machine(prompt=faster(1.2, **change)))
-    assert found.settings == replace(DEFAULT, **change)
-
-
-@pytest.mark.parametrize("change", [{"flash_attn": True}, {"repack": False}, {"n_threads": LOGICAL}], ids=str)
-def test_what_makes_answers_faster_is_chosen(change: Mapping[str, Any], search: Search) -> None:
-    found = search(Machine(prompt=constant(1e-5), token=faster(1.2, **change)))
+def test_what_makes_prompts_or_answers_faster_is_chosen(phase: str, change: Mapping[str, Any], search: Search) -> None:
+    found = search(Machine(**{"prompt": constant(1e-5), phase: faster(1.2, **change)}))
     assert found.settings == replace(DEFAULT, **change)
 
 

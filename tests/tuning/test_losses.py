@@ -171,10 +171,6 @@ def test_where_nothing_saves_time_no_set_is_judged() -> None:
     assert sets.candidates == () and aim(sets, {}, 9.0) is None
 
 
-def test_where_everything_loses_too_much_no_set_is_judged() -> None:
-    assert aim(sets_of(all_last(8, 8, 12), adding(9.0, 9.0)), {}, 0.2) is None
-
-
 def test_where_nothing_can_be_skipped_nothing_is_measured() -> None:
     def lost(candidate: Candidate, long: bool = False) -> Lost:
         raise AssertionError("measured")

@@ -26,7 +26,7 @@ from adaskip_cpp.measuring.probes import KINDS, Probe, probes_of
 from adaskip_cpp.model.frontier import SpeedUp
 from adaskip_cpp.model.plan import SkipPlan
 from adaskip_cpp.model.settings import Settings
-from adaskip_cpp.progress import OnProgress, silent
+from adaskip_cpp.progress import OnProgress
 from adaskip_cpp.tuning import figures
 from adaskip_cpp.tuning import tune as tuning
 from adaskip_cpp.tuning.figures import passkeys_of, quality_of
@@ -90,9 +90,31 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return calls
 
 
-def tune(model: Path, calls: Calls, **more: Any) -> Frontier:
+def tuned(model: Path, calls: Calls, **more: Any) -> Frontier:
     options = {"context": 200, "n_answer": 8, "data": DATA, "texts": TEXTS, "given": GIVEN}
     return adaskip_cpp.tune(str(model), **{**options, "on_stage": calls.on_stage, **more})
+
+
+Tune = Callable[..., Frontier]
+Put = Callable[..., None]
+OnePromise = Callable[..., list[float]]
+
+
+@pytest.fixture
+def tune(model: Path, calls: Calls) -> Tune:
+    """``tune(path=model, **options)``: a whole run."""
+    return lambda path=model, **more: tuned(path, calls, **more)
+
+
+@pytest.fixture
+def put(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> Put:
+    """``put(name=value, ...)``: from now on, tuning has these constants and functions."""
+
+    def put_(**values: Any) -> None:
+        for name, value in values.items():
+            monkeypatch.setattr(tuning, name, value)
+
+    return put_
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +122,7 @@ def done(model: Path) -> tuple[Frontier, Calls]:
     """A whole run, and what it did."""
     with pytest.MonkeyPatch.context() as patch:
         calls = noted(patch)
-        return tune(model, calls, tell=calls.told.append), calls
+        return tuned(model, calls, tell=calls.told.append), calls
 
 
 @pytest.fixture
@@ -155,14 +177,6 @@ def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model:
     llm.close()
 
 
-def test_no_item_that_judges_was_searched_by(model: Path) -> None:
-    llm = AdaSkipLlama(str(model), n_ctx=64, verbose=False)
-    parts = held(llm)
-    assert not {item.tokens[1:] for item in parts.judge} & {item.tokens[1:] for item in parts.search}
-    assert not {item.id for item in parts.judge} & {item.id for item in parts.search}
-    llm.close()
-
-
 def test_it_says_on_which_texts_and_where(whole: Frontier) -> None:
     assert is_here(whole.machine) and whole.tried[0].chosen
     searched, judged = (whole.about[name].split(", ") for name in ("searched_on", "judged_on"))  # type: ignore[union-attr]
@@ -177,16 +191,16 @@ def test_the_speed_is_that_of_the_plan_which_keeps_the_default_promise(
 
 
 def test_a_plan_that_loses_more_and_is_slower_is_not_kept(
-    model: Path, calls: Calls, whole: Frontier, monkeypatch: pytest.MonkeyPatch
+    whole: Frontier, monkeypatch: pytest.MonkeyPatch, tune: Tune
 ) -> None:
     """Here what loses more is slower, by invented speeds."""
     predicted = tuning.Planned.speedup
     monkeypatch.setattr(tuning.Planned, "speedup", lambda *args: 1 / predicted(*args))
-    assert len(whole.points) == 2 and [each.plan for each in tune(model, calls).points] == [whole.points[0].plan]
+    assert len(whole.points) == 2 and [each.plan for each in tune().points] == [whole.points[0].plan]
 
 
-def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls: Calls) -> None:
-    found = tune(tiny("mamba"), calls)
+def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls: Calls, tune: Tune) -> None:
+    found = tune(tiny("mamba"))
     assert found.points == () and found.choose(5000) is None and calls.timed[0][1] is None
 
 
@@ -202,31 +216,25 @@ def test_the_tokens_that_were_read_are_counted(done: tuple[Frontier, Calls]) -> 
 
 
 def test_where_tokens_run_out_the_plan_near_the_default_promise_is_judged(
-    model: Path, calls: Calls, whole: Frontier, monkeypatch: pytest.MonkeyPatch
+    whole: Frontier, tune: Tune, put: Put
 ) -> None:
-    monkeypatch.setattr(tuning, "MOST_TOKENS", 0)
-    found = tune(model, calls)
+    put(MOST_TOKENS=0)
+    found = tune()
     assert len(whole.points) == 2 and [each.plan for each in found.points] == [whole.points[0].plan]
 
 
-def test_each_judged_plan_leaves_fewer_tokens(
-    model: Path, calls: Calls, one_promise: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_judged_plan_leaves_fewer_tokens(one_promise: OnePromise, tune: Tune, put: Put) -> None:
     one_promise(9.0)
-    n_read = tune(model, calls).n_read
-    monkeypatch.setattr(tuning, "MOST_TOKENS", n_read - 500)
-    found = tune(model, calls)
+    n_read = tune().n_read
+    put(MOST_TOKENS=n_read - 500)
+    found = tune()
     assert len(found.points) == 1 and found.n_read < n_read - 500
 
 
-def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(
-    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(tune: Tune, put: Put) -> None:
     edits, aimed = edited_frontier(0.01).edits, list[float]()
-    monkeypatch.setattr(tuning, "edit_points", lambda *_: [*edits])
-    monkeypatch.setattr(tuning, "_AIMS", AIMS)
-    monkeypatch.setattr(tuning, "aim", lambda sets, needs, promise: aimed.append(promise))
-    tune(model, calls)
+    put(edit_points=lambda *_: [*edits], _AIMS=AIMS, aim=lambda sets, needs, promise: aimed.append(promise))
+    tune()
     # In prompts twice as long plans lose 1.3 times as much, so they are sought for less. They are judged after 192
     # tokens, and nine tenths of the promise are near enough.
     left = Frontier((), edits=edits).left
@@ -237,7 +245,7 @@ def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(
 
 
 def test_plans_for_a_length_are_sought_among_the_fastest_sets_for_that_length(
-    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, tune: Tune, put: Put
 ) -> None:
     find, found, used = Losses.sets, dict[int, Any](), list[Any]()
 
@@ -245,27 +253,21 @@ def test_plans_for_a_length_are_sought_among_the_fastest_sets_for_that_length(
         return found.setdefault(seconds.keywords["context"], find(losses, seconds))
 
     monkeypatch.setattr(Losses, "sets", finding)
-    monkeypatch.setattr(tuning, "_AIMS", AIMS)
-    monkeypatch.setattr(tuning, "aim", lambda sets, needs, promise: used.append(sets))
-    tune(model, calls)
+    put(_AIMS=AIMS, aim=lambda sets, needs, promise: used.append(sets))
+    tune()
     assert sorted(found) == [2048, 8192]
     assert all(sets is found[n] for sets, (_, _, n) in zip(used, AIMS, strict=True))
 
 
-def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(
-    model: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    aimed = list[float]()
-    monkeypatch.setattr(tuning, "MOST_TOKENS", 0)
-    monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
-    monkeypatch.setattr(tuning, "_AIMS", [(0.05, False, JUDGED_AT)])
-    monkeypatch.setattr(tuning, "aim", lambda sets, needs, promise: aimed.append(promise))
-    tune(model, calls)
+def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(one_promise: OnePromise, tune: Tune, put: Put) -> None:
+    put(MOST_TOKENS=0)
+    aimed = one_promise(0.05)
+    tune()
     assert aimed[0] == pytest.approx(0.9 * 0.85 * 0.05)
 
 
 @pytest.fixture
-def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
+def one_promise(put: Put) -> OnePromise:
     """``one_promise(x, *sets)``: from now on, these are judged in turn for this promise; returns what is aimed at."""
 
     def one(promise: float, *judged: Candidate) -> list[float]:
@@ -275,30 +277,22 @@ def one_promise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
             aimed.append(wanted)
             return next((each for each in judged or (IDLE_SET, EVERY_SET) if each not in needs), None)
 
-        monkeypatch.setattr(tuning, "edit_points", lambda *_: [])
-        monkeypatch.setattr(tuning, "aim", aim)
-        monkeypatch.setattr(tuning, "_AIMS", [(promise, False, JUDGED_AT)])
-        monkeypatch.setattr(tuning, "_FIRST_AIMS", ())
+        put(edit_points=lambda *_: [], aim=aim, _AIMS=[(promise, False, JUDGED_AT)], _FIRST_AIMS=())
         return aimed
 
     return one
 
 
-OnePromise = Callable[..., list[float]]
-
-
-def test_points_are_of_growing_speed(
-    model: Path, calls: Calls, one_promise: OnePromise, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_points_are_of_growing_speed(one_promise: OnePromise, tune: Tune, put: Put) -> None:
     """Here the fast plan is judged first."""
-    monkeypatch.setattr(tuning, "_WORTHWHILE", 9.0)
+    put(_WORTHWHILE=9.0)
     one_promise(9.0, EVERY_SET, IDLE_SET)
-    slow, fast = tune(model, calls).points
+    slow, fast = tune().points
     assert slow.plan.bulk and slow.plan.bulk.skip.attention == () and slow.speedup(JUDGED_AT) < fast.speedup(JUDGED_AT)
 
 
 def test_a_plan_that_loses_a_pass_key_is_not_kept_and_not_judged_again(
-    model: Path, calls: Calls, one_promise: OnePromise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_promise: OnePromise, tmp_path: Path, tune: Tune, put: Put
 ) -> None:
     judged, memo, judge_plan = list[SkipPlan](), str(tmp_path / "memo.json"), figures.judged_plan
 
@@ -306,49 +300,45 @@ def test_a_plan_that_loses_a_pass_key_is_not_kept_and_not_judged_again(
         judged.append(plan)
         return (None, 0) if plan.skipped("bulk").attention else judge_plan(judge, plan)
 
-    monkeypatch.setattr(tuning, "judged_plan", losing)
+    put(judged_plan=losing)
     aimed = one_promise(9.0, EVERY_SET, IDLE_SET)
-    found = tune(model, calls, memo=Memo(memo, "key"))
+    found = tune(memo=Memo(memo, "key"))
     assert [each.plan for each in found.points] == judged[1:] and len(judged) == 2
     assert aimed[1] == pytest.approx(0.85 * aimed[0]), "it counts as a failure"
-    assert tune(model, calls, memo=Memo(memo, "key")).points == found.points and len(judged) == 2
+    assert tune(memo=Memo(memo, "key")).points == found.points and len(judged) == 2
 
 
 def test_a_plan_that_is_hardly_faster_than_a_kept_one_is_not_judged(
-    model: Path, calls: Calls, one_promise: OnePromise, monkeypatch: pytest.MonkeyPatch
+    one_promise: OnePromise, tune: Tune, put: Put
 ) -> None:
     one_promise(9.0)
     n_judged = []
     for share in (0.0, 1.0):
-        monkeypatch.setattr(tuning, "_WORTHWHILE", share)
-        n_judged.append(len(tune(model, calls).points))
+        put(_WORTHWHILE=share)
+        n_judged.append(len(tune().points))
     assert n_judged[0] == 1 < n_judged[1]
 
 
-def test_a_plan_that_nearly_needs_the_promise_is_the_last_for_it(
-    model: Path, calls: Calls, one_promise: OnePromise
-) -> None:
+def test_a_plan_that_nearly_needs_the_promise_is_the_last_for_it(one_promise: OnePromise, tune: Tune) -> None:
     aimed = one_promise(9.0)
-    every = tune(model, calls).points
+    every = tune().points
     assert len(aimed) == len(every) + 1  # in vain at the end
     aimed = one_promise(max(each.needs(JUDGED_AT) for each in every) / 0.95)
-    assert tune(model, calls).points == every and len(aimed) == len(every)
+    assert tune().points == every and len(aimed) == len(every)
 
 
-def test_after_each_failure_a_plan_is_sought_with_a_larger_margin(
-    model: Path, calls: Calls, one_promise: OnePromise
-) -> None:
+def test_after_each_failure_a_plan_is_sought_with_a_larger_margin(one_promise: OnePromise, tune: Tune) -> None:
     aimed = one_promise(1e-9, EVERY_SET, Candidate((1, 2)))
-    tune(model, calls)
+    tune()
     assert aimed == pytest.approx([0.9e-9, 0.9e-9 * 0.85, 0.9e-9 * 0.85**2])
 
 
 def test_for_the_most_useful_promises_any_plan_is_enough_at_first(
-    model: Path, calls: Calls, one_promise: OnePromise, monkeypatch: pytest.MonkeyPatch
+    one_promise: OnePromise, tune: Tune, put: Put
 ) -> None:
     aimed = one_promise(9.0)
-    monkeypatch.setattr(tuning, "_FIRST_AIMS", tuning._AIMS)
-    assert len(tune(model, calls).points) == 1 == len(aimed)
+    put(_FIRST_AIMS=tuning._AIMS)
+    assert len(tune().points) == 1 == len(aimed)
     assert AIMS[: len(FIRST_AIMS)] == FIRST_AIMS and {*FIRST_AIMS} <= {*AIMS[len(FIRST_AIMS) :]}
 
 
@@ -360,17 +350,17 @@ def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
-def test_settings_that_are_given_are_not_varied(model: Path, calls: Calls) -> None:
+def test_settings_that_are_given_are_not_varied(tune: Tune) -> None:
     given = {"flash_attn": True, "n_batch": 64, "n_threads_batch": 1}
-    found = tune(model, calls, given=given)
+    found = tune(given=given)
     assert len(found.tried) > 1
     assert all(getattr(each.settings, name) == value for each in found.tried for name, value in given.items())
     assert found.settings in [each.settings for each in found.tried]
 
 
-def test_a_model_with_too_few_positions_is_refused(tiny: Any, calls: Calls) -> None:
+def test_a_model_with_too_few_positions_is_refused(tiny: Any, tune: Tune) -> None:
     with pytest.raises(DataError, match=rf"context has {N_CTX_TRAIN} tokens.*take a model with more positions"):
-        tune(tiny("gpt2"), calls)
+        tune(tiny("gpt2"))
 
 
 # -- a run that is stopped -------------------------------------------------------------------------------------------
@@ -381,7 +371,7 @@ STAGES = ("Trying settings", "Calibrating", "Timing sublayers", "Searching", "Ju
 
 @pytest.mark.parametrize(("stopped_in", "kept"), [("Searching", 3), ("Judging", 4), ("Measuring the speed", 5)])
 def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_stages_again(
-    stopped_in: str, kept: int, model: Path, calls: Calls, whole: Frontier, tmp_path: Path
+    stopped_in: str, kept: int, calls: Calls, whole: Frontier, tmp_path: Path, tune: Tune
 ) -> None:
     memo, on_stage = str(tmp_path / "memo.json"), calls.on_stage
 
@@ -393,18 +383,16 @@ def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_st
             yield move
 
     with pytest.raises(KeyboardInterrupt):
-        tune(model, calls, memo=Memo(memo, "key"), on_stage=stopping)
+        tune(memo=Memo(memo, "key"), on_stage=stopping)
     calls.tokens.clear()
-    found = tune(model, calls, memo=Memo(memo, "key"))
+    found = tune(memo=Memo(memo, "key"))
     assert all(calls.tokens.get(stage, 0) == 0 for stage in STAGES[:kept])
     assert all(calls.tokens[stage] > 0 for stage in STAGES[max(kept, 3) : 5])
     assert replace(found, n_read=0, tried=()) == replace(whole, n_read=0, tried=())
     assert found.n_read == pytest.approx(whole.n_read, abs=8)  # of each opened model llama.cpp counts up to 2 too many
 
 
-def test_what_was_judged_before_the_stop_is_not_judged_again(
-    model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_judged_before_the_stop_is_not_judged_again(tmp_path: Path, tune: Tune, put: Put) -> None:
     judged: list[SkipPlan] = []
     judge_plan, memo = figures.judged_plan, str(tmp_path / "memo.json")
 
@@ -414,21 +402,21 @@ def test_what_was_judged_before_the_stop_is_not_judged_again(
             raise KeyboardInterrupt
         return judge_plan(judge, plan)
 
-    monkeypatch.setattr(tuning, "judged_plan", stopping)
+    put(judged_plan=stopping)
     with pytest.raises(KeyboardInterrupt):
-        tune(model, calls, memo=Memo(memo, "key"))
-    found = tune(model, calls, memo=Memo(memo, "key"))
+        tune(memo=Memo(memo, "key"))
+    found = tune(memo=Memo(memo, "key"))
     assert len(found.points) == 2 and len(judged) == 3, "the first once, the second twice"
 
 
 def test_a_run_that_was_stopped_while_it_judged_judges_the_same_sets(
-    model: Path, calls: Calls, one_promise: OnePromise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_promise: OnePromise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: Tune, put: Put
 ) -> None:
     """Tokens suffice for two sets. What was read again after the stop does not count, nor does what the memo has."""
     aimed, memo, judge_plan = one_promise(9.0), Memo(str(tmp_path / "memo.json"), "key"), figures.judged_plan
-    whole = tune(model, calls)
-    monkeypatch.setattr(tuning, "MOST_TOKENS", whole.n_read + 500)
-    assert tune(model, calls).points == whole.points and len(whole.points) == 2
+    whole = tune()
+    put(MOST_TOKENS=whole.n_read + 500)
+    assert tune().points == whole.points and len(whole.points) == 2
     of_whole = aimed[-2:]
 
     def stopping(judge: Judge, plan: SkipPlan) -> Any:
@@ -438,16 +426,16 @@ def test_a_run_that_was_stopped_while_it_judged_judges_the_same_sets(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tuning, "judged_plan", stopping)
-        tune(model, calls, memo=memo)
-    assert tune(model, calls, memo=memo).points == whole.points and aimed[-2:] == of_whole
+        tune(memo=memo)
+    assert tune(memo=memo).points == whole.points and aimed[-2:] == of_whole
 
 
 def test_nothing_is_written_but_the_memo(
-    model: Path, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: Tune
 ) -> None:
     monkeypatch.chdir(tmp_path)
     memo = Memo(str(tmp_path / "memo.json"), "key")
-    tune(model, calls, memo=memo)
+    tune(memo=memo)
     assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"memo", "memo-profile"}
     memo.remove()
     assert [*tmp_path.iterdir()] == [] and [*model.parent.iterdir()] == [model]
@@ -456,12 +444,12 @@ def test_nothing_is_written_but_the_memo(
 # -- what cannot be tuned --------------------------------------------------------------------------------------------
 
 
-def test_too_little_text_says_how_much_there_is(model: Path, calls: Calls) -> None:
+def test_too_little_text_says_how_much_there_is(calls: Calls, tune: Tune) -> None:
     with pytest.raises(DataError, match="each half of the held-out text is too short"):
-        tune(model, calls, texts={"short": "the of to " * 50})
+        tune(texts={"short": "the of to " * 50})
     assert calls.tokens == {}, "before settings are tried, which takes minutes"
 
 
-def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_none_is_refused(tmp_path: Path, tune: Tune) -> None:
     with pytest.raises(ModelFileError):
-        adaskip_cpp.tune(str(tmp_path / "nope.gguf"), on_stage=silent)
+        tune(tmp_path / "nope.gguf")

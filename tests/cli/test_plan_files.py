@@ -1,0 +1,98 @@
+"""Plan files on the command line: the one beside a model, one that is named, and one that ``plan`` writes."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp.cli.main import main
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
+from adaskip_cpp.model.identity import profile_path as path_of_profile
+from adaskip_cpp.model.plan_file import load_plan, save_plan
+
+Generate = Callable[..., Result]
+
+
+@pytest.fixture
+def model(tiny: Any, tmp_path: Path) -> Path:
+    """A copy of the tiny llama model in a folder of its own."""
+    return Path(shutil.copy(tiny(), tmp_path / "model.Q4.gguf"))
+
+
+@pytest.fixture
+def plan(model: Path) -> SkipPlan:
+    """A plan for that model."""
+    return replace(SkipPlan.manual(3, attention=[2], ffn=[0, 1]), model=ModelInfo(fingerprint(model), "llama", 3))
+
+
+@pytest.fixture
+def generate(model: Path) -> Generate:
+    """``generate(...)``: the verb on that model, with a short answer."""
+    words = ["generate", model, "-p", "the end", "--raw", "--ctx", 64, "--max-tokens", 4, "--temp", 0]
+    return lambda *args: run(*words, *args)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], prog_name="adaskip-cpp")
+
+
+def said(result: Result) -> str:
+    return " ".join(result.stderr.split())
+
+
+def test_generate_uses_the_plan_beside_the_model_and_says_so(
+    generate: Generate, plan: SkipPlan, model: Path, tmp_path: Path
+) -> None:
+    whole = generate()
+    assert whole.exit_code == 0 and "skipped" not in whole.stderr
+    save_plan(plan_path(model), plan)
+    save_plan(tmp_path / "other.json", plan)
+    tuned = generate()
+    assert tuned.exit_code == 0, tuned.output
+    assert "3 of 6 sublayers skipped (model.Q4.adaskip-plan.json). --full runs" in said(tuned)
+    named = generate("--plan", tmp_path / "other.json")
+    assert named.stdout == tuned.stdout and "--full runs" not in said(named)
+    full = generate("--full")
+    assert full.exit_code == 0 and full.stdout == whole.stdout and "skipped" not in full.stderr
+    assert generate("--full", "--skip", 2).exit_code == generate("--full", "--plan", plan_path(model)).exit_code == 2
+    assert generate("--plan", plan_path(model), "--skip", 2).exit_code == 2
+
+
+def test_what_to_skip_is_taken_from_the_profile_beside_the_model(
+    generate: Generate, plan: SkipPlan, model: Path, profile_path: Path
+) -> None:
+    Profile.load(profile_path).save(path_of_profile(model))
+    assert "skipped" not in generate().stderr
+    save_plan(plan_path(model), plan)
+    result = generate("--skip", 2, "--mode", "prefill")
+    assert result.exit_code == 0 and "2 of 6" in said(result)
+    Path(path_of_profile(model)).unlink()
+    assert generate("--skip", 2).exit_code == 2
+
+
+def test_a_plan_of_another_model_is_told_and_not_used_and_refused_where_it_is_named(
+    generate: Generate, plan: SkipPlan, model: Path
+) -> None:
+    whole = generate()
+    save_plan(plan_path(model), replace(plan, model=ModelInfo("ab" * 32, "llama", 3)))
+    result = generate()
+    assert result.exit_code == 0 and result.stdout == whole.stdout
+    assert "The whole model runs" in result.stderr and "another model" in said(result)
+    result = generate("--plan", plan_path(model))
+    assert result.exit_code == 1 and "another model" in result.stderr and result.stdout == ""
+
+
+def test_plan_writes_a_plan_that_generate_takes(
+    generate: Generate, model: Path, profile_path: Path, tmp_path: Path
+) -> None:
+    Profile.load(profile_path).save(path_of_profile(model))
+    for options, request in (((), {}), (("--mode", "prefill"), {"mode": "prefill"})):
+        written = run("plan", profile_path, "--skip", 2, *options, "-o", tmp_path / "two.json")
+        assert written.exit_code == 0 and "two.json" in written.stdout
+        assert load_plan(tmp_path / "two.json").plan == Profile.load(profile_path).plan(2, **request)
+        assert generate("--plan", tmp_path / "two.json").stdout == generate("--skip", 2, *options).stdout
