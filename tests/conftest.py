@@ -18,7 +18,7 @@ from oracles.models import ModelMissingError, gemma3, smollm2, smollm2_f32
 from oracles.reference import ReferenceModel
 from oracles.rpc_server import start_rpc_servers
 from oracles.served import BULK_PLAN
-from oracles.stock import EXACT, RPC_SERVERS
+from oracles.stock import OPTIONS, RPC_SERVERS
 from oracles.tiny_models import add_chat_template, write_model
 
 import adaskip_cpp
@@ -74,9 +74,7 @@ def open_model() -> Iterator[Open]:
     opened = []
 
     def open_(path: Path, **options: Any) -> Any:
-        llm = adaskip_cpp.AdaSkipLlama(
-            str(path), verbose=False, **{"n_ctx": 128, "logits_all": True, **EXACT, **options}
-        )
+        llm = adaskip_cpp.AdaSkipLlama(str(path), verbose=False, **{**OPTIONS, **options})
         opened.append(llm)
         return llm
 

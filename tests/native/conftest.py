@@ -7,7 +7,7 @@ import pytest
 from oracles.expected import history_of
 from oracles.fixtures import Open, Tiny
 from oracles.readable import Bare
-from oracles.reference import ReferenceModel
+from oracles.reference import ReferenceModel, ReferenceRun
 
 
 @pytest.fixture
@@ -28,6 +28,12 @@ def bare(tiny: Tiny) -> Iterator[Open]:
 def reference(numpy_model: Open) -> ReferenceModel:
     """The tiny llama in NumPy."""
     return numpy_model()  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def whole(reference: ReferenceModel) -> Open:
+    """``whole(prompt)``: the logits of its last token in NumPy, of a prompt that is read by itself."""
+    return lambda prompt: ReferenceRun(reference).eval(prompt).logits[-1]
 
 
 @pytest.fixture

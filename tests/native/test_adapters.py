@@ -18,7 +18,7 @@ from oracles.fixtures import Open, Tiny
 from oracles.observed import collect
 from oracles.reference import ReferenceModel, ReferenceRun, mean_similarity, norm_ratio, relative_error
 from oracles.skip_sets import same, skip_set
-from oracles.stock import EXACT, Job, eval_logits, run_stock
+from oracles.stock import OPTIONS, Job, eval_logits, run_stock
 from oracles.tiny_families import N_EMBD, N_LAYER, tokens
 from oracles.tiny_models import write_lora
 
@@ -27,10 +27,10 @@ from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 RANK, ALPHA, SCALE = 4, 2.0, 1.5
-OPTIONS = {"n_ctx": 128, "logits_all": True, **EXACT}
 PIECES = (0, 35, 36, 37, 40)  # a prompt, two tokens alone, three more
 TOLERANCE = 1e-5  # float32 against float64: 2e-6 is measured
 CHOSEN = skip_set((1,), (2,), 1.1, seed=3)
+ALONE = [skip_set(**{kind: (layer,)}) for layer in range(N_LAYER) for kind in ("attention", "ffn")]
 
 
 def pieces() -> list[list[int]]:
@@ -90,9 +90,11 @@ def test_an_adapter_without_a_plan_is_bit_identical_to_stock(lora: Changed, tiny
         np.testing.assert_array_equal(eval_logits(llm, pieces()), expected)
 
 
-def test_with_and_without_a_plan_it_equals_the_reference(changed: Changed) -> None:
+def test_without_a_plan_under_one_and_with_each_sublayer_skipped_alone_it_equals_the_reference(
+    changed: Changed,
+) -> None:
     llm = changed.open()
-    for chosen in (None, CHOSEN):
+    for chosen in (None, CHOSEN, *ALONE):
         llm.set_plan(None if chosen is None else same(chosen))
         assert error_under(llm, changed.numpy, chosen, pieces()) < TOLERANCE
 
@@ -105,17 +107,6 @@ def test_k_and_v_that_a_bulk_keeps_are_those_of_the_changed_model(changed: Chang
     for each in (llm, history):
         each.eval(tokens(40))
     assert error(llm, history) < TOLERANCE
-
-
-def test_every_sublayer_can_be_skipped_alone(changed: Changed) -> None:
-    llm = changed.open()
-    kinds = ("attention", "ffn")
-    sublayers = [(layer, kind) for layer in range(N_LAYER) for kind in kinds]
-    assert [(each.layer, each.kind) for each in llm.sublayers if each.skippable] == sublayers
-    for layer, kind in sublayers:
-        alone = skip_set(**{kind: (layer,)})
-        llm.set_plan(same(alone))
-        assert error_under(llm, changed.numpy, alone, pieces()) < TOLERANCE
 
 
 def test_statistics_are_those_of_the_changed_models_sublayers(changed: Changed) -> None:

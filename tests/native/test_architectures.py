@@ -5,6 +5,7 @@ compensation 1 must equal the same model with that sublayer's output projection 
 bit: adding zero changes no float, and all other operations are the same.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from llama_cpp import Llama
 from oracles.fixtures import Open, Tiny
-from oracles.stock import EXACT, Job, eval_logits, run_stock
+from oracles.stock import OPTIONS, Job, eval_logits, run_stock
 from oracles.tiny_families import FAMILIES, PARTLY, SKIPPABLE, tokens
 from oracles.tiny_models import write_model
 
@@ -21,7 +22,9 @@ from adaskip_cpp.errors import NotSkippableError
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
-OPTIONS = {"n_ctx": 128, "logits_all": True, **EXACT}
+FLASH = {"flash_attn": True}
+Q8_0 = {"type_k": 8, "type_v": 8, **FLASH}
+LAST = {"logits_all": False}  # llama.cpp drops the other tokens' rows inside the last layer then: another graph
 
 # Sublayers that cannot be taken out in every phase: no attention at all, or K and V that a later layer reads.
 NOT_SKIPPABLE = {
@@ -45,13 +48,13 @@ def sublayers(name: str) -> list[tuple[int, str]]:
     return [(layer, kind) for layer in range(FAMILIES[name].n_layer) for kind in ("attention", "ffn")]
 
 
-@pytest.mark.parametrize("logits_all", [True, False], ids=["all logits", "last logits"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, each) for name in FAMILIES for each in ({}, LAST)), ("llama", FLASH)]
+)
 def test_the_whole_model_equals_stock_and_each_sublayer_skipped_stock_on_the_zeroed_model(
-    name: str, logits_all: bool, tiny: Tiny, open_tiny: Open
+    name: str, changes: dict[str, Any], tiny: Tiny, open_tiny: Open
 ) -> None:
-    # With last logits only, llama.cpp drops the other tokens' rows inside the last layer, another graph shape.
-    options = {**OPTIONS, "logits_all": logits_all}
+    options = {**OPTIONS, **changes}
     llm = open_tiny(name, **options, exact_batches=True)
     chosen = [(row.layer, row.kind) for row in llm.sublayers if row.skippable]
     assert chosen or name in ("mamba", "gemma3n")
@@ -66,10 +69,6 @@ def test_the_whole_model_equals_stock_and_each_sublayer_skipped_stock_on_the_zer
         if not np.array_equal(actual, logits):
             wrong[layer, kind] = float(np.linalg.norm(actual - logits) / np.linalg.norm(logits))
     assert not wrong
-
-
-FLASH = {"flash_attn": True}
-Q8_0 = {"type_k": 8, "type_v": 8, **FLASH}
 
 
 @pytest.mark.parametrize(
@@ -171,14 +170,18 @@ def test_every_sublayer_is_found_and_those_that_cannot_be_taken_apart_have_a_rea
 
 
 @pytest.mark.parametrize("name", PARTLY)
-def test_a_plan_with_a_sublayer_that_cannot_be_skipped_is_refused_and_the_model_still_runs(
+def test_a_plan_with_a_sublayer_that_cannot_be_skipped_in_its_phase_is_refused_and_the_model_still_runs(
     name: str, tiny: Tiny, open_tiny: Open
 ) -> None:
     llm = open_tiny(name)
     (expected,) = run_stock([Job(str(tiny(name)), cut(tokens(40)), OPTIONS)])
+    none = SkipSet.none(llm.n_layer)
     for row in llm.sublayers:
-        if not row.skippable:
-            with pytest.raises(NotSkippableError):
-                llm.set_plan(SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}))
-    assert llm.plan is None
+        everywhere = SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]})
+        in_bulk = SkipPlan(none, none, bulk=Bulk(everywhere.prefill))
+        for plan, is_taken in ((everywhere, row.skippable), (in_bulk, row.in_bulk)):
+            with nullcontext() if is_taken else pytest.raises(NotSkippableError, match=f"layer {row.layer}"):
+                llm.set_plan(plan)
+            assert llm.plan == (plan if is_taken else None)
+            llm.set_plan(None)
     np.testing.assert_array_equal(eval_logits(llm, cut(tokens(40))), expected)

@@ -24,7 +24,7 @@ from llama_cpp._logger import llama_log_callback
 from oracles.drawn_plans import plans
 from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, relative_error
-from oracles.stock import EXACT, Job, run_stock
+from oracles.stock import OPTIONS, Job, run_stock
 from oracles.tiny_families import tokens
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
@@ -50,6 +50,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ubatches of a token": {"n_ubatch": 1},
     "ubatches above the batch": {"n_batch": 16, "n_ubatch": 64},
     "weights not mapped": {"use_mmap": False},
+}
+# On half of the layers each setting meets both devices and the border between them. Qwen3's heads of 32 values are
+# blocks of Q8_0.
+CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    **{f"{name}, {place}": (name, n, {}) for name in FAMILIES for place, n in PLACES.items()},
+    **{name: ("qwen3", PLACES["half of the layers"], options) for name, options in SETTINGS.items()},
 }
 MANY_TIMES, LEAST_ROUNDING = 4, 1e-6
 """The whole model's difference between the two, which is its rounding, times so much is allowed with a plan; where a
@@ -93,10 +99,12 @@ def copies(llm: Any, plan: SkipPlan | None, tokens: list[int]) -> tuple[int, int
     return max(map(len, graphs)), max(sum(map(int, graph)) for graph in graphs)
 
 
-def the_stock_library_s(path: Path, open_model: Open, options: dict[str, Any]) -> None:
-    """Without a plan, before and after one, logits are the stock library's with the same options, bit for bit."""
-    pieces = [tokens(60), [5], [6]]
-    (expected,) = run_stock([Job(str(path), pieces, {"n_ctx": 128, "logits_all": True, **EXACT, **options})])
+@pytest.mark.parametrize("case", CASES)
+def test_without_a_plan_it_is_the_stock_library_on_the_device(case: str, tiny: Tiny, open_model: Open) -> None:
+    """Logits before and after a plan are the stock library's with the same options, bit for bit."""
+    name, n_gpu_layers, options = CASES[case]
+    path, options, pieces = tiny(name), {**options, "n_gpu_layers": n_gpu_layers}, [tokens(60), [5], [6]]
+    (expected,) = run_stock([Job(str(path), pieces, {**OPTIONS, **options})])
     llm = open_model(path, **options)
     for _ in range(2):
         llm.reset()
@@ -108,16 +116,12 @@ def the_stock_library_s(path: Path, open_model: Open, options: dict[str, Any]) -
         llm.set_plan(None)
 
 
-def what_the_cpu_gives(
-    path: Path,
-    open_model: Open,
-    options: dict[str, Any],
-    n_gpu_layers: int,
-    of_tokens: Callable[..., Any] = np.max,
-    max_examples: int = 12,
-) -> None:
-    """Under plans as they are drawn: sets of all phases, scales, vectors, maps, windows, schedules, online stages."""
-    on_cpu, on_device = on_both(open_model, path, n_gpu_layers, options)
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_plan_gives_what_it_gives_on_the_cpu(case: str, tiny: Tiny, open_model: Open) -> None:
+    """As it is drawn: sets of all phases, scales, vectors, maps, windows, schedules, online stages."""
+    name, n_gpu_layers, options = CASES[case]
+    of_tokens, max_examples = FAMILIES.get(name, np.max), 6 if options else 12
+    on_cpu, on_device = on_both(open_model, tiny(name), n_gpu_layers, options)
     prompt = tokens(60)
     # Devices have other kernels for few tokens than for many, and a plan cuts a prompt into both.
     cuts = [prompt[:n] for n in (9, 14, 30, 60)]
@@ -140,30 +144,6 @@ def what_the_cpu_gives(
         assert splits[0] <= whole[0] and splits[1] <= whole[1], "a plan adds no split"
 
     drawn()
-
-
-@on_devices
-@pytest.mark.parametrize("name", FAMILIES)
-def test_without_a_plan_it_is_the_stock_library_on_the_device(
-    name: str, n_gpu_layers: int, tiny: Tiny, open_model: Open
-) -> None:
-    the_stock_library_s(tiny(name), open_model, {"n_gpu_layers": n_gpu_layers})
-
-
-@on_devices
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_kind_of_plan_gives_what_it_gives_on_the_cpu(
-    name: str, n_gpu_layers: int, tiny: Tiny, open_model: Open
-) -> None:
-    what_the_cpu_gives(tiny(name), open_model, {}, n_gpu_layers, FAMILIES[name])
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_so_it_is_under_every_setting(name: str, tiny: Tiny, open_model: Open) -> None:
-    """On half of the layers, where each setting meets both devices and the border between them."""
-    path, half = tiny("qwen3"), PLACES["half of the layers"]  # its heads of 32 values are blocks of Q8_0
-    the_stock_library_s(path, open_model, {"n_gpu_layers": half, **SETTINGS[name]})
-    what_the_cpu_gives(path, open_model, SETTINGS[name], half, max_examples=6)
 
 
 @on_devices
@@ -243,7 +223,7 @@ def test_a_real_model_is_the_stock_library_s_and_the_cpu_s(
     options = {"n_ctx": 256, "type_k": None, "type_v": None, "n_threads": 2, "n_threads_batch": 2}
     on_cpu, on_device = on_both(open_model, smollm2_path, n_gpu_layers, options)
     prompt = corpus.tokens_of(on_cpu, corpus.text()[:2000], bos=True)[:56]
-    job = Job(str(smollm2_path), [prompt], {"logits_all": True, "n_gpu_layers": n_gpu_layers, **EXACT, **options})
+    job = Job(str(smollm2_path), [prompt], {"n_gpu_layers": n_gpu_layers, **OPTIONS, **options})
     (expected,) = run_stock([job])
     on_device.eval(prompt)
     np.testing.assert_array_equal(on_device.scores[: len(prompt)], expected)

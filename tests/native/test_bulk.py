@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 from oracles.bulks import NOTHING, TOLERANCE, chosen, phases, plan
 from oracles.expected import error, last_logits
-from oracles.fixtures import Open, Tiny
+from oracles.fixtures import Open
 from oracles.reference import relative_error
-from oracles.reference_parallel import eval_parallel
 from oracles.sequence_oracle import Cells, History
 from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError
-from adaskip_cpp.model.plan import Bulk, OnlineStage
+from adaskip_cpp.errors import NotSkippableError, PlanError
+from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 F16 = 1  # GGML_TYPE_F16
@@ -48,7 +47,7 @@ def ask(llm: Any, expected: History, prompt: list[list[int]], answer: Iterable[i
 
 
 @pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
-@pytest.mark.parametrize("name", REFERENCED)
+@pytest.mark.parametrize("name", [*REFERENCED, "gptneox-parallel"])
 def test_each_sublayer_can_be_skipped_in_the_bulk(name: str, layer: int, kind: int, both: Open) -> None:
     of = plan(chosen((layer, kind)))
     llm, expected = both(of, name, n_batch=16)
@@ -151,25 +150,6 @@ def test_impossible_windows_are_refused() -> None:
         Bulk(NOTHING, windowed=(0,), window_size=0)
 
 
-@pytest.mark.parametrize(("layer", "kind"), SUBLAYERS)
-def test_parallel_blocks_are_taken_as_a_chain(layer: int, kind: int, tiny: Tiny, open_tiny: Open) -> None:
-    bulk = chosen((layer, kind))
-    llm = open_tiny("gptneox-parallel", under=plan(bulk))
-    llm.eval(tokens(50))
-    arguments = bulk.skip, bulk.scale, bulk.bias, bulk.down, bulk.up
-    expected = eval_parallel(tiny("gptneox-parallel"), tokens(50), *arguments, bulk=slice(4, 42)).logits
-    assert relative_error(llm.scores[:50], expected) < TOLERANCE["gptneox-parallel"]
-
-
-def test_an_online_stage_and_a_schedule_go_with_a_bulk(both: Open) -> None:
-    small, large = chosen((1, 1)), chosen((1, 1), (2, 0))
-    for more in ({"online": OnlineStage(2, -1.0, "paper")}, {"schedule": ((0, small), (2, large))}):
-        of = replace(plan(chosen((2, 0), (2, 1)), decode=small), **more)
-        llm, expected = both(of)
-        ask(llm, expected, [tokens(50)], range(7, 12))
-        assert error(llm, expected) < TOLERANCE["llama"]
-
-
 def test_a_map_whose_half_is_zero_is_no_map(open_tiny: Open) -> None:
     full, nodes = chosen((1, 0), (1, 1), bias=False), []
     up = full.up.copy()
@@ -233,22 +213,22 @@ def test_the_head_is_that_of_the_sequence_and_each_call_has_a_tail(open_tiny: Op
     assert phases(llm, lambda: llm.eval(tokens(10))) == {"bulk": [31, 32], "prefill": list(range(33, 41))}
 
 
-def test_a_prompt_has_a_bulk_and_its_answer_none(open_tiny: Open) -> None:
-    llm = open_tiny(under=plan(chosen((1, 1))))
-    seen = phases(llm, lambda: llm.create_completion(tokens(50), max_tokens=5, temperature=0.0))
-    assert seen["bulk"] == list(range(4, 42))
-    assert seen["prefill"] == [*range(4), *range(42, 50)]
-    assert seen["decode"] == list(range(50, 50 + len(seen["decode"])))
-
-
-def test_all_logits_leave_the_same_kv(open_tiny: Open) -> None:
-    """Position decides, not who asks for logits."""
+@pytest.mark.parametrize(
+    "of",
+    [plan(chosen((0, 0), (1, 1), (2, 0))), SkipPlan.manual(N_LAYER, [1], [2], scale=0.9), None],
+    ids=["a bulk", "no bulk", "no plan"],
+)
+def test_whoever_asks_for_logits_or_calls_prefill_a_bulk_leaves_the_same_kv(
+    of: SkipPlan | None, open_tiny: Open
+) -> None:
     states = []
-    for logits_all in (True, False):
-        llm = open_tiny(n_batch=16, logits_all=logits_all, under=plan(chosen((0, 0), (1, 1), (2, 0))))
-        llm.eval(tokens(50))
-        states.append(bytes(llm.save_state().llama_state))
-    assert states[0] == states[1]
+    for logits_all, call in ((True, "eval"), (False, "eval"), (False, "eval_bulk")):
+        llm = open_tiny(n_batch=16, logits_all=logits_all, under=of)
+        if call == "eval" or of is None or of.bulk is None:
+            getattr(llm, call)(tokens(50)[:32])
+            llm.eval(tokens(50)[32:])
+            states.append(bytes(llm.save_state().llama_state))
+    assert len(states) > 1 and len(set(states)) == 1
 
 
 @pytest.mark.parametrize("logits_all", [False, True])
@@ -278,41 +258,3 @@ def test_masks_that_nobody_reads_may_grow_with_the_context(family: str, both: Op
     for each in (llm, expected):
         each.eval(tokens(400))
     assert relative_error(last_logits(llm)[None], expected.trace().logits) < TOLERANCE[family]
-
-
-@pytest.mark.parametrize("of", [None, SkipPlan.manual(N_LAYER, [1], [2], scale=0.9)])
-def test_a_bulk_without_a_bulk_set_is_prefill(of: SkipPlan | None, open_tiny: Open) -> None:
-    llm, states = open_tiny(n_batch=16, logits_all=False, under=of), []
-    for evaluate in (llm.eval, llm.eval_bulk):
-        llm.reset()
-        evaluate(tokens(32))
-        llm.eval(tokens(40)[32:])
-        states.append(bytes(llm.save_state().llama_state))
-    assert states[0] == states[1]
-
-
-# -- what is refused, and what it takes ------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_skipped_is_refused_in_the_bulk_too(open_tiny: Open) -> None:
-    for name in ("mamba", "jamba", "lfm2"):
-        llm = open_tiny(name)
-        for row in llm.sublayers:
-            skipped = SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}).prefill
-            of = plan(skipped, SkipSet.none(llm.n_layer))
-            if row.in_bulk:
-                llm.set_plan(of)
-                continue
-            with pytest.raises(NotSkippableError, match=f"layer {row.layer}"):
-                llm.set_plan(of)
-
-
-def test_kv_is_kept_for_every_attention_that_a_bulk_skips(open_tiny: Open) -> None:
-    skipped = SkipPlan.manual(N_LAYER, [1, 2]).prefill
-    whole, elided = open_tiny(), open_tiny(plan=SkipPlan(skipped, skipped))
-    llm = open_tiny(plan=plan(skipped, skipped))
-    assert (llm.elided_kv, elided.elided_kv) == ((), (1, 2))
-    assert llm.kv_bytes == whole.kv_bytes > elided.kv_bytes
-    with pytest.raises(ElidedKVError, match="opened without KV"):
-        elided.set_plan(plan(skipped, skipped))
-    elided.eval(tokens(50))

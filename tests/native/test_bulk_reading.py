@@ -11,17 +11,16 @@ import pytest
 from llama_cpp import LlamaRAMCache
 from oracles.bulks import NOTHING, chosen, phases, plan
 from oracles.fixtures import Open
+from oracles.readable import evaluated
+from oracles.skip_sets import same
 from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.model.skip_set import SkipSet
 
 BULK, OTHER = chosen((0, 0), (1, 1)), chosen((0, 0), (1, 1), seed=1)
 TEXT = "the other of the other in an hour on the other of the other in an hour"
 READ = {"max_tokens": 3, "temperature": 0.0, "echo": True, "logprobs": 2}
-
-
-def evaluated(llm: Any, call: Callable[[], Any]) -> list[int]:
-    return sorted(itertools.chain(*phases(llm, call).values()))
 
 
 def in_bulk(llm: Any, call: Callable[[], Any]) -> list[int]:
@@ -50,33 +49,19 @@ def told(llm: Any, text: str = TEXT, **options: Any) -> Any:
     return llm.create_completion(text, **{**READ, **options})["choices"]
 
 
-def test_a_prompts_log_probabilities_are_those_of_the_whole_model(open_tiny: Open) -> None:
-    llm, whole = open_tiny(under=plan(BULK)), open_tiny()
-    assert len(llm.tokenize(TEXT.encode())) > 30
-    assert not in_bulk(llm, lambda: told(llm))
-    assert told(llm) == told(whole)
-
-
 @pytest.mark.parametrize("has_cache", [False, True])
-def test_they_are_so_right_after_a_bulk_of_the_same_text_and_beside_a_cache_that_holds_it(
-    has_cache: bool, open_tiny: Open
+@pytest.mark.parametrize("prefill", [NOTHING, chosen((2, 1))], ids=["the whole model", "a prefill set"])
+def test_a_prompts_log_probabilities_are_those_of_the_prefill_set_after_its_bulk_and_beside_a_cache_too(
+    prefill: SkipSet, has_cache: bool, open_tiny: Open
 ) -> None:
-    llm, whole = open_tiny(under=plan(BULK)), open_tiny()
+    llm, alone = open_tiny(under=plan(BULK, prefill)), open_tiny(under=same(prefill))
     llm.set_cache(LlamaRAMCache() if has_cache else None)
     assert in_bulk(llm, lambda: llm.create_completion(TEXT, max_tokens=3, temperature=0.0))
     for text in (TEXT, TEXT if has_cache else TEXT[:40]):  # the cache holds what the first of these saved, too
         if has_cache:
             llm.reset()
-        assert told(llm, text) == told(whole, text)
-        whole.reset()  # else it reads again what it computed, and a last token by itself differs by rounding
-
-
-def test_a_prompts_log_probabilities_are_those_of_the_prefill_set(open_tiny: Open) -> None:
-    prefill = chosen((2, 1))
-    llm, same = open_tiny(under=plan(BULK, prefill)), open_tiny()
-    same.set_plan(SkipPlan(prefill, prefill))
-    llm.create_completion(TEXT, max_tokens=3, temperature=0.0)
-    assert told(llm) == told(same)
+        assert told(llm, text) == told(alone, text)
+        alone.reset()  # else it reads again what it computed, and a last token by itself differs by rounding
 
 
 @pytest.mark.parametrize("options", [{"echo": False}, {"logprobs": None}, {"echo": False, "logprobs": None}], ids=str)
@@ -154,13 +139,15 @@ def test_a_bulk_is_read_by_plans_with_this_very_bulk_set_also_from_a_saved_state
     assert evaluated(other, lambda: other.eval([7])) == [*([] if expected == [39] else expected), 40]
 
 
-def test_a_chats_next_turns_evaluate_what_is_new(open_tiny: Open) -> None:
+def test_a_prompt_has_a_bulk_its_answer_none_and_a_chats_next_turns_evaluate_what_is_new(open_tiny: Open) -> None:
     # The token that was generated last is not evaluated yet.
     llm = open_tiny(under=plan(BULK, decode=chosen((1, 1), (2, 1))))
     talk = tokens(40)
-    talk += itertools.islice(llm.generate(talk, temp=0.0), 4)
-    talk += [7, 8]
     answer: list[int] = []
+    seen = phases(llm, lambda: answer.extend(itertools.islice(llm.generate(talk, temp=0.0), 4)))
+    assert seen == {"bulk": list(range(4, 32)), "prefill": [*range(4), *range(32, 40)], "decode": [40, 41, 42]}
+    talk += [*answer, 7, 8]
+    answer.clear()
     seen = phases(llm, lambda: answer.extend(itertools.islice(llm.generate(talk, temp=0.0), 4)))
     assert seen == {"prefill": [43, 44, 45], "decode": [46, 47, 48]}
     talk += [*answer, *tokens(20, seed=1)]
@@ -168,14 +155,6 @@ def test_a_chats_next_turns_evaluate_what_is_new(open_tiny: Open) -> None:
         "bulk": list(range(49, 62)),
         "prefill": list(range(62, 70)),
     }
-
-
-def test_an_answer_whose_attention_was_skipped_is_evaluated_again_in_the_next_turn(open_tiny: Open) -> None:
-    llm = open_tiny(under=plan(BULK, decode=chosen((1, 0))))
-    talk = tokens(40)
-    talk += itertools.islice(llm.generate(talk, temp=0.0), 4)
-    talk += [7, 8]
-    assert phases(llm, lambda: next(llm.generate(talk, temp=0.0))) == {"prefill": list(range(40, 46))}
 
 
 def test_a_prompt_that_ends_inside_a_bulk_evaluates_its_last_token(open_tiny: Open) -> None:

@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,31 +15,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-from oracles.edited_prompts import EDITS, OPTIONS, SETTINGS, Oracle, counting, logits_of
+from oracles.edited_prompts import EDITS, OPTIONS, SETTINGS, Oracle, counting, logits_of, read_both
 from oracles.fixtures import Open
-from oracles.frontiers import frontier, point, quality
+from oracles.frontiers import edit_points, frontier, point
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
+from oracles.sequence_oracle import common_prefix
 from oracles.tiny_families import N_LAYER, N_VOCAB, tokens
 
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.engine.edits import Run, find_runs
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.model.edits import WIDE, Edits
-from adaskip_cpp.model.frontier import EditPoint
-from adaskip_cpp.model.quality import Passkeys
-from adaskip_cpp.model.skip_set import SkipSet
 
 SMALL = replace(EDITS, most_moves=2)  # edits alone that leave most of the text before a run
-NOTHING = SkipSet.none(N_LAYER)
 
 
 # --- what two prompts have in common --------------------------------------------------------------------------------
 
 
 def runs_of(cached: Sequence[int], prompt: Sequence[int], least: int = 3) -> list[Run]:
-    n = next((i for i, (a, b) in enumerate(zip(cached, prompt, strict=False)) if a != b), min(len(cached), len(prompt)))
     both = np.array(cached, np.int32), np.array(prompt, np.int32)
-    return find_runs(*both, first=n, end=len(prompt), least=least)
+    return find_runs(*both, first=common_prefix(cached, prompt), end=len(prompt), least=least)
 
 
 @settings(deadline=None)
@@ -89,22 +84,8 @@ def test_a_move_counts_more_where_much_of_the_text_before_changed(prompt: Sequen
 
 
 @pytest.fixture
-def whole(reference: ReferenceModel) -> Open:
-    """``whole(prompt)``: the logits of its last token in NumPy, of a prompt that is read by itself."""
-    return lambda prompt: ReferenceRun(reference).eval(prompt).logits[-1]
-
-
-@pytest.fixture
 def opened(open_tiny: Open) -> Open:
     return lambda family="llama", reuse=EDITS, **options: open_tiny(family, **{**OPTIONS, "reuse": reuse, **options})
-
-
-def read_both(llm: Any, oracle: Oracle, prompt: list[int], tolerance: float = 1e-5) -> int:
-    """Have both read a prompt, which gives the same logits; returns how many tokens the model evaluated."""
-    with counting(llm) as counts:
-        assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < tolerance
-    assert sum(counts) == oracle.n_read
-    return sum(counts)
 
 
 # --- what is computed -----------------------------------------------------------------------------------------------
@@ -125,10 +106,7 @@ def edited() -> dict[str, tuple[list[int], list[int]]]:
     }
 
 
-KINDS = ["changed", "inserted", "deleted", "twice", "another order", "the oldest dropped", "longer", "turned round"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", edited())
 @pytest.mark.parametrize("how", SETTINGS)
 def test_logits_are_those_of_the_moved_k_and_v(opened: Open, how: str, kind: str, numpy_model: Open) -> None:
     family, options, plan, tolerance = SETTINGS[how]
@@ -211,16 +189,25 @@ def test_a_pickled_model_moves_runs_of_its_own(opened: Open, reference: Referenc
 # --- what stays as it was -------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_moved_unless_it_is_asked_for(open_tiny: Open) -> None:
-    """And not where the prompt's own logits are wanted, or those of all tokens are kept."""
+NOT_MOVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "it is not asked for": ("llama", {}),
+    "the logits of all tokens are kept": ("llama", {"reuse": EDITS, "logits_all": True}),
+    # Llama keeps the logits of all tokens then; without logits_all it has no room for those of a second batch.
+    "a draft model": ("llama", {"reuse": EDITS, "logits_all": True, "draft_model": LlamaPromptLookupDecoding(2, 4)}),
+    "small sliding windows": ("gemma3", {"reuse": EDITS, "swa_full": False}),
+    "a recurrent state": ("mamba", {"reuse": EDITS}),
+}
+
+
+@pytest.mark.parametrize("why", NOT_MOVED)
+def test_where_nothing_is_moved_the_prefix_alone_counts(why: str, open_tiny: Open) -> None:
+    family, options = NOT_MOVED[why]
     first, second = edited()["inserted"]
-    expected = logits_of(open_tiny(**OPTIONS), second)
-    for options in (OPTIONS, {**OPTIONS, "reuse": EDITS, "logits_all": True}):
-        llm = open_tiny(**options)
-        logits_of(llm, first)
-        with counting(llm) as counts:
-            assert relative_error(logits_of(llm, second), expected) < 1e-5
-        assert sum(counts) == len(second) - 20
+    llm, fresh = (open_tiny(family, **{**OPTIONS, **options, **more}) for more in ({}, {"reuse": "prefix"}))
+    logits_of(llm, first)
+    with counting(llm) as counts:
+        assert relative_error(logits_of(llm, second), logits_of(fresh, second)) < 1e-5
+    assert llm.n_moved == 0 and (family != "llama" or sum(counts) == len(second) - 20)
 
 
 PROMISED = Edits(mend=3, least=8, tail=6, most_moves=8)
@@ -228,10 +215,8 @@ PROMISED = Edits(mend=3, least=8, tail=6, most_moves=8)
 
 def tuned(*losses: float, lost_keys: int = 0) -> Frontier:
     """A frontier without plans, of which few moves lose the first number of nats and many the second."""
-    moves = (PROMISED, replace(PROMISED, most_moves=8 + 2 * WIDE))
-    keys = Passkeys(2, 2, 2 - lost_keys)
-    both = zip(losses, moves[: len(losses)], strict=True)
-    return frontier([], edits=tuple(EditPoint(1024, *[quality(loss)] * 3, keys, (), each) for loss, each in both))
+    moves = [PROMISED, replace(PROMISED, most_moves=8 + 2 * WIDE)]
+    return frontier([], edits=edit_points(losses, moves, keys=2 - lost_keys))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +273,7 @@ def test_plans_leave_edits_their_share_once_a_prompt_has_more_to_move_than_it_be
             assert relative_error(logits, logits_of(cold, prompt)) < 1e-4
 
 
-@pytest.mark.parametrize("way", ["no plan", "a tighter promise", "a short prompt", "prefix"])
+@pytest.mark.parametrize("way", ["no plan", "a tighter promise", "a short prompt"])
 def test_what_a_promise_let_be_moved_is_read_again_without_it(open_tiny: Open, way: str, whole: Open) -> None:
     """A promise that lets few tokens be moved does not read what another one moved to a new order."""
     a, b = tokens(300), tokens(290, seed=1)[1:]
@@ -299,8 +284,6 @@ def test_what_a_promise_let_be_moved_is_read_again_without_it(open_tiny: Open, w
     assert llm.n_moved > 200
     if way == "no plan":
         llm.set_plan(None)
-    elif way == "prefix":
-        llm.set_reuse("prefix")
     elif way == "a tighter promise":
         llm.set_plan("auto", max_loss=0.01)
     else:
@@ -309,18 +292,6 @@ def test_what_a_promise_let_be_moved_is_read_again_without_it(open_tiny: Open, w
         logits = logits_of(llm, second)
     assert sum(counts) == len(second) - 1 - PROMISED.mend
     assert relative_error(logits, whole(second)) < 1e-4
-
-
-def test_with_a_draft_model_the_prefix_alone_counts(open_tiny: Open) -> None:
-    """Llama keeps the logits of all tokens then; without logits_all it has no room for those of a second batch."""
-    first, second = edited()["inserted"]
-    answers = []
-    for options in ({}, {"reuse": EDITS, "draft_model": LlamaPromptLookupDecoding(2, 4), "logits_all": True}):
-        llm = open_tiny(**{**OPTIONS, **options})
-        logits_of(llm, first)
-        answers.append(list(islice(llm.generate(second, temp=0.0), 12)))
-        assert llm.n_moved == 0
-    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("way", ["set_reuse", "loaded by another", "eval"])
@@ -349,17 +320,6 @@ def test_what_was_moved_is_read_again_by_who_may_not_read_it(
     assert sum(counts) == len(second) - 20 - 5 - EDITS.mend
 
 
-@pytest.mark.parametrize("family, options", [("gemma3", {"swa_full": False}), ("mamba", {})])
-def test_where_cells_cannot_be_moved_the_prefix_alone_counts(
-    open_tiny: Open, family: str, options: dict[str, Any]
-) -> None:
-    first, second = edited()["inserted"]
-    expected = logits_of(open_tiny(family, **OPTIONS, **options), second)
-    llm = open_tiny(family, **OPTIONS, **options, reuse=EDITS)
-    logits_of(llm, first)
-    np.testing.assert_allclose(logits_of(llm, second), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("n_same", [0, 5])
 def test_where_a_sliding_window_has_lost_what_stands_before_the_edit_the_prefix_alone_counts(
     open_tiny: Open, n_same: int, numpy_model: Open
@@ -377,31 +337,6 @@ def test_where_a_sliding_window_has_lost_what_stands_before_the_edit_the_prefix_
 
 
 # --- what may go wrong ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n_batches", range(6))
-def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(n_batches: int, opened: Open, whole: Open) -> None:
-    first, second = edited()["twice"]
-    llm = opened()
-    logits_of(llm, first)
-
-    def stop(n_tokens: int) -> None:
-        nonlocal n_batches
-        if n_batches == 0:
-            raise KeyboardInterrupt
-        n_batches -= 1
-
-    llm.on_batch = stop
-    with pytest.raises(KeyboardInterrupt):
-        logits_of(llm, second)
-    llm.on_batch = lambda n_tokens: None
-    state = llm.save_state()
-    expected = logits_of(llm, second)
-    llm.load_state(state)
-    assert relative_error(logits_of(llm, second), expected) < 1e-5
-    llm.set_reuse("prefix")
-    expected = whole(second)
-    assert relative_error(logits_of(llm, second), expected) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,44 @@
 """The C ABI refuses every bad argument with a code and a message, and goes on working."""
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from oracles import skip_sets
 from oracles.fixtures import Open
+from oracles.tiny_families import tokens
 
+from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.binding import ffi, lib
 from adaskip_cpp.engine.native import elide_kv
+from adaskip_cpp.errors import AdaSkipError, CompensationError, NativeError, NotSkippableError
+from adaskip_cpp.model.plan import OnlineStage
 
-OK, ARGUMENT = 0, -1
-NOT_SKIPPABLE, COMPENSATION, KV_ELIDED = -2, -3, -5
+OK, KV_ELIDED = 0, -5
 ON, ALL_TOKENS, VECTORS, ACTIVATIONS = 1, 2, 4, 8
+NAN, INFINITY = float("nan"), float("inf")
+
+NOTHING, FFN_1, ATTENTION_1 = [0] * 6, [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]
+ATTENTION_0 = [1, 0, 0, 0, 0, 0]  # which Jamba has not, nor that of layer 2
+
+FIXED = skip_sets.skip_set((1,), (0,), 0.9, seed=1)
+IN_FORCE = {
+    "a schedule": skip_sets.same(FIXED, schedule=((0, FIXED), (3, skip_sets.skip_set((1,), (0, 2), seed=2)))),
+    "an online stage": skip_sets.same(FIXED, online=OnlineStage(window=3, threshold=-1.0)),
+}
+
+
+@pytest.fixture(params=IN_FORCE.values(), ids=IN_FORCE.keys())
+def in_force(request: pytest.FixtureRequest) -> SkipPlan:
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
 def llm(open_tiny: Open) -> Any:
-    return open_tiny("jamba")  # layers 0 and 2 have no attention
+    return open_tiny("jamba")
 
 
 def context(llm: Any) -> Any:
@@ -37,33 +57,36 @@ def without_kv_1(open_tiny: Open) -> Any:
         return context(open_tiny())
 
 
-NOTHING, FFN_1, ATTENTION_1 = [0] * 6, [0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]
+_owned: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""The arrays that a set points at, which live as long as the set."""
 
 
-def skip_set(skip: Any, scale: Any, n_layer: int = 3) -> tuple[Any, Any]:
-    arrays = ffi.new("uint8_t[]", list(skip)), ffi.new("float[]", list(scale))
+def skip_set(skip: Any, scale: Any = (1,) * 6, n_layer: int = 3) -> Any:
     result = ffi.new("struct adaskip_set *")
+    _owned[result] = arrays = [ffi.new("uint8_t[]", list(skip)), ffi.new("float[]", list(scale))]
     result.n_layer, result.skip, result.scale = n_layer, *arrays
-    return result, arrays
+    return result
 
 
-def vectors(values: Any, n_embd: int = 64, skip: Any = (0, 0, 1, 1, 0, 0)) -> tuple[Any, Any]:
-    """A set that skips layer 1, with the same vector values everywhere."""
-    result, arrays = skip_set(skip, [1] * 6)
-    data = ffi.new("float[]", list(values) * 6)
+def vectors(n_embd: int = 64, value: float = 0.0, skip: Any = FFN_1) -> Any:
+    """A set with vectors of zeros that end with ``value``."""
+    result = skip_set(skip)
+    data = ffi.new("float[]", ([0.0] * (n_embd - 1) + [value]) * 6)
+    _owned[result].append(data)
     result.n_embd, result.bias = n_embd, data
-    return result, (arrays, data)
+    return result
 
 
 def maps(
     n_rank: int = 2, n_embd: int = 64, down: bool = True, up: bool = True, value: float = 0.0, skip: Any = FFN_1
-) -> tuple[Any, Any]:
+) -> Any:
     """A set with low-rank maps that are ``value`` everywhere."""
-    result, arrays = skip_set(skip, [1] * 6)
+    result = skip_set(skip)
     data = ffi.new("float[]", [value] * (6 * abs(n_rank * n_embd) or 1))
+    _owned[result].append(data)
     result.n_embd, result.n_rank = n_embd, n_rank
     result.down, result.up = data if down else ffi.NULL, data if up else ffi.NULL
-    return result, (arrays, data)
+    return result
 
 
 def prefill(ctx: Any, chosen: Any) -> int:
@@ -84,17 +107,14 @@ def schedule(ctx: Any, starts: Any, *skips: Any, n: int | None = None) -> int:
     parts = [skip_set(skip, [1] * len(skip), len(skip) // 2) for skip in skips]
     plan = ffi.new("struct adaskip_plan *", {"n_decode": len(parts) if n is None else n})
     if parts:
-        steps = ffi.new("struct adaskip_step[]", [(start, part[0][0]) for start, part in zip(starts, parts)])  # noqa: B905
-        plan.decode, plan.prefill = steps, parts[0][0]
+        steps = ffi.new("struct adaskip_step[]", [(start, part[0]) for start, part in zip(starts, parts)])  # noqa: B905
+        plan.decode, plan.prefill = steps, parts[0]
     return int(lib.adaskip_set_plan(ctx, plan))
 
 
 def online(ctx: Any, window: int, threshold: float, scale: int) -> int:
     params = ffi.new("struct adaskip_online_params *", {"window": window, "threshold": threshold, "scale": scale})
     return int(lib.adaskip_set_plan(ctx, ffi.new("struct adaskip_plan *", {"online": params})))
-
-
-WITHOUT_FFN_1 = skip_set(FFN_1, [1] * 6)
 
 
 def readable(ctx: Any, n: int, ids: Any = None) -> int:
@@ -113,6 +133,19 @@ def message() -> str:
     return str(ffi.string(lib.adaskip_last_error()).decode())
 
 
+def answer(llm: Any, plan: SkipPlan, call: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Logits of a prompt and an answer under a plan, and what the online stage learned; after two tokens the call."""
+    llm.set_plan(plan)
+    llm.reset()
+    llm.begin_request()
+    llm.eval(tokens(9))
+    rows = [llm.scores[:9].copy(), llm.logits_after([5]), llm.logits_after([6])]
+    call()
+    rows += [llm.logits_after([token]) for token in (7, 8)]
+    assert llm.plan == plan
+    return np.concatenate(rows)
+
+
 @ffi.callback("adaskip_statistics_callback")  # type: ignore[untyped-decorator]
 def ignore(statistics: Any, user_data: Any) -> None:
     pass
@@ -125,21 +158,23 @@ BAD_CALLS = {
     "no counters": lambda ctx: lib.adaskip_get_counters(ctx, ffi.NULL),
     "an unknown phase": lambda ctx: lib.adaskip_set_phase(ctx, 3),
     "a negative phase": lambda ctx: lib.adaskip_set_phase(ctx, -1),
-    "a plan of another length": lambda ctx: prefill(ctx, skip_set([0] * 8, [1] * 8, 4)[0]),
-    "a plan of negative length": lambda ctx: decode(ctx, skip_set([0] * 6, [1] * 6, -3)[0]),
+    "a plan of another length": lambda ctx: prefill(ctx, skip_set([0] * 8, [1] * 8, 4)),
+    "a plan of negative length": lambda ctx: decode(ctx, skip_set(NOTHING, n_layer=-3)),
     "a plan without arrays": lambda ctx: prefill(ctx, ffi.new("struct adaskip_set *", {"n_layer": 3})),
     "a plan's tag into nothing": lambda ctx: lib.adaskip_get_plan_tag(ctx, ffi.NULL),
     "sublayers into nothing": lambda ctx: lib.adaskip_sublayers(ctx, ffi.NULL, 6),
     "sublayers into too little": lambda ctx: lib.adaskip_sublayers(ctx, ffi.new("struct adaskip_sublayer[5]"), 5),
-    "a plan with shorter vectors": lambda ctx: prefill(ctx, vectors([0.0] * 63, 63)[0]),
-    "a plan with vectors of no length": lambda ctx: decode(ctx, vectors([0.0], 0)[0]),
-    "a plan with vectors of negative length": lambda ctx: decode(ctx, vectors([0.0], -64)[0]),
-    "a map without its second half": lambda ctx: prefill(ctx, maps(up=False)[0]),
-    "a map without its first half": lambda ctx: prefill(ctx, maps(down=False)[0]),
-    "a map of rank 0": lambda ctx: prefill(ctx, maps(0)[0]),
-    "a map of negative rank": lambda ctx: decode(ctx, maps(-2)[0]),
-    "a map of shorter vectors": lambda ctx: prefill(ctx, maps(2, 63)[0]),
-    "a map of vectors of no length": lambda ctx: decode(ctx, maps(2, 0)[0]),
+    "a plan with shorter vectors": lambda ctx: prefill(ctx, vectors(63)),
+    "a plan with longer vectors": lambda ctx: prefill(ctx, vectors(65)),
+    "a plan with vectors of no length": lambda ctx: decode(ctx, vectors(0)),
+    "a plan with vectors of negative length": lambda ctx: decode(ctx, vectors(-64)),
+    "a map without its second half": lambda ctx: prefill(ctx, maps(up=False)),
+    "a map without its first half": lambda ctx: prefill(ctx, maps(down=False)),
+    "a map of rank 0": lambda ctx: prefill(ctx, maps(0)),
+    "a map of negative rank": lambda ctx: decode(ctx, maps(-2)),
+    "a map of shorter vectors": lambda ctx: prefill(ctx, maps(2, 63)),
+    "a map of longer vectors": lambda ctx: prefill(ctx, maps(2, 65)),
+    "a map of vectors of no length": lambda ctx: decode(ctx, maps(2, 0)),
     "a schedule of no context": lambda ctx: schedule(ffi.NULL, [0], NOTHING),
     "a schedule without sets": lambda ctx: schedule(ctx, [0], n=1),
     "a schedule of negative length": lambda ctx: schedule(ctx, [0], NOTHING, n=-1),
@@ -147,11 +182,12 @@ BAD_CALLS = {
     "a schedule that descends": lambda ctx: schedule(ctx, [0, 5, 4], NOTHING, FFN_1, FFN_1),
     "a schedule with two sets at once": lambda ctx: schedule(ctx, [0, 0], NOTHING, FFN_1),
     "a schedule that runs an attention again": lambda ctx: schedule(ctx, [0, 4], ATTENTION_1, FFN_1),
+    "a schedule that runs an attention again later": lambda ctx: schedule(ctx, [0, 2, 4], NOTHING, ATTENTION_1, FFN_1),
     "a schedule of another length": lambda ctx: schedule(ctx, [0, 4], NOTHING, [0] * 8),
     "an online stage without a window": lambda ctx: online(ctx, 0, 0.5, 1),
     "an online stage with a negative window": lambda ctx: online(ctx, -20, 0.5, 1),
-    "an online threshold that is no number": lambda ctx: online(ctx, 20, float("nan"), 1),
-    "an online threshold without end": lambda ctx: online(ctx, 20, float("inf"), 1),
+    "an online threshold that is no number": lambda ctx: online(ctx, 20, NAN, 1),
+    "an online threshold without end": lambda ctx: online(ctx, 20, INFINITY, 1),
     "an unknown online scale": lambda ctx: online(ctx, 20, 0.5, 3),
     "a negative online scale": lambda ctx: online(ctx, 20, 0.5, -1),
     "readable sets that are not there": lambda ctx: readable(ctx, 1),
@@ -159,11 +195,11 @@ BAD_CALLS = {
     "the id of no context's bulk": lambda ctx: bulk_set_id(ffi.NULL, ffi.NULL),
     "the id of no plan's bulk": lambda ctx: bulk_set_id(ctx, None),
     "the id of a bulk into nothing": lambda ctx: bulk_set_id(ctx, ffi.NULL, ffi.NULL),
-    "the id of a bulk of another length": lambda ctx: bulk_set_id(ctx, skip_set([0] * 8, [1] * 8, 4)[0]),
+    "the id of a bulk of another length": lambda ctx: bulk_set_id(ctx, skip_set([0] * 8, [1] * 8, 4)),
     "the id of a bulk without arrays": lambda ctx: bulk_set_id(ctx, ffi.new("struct adaskip_set *", {"n_layer": 3})),
-    "the id of a bulk with shorter vectors": lambda ctx: bulk_set_id(ctx, vectors([0.0] * 63, 63)[0]),
+    "the id of a bulk with shorter vectors": lambda ctx: bulk_set_id(ctx, vectors(63)),
     "the id of a bulk with a window of no tokens": lambda ctx: bulk_set_id(
-        ctx, WITHOUT_FFN_1[0], windowed=ffi.new("uint8_t[3]", [0, 1, 0])
+        ctx, skip_set(FFN_1), windowed=ffi.new("uint8_t[3]", [0, 1, 0])
     ),
     "what was learned of no context": lambda ctx: lib.adaskip_get_online(
         ffi.NULL, ffi.new("struct adaskip_online_state *")
@@ -190,84 +226,58 @@ BAD_CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_a_bad_argument_is_an_error_with_a_message(call: Callable[[Any], int], ctx: Any, llm: Any) -> None:
-    assert call(ctx) == ARGUMENT
-    assert message()
-    assert lib.adaskip_n_layer(ctx) == 3 and message() == ""
-    llm.eval([1, 5, 6])
+REFUSED: dict[str, tuple[type[AdaSkipError], Callable[[Any], int]]] = {
+    "no attention": (NotSkippableError, lambda ctx: prefill(ctx, skip_set(ATTENTION_0))),
+    "no attention, later": (NotSkippableError, lambda ctx: schedule(ctx, [0, 4], NOTHING, ATTENTION_0)),
+    "no attention, in a bulk": (NotSkippableError, lambda ctx: bulk_set_id(ctx, skip_set(ATTENTION_0))),
+    **{
+        f"a scale of {value}": (CompensationError, lambda ctx, value=value: decode(ctx, skip_set(FFN_1, [value] * 6)))
+        for value in (0.0, -1.0, NAN, INFINITY)
+    },
+    "a scale of 0 in a bulk": (CompensationError, lambda ctx: bulk_set_id(ctx, skip_set(FFN_1, NOTHING))),
+    **{
+        f"a {make.__name__[:-1]} with {value}": (
+            CompensationError,
+            lambda ctx, make=make, value=value: prefill(ctx, make(value=value)),
+        )
+        for make in (vectors, maps)
+        for value in (NAN, INFINITY, -INFINITY)
+    },
+}
 
 
-def test_a_layer_without_attention_is_refused(ctx: Any) -> None:
-    bad, _arrays = skip_set([1, 0, 0, 0, 0, 0], [1] * 6)
-    assert prefill(ctx, bad) == NOT_SKIPPABLE
-    assert "layer 0: the attention cannot be skipped" in message()
+@pytest.mark.parametrize("what", [*BAD_CALLS, *REFUSED])
+def test_a_bad_argument_is_an_error_with_a_message_and_changes_nothing(
+    what: str, ctx: Any, llm: Any, in_force: SkipPlan
+) -> None:
+    error, call = REFUSED.get(what) or (NativeError, BAD_CALLS[what])
+
+    def make() -> None:
+        with pytest.raises(error, match="^layer [01]: " if what in REFUSED else "^[^;]+; "):
+            llm._adaskip._check(call(ctx))
+        assert lib.adaskip_n_layer(ctx) == 3 and message() == ""
+
+    np.testing.assert_array_equal(answer(llm, in_force, make), answer(llm, in_force))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_scale_that_is_no_positive_number_is_refused(scale: float, ctx: Any) -> None:
-    bad, _arrays = skip_set([0, 0, 0, 1, 0, 0], [1, 1, 1, scale, 1, 1])
-    assert decode(ctx, bad) == COMPENSATION
-    good, _arrays = skip_set([0, 0, 0, 1, 0, 0], [scale, 1, 1, 2, 1, 1])  # not read where nothing is skipped
-    assert decode(ctx, good) == OK
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    "make",
-    [lambda value, skip: vectors([0.0] * 63 + [value], skip=skip), lambda value, skip: maps(value=value, skip=skip)],
-    ids=["vector", "map"],
-)
-def test_a_vector_or_a_map_that_is_not_finite_is_refused(make: Any, value: float, ctx: Any) -> None:
-    bad, _arrays = make(value, FFN_1)
-    assert prefill(ctx, bad) == COMPENSATION
-    assert "layer 1" in message()
-    good, _arrays = make(value, NOTHING)  # not read where nothing is skipped
+def test_what_stands_where_nothing_is_skipped_is_not_read(ctx: Any) -> None:
+    for value in (0.0, -1.0, NAN, INFINITY):
+        assert decode(ctx, skip_set(FFN_1, [value, 1, 1, 2, 1, value])) == OK
+        assert prefill(ctx, vectors(value=value, skip=NOTHING)) == prefill(ctx, maps(value=value, skip=NOTHING)) == OK
+    good = skip_set(FFN_1)
+    good.n_rank = -5  # of which there are no maps
     assert prefill(ctx, good) == OK
-
-
-def test_without_maps_the_rank_is_not_read(ctx: Any) -> None:
-    good, _arrays = skip_set(FFN_1, [1] * 6)
-    good.n_rank = -5
-    assert prefill(ctx, good) == OK
-
-
-def test_a_schedule_checks_every_one_of_its_plans(ctx: Any) -> None:
-    assert schedule(ctx, [0, 4], NOTHING, [1, 0, 0, 0, 0, 0]) == NOT_SKIPPABLE
-    assert schedule(ctx, [0, 4], NOTHING, FFN_1) == OK
-
-
-def test_a_plan_that_runs_an_attention_without_kv_is_refused(without_kv_1: Any) -> None:
-    ctx = without_kv_1
-    elided = ffi.new("uint8_t[3]")
-    (runs_it, _a), (skips_it, _b) = skip_set(FFN_1, [1] * 6), skip_set(ATTENTION_1, [1] * 6)
-    assert lib.adaskip_get_elided_kv(ctx, elided, 3) == OK and list(elided) == [0, 1, 0]
-    assert lib.adaskip_set_plan(ctx, ffi.NULL) == KV_ELIDED
-    assert prefill(ctx, skips_it) == KV_ELIDED, "decode would run it"
-    assert decode(ctx, runs_it) == KV_ELIDED
-    assert decode(ctx, skips_it) == OK
-    assert schedule(ctx, [0, 3], ATTENTION_1, ATTENTION_1) == OK
-    assert schedule(ctx, [0], FFN_1) == KV_ELIDED
 
 
 def test_without_kv_for_every_attention_no_bulk_set_is_read(without_kv_1: Any) -> None:
     ctx = without_kv_1
-    chosen, _arrays = skip_set(ATTENTION_1, [1] * 6)
+    chosen = skip_set(ATTENTION_1)
     assert bulk_set_id(ctx, chosen) == KV_ELIDED
     steps, ids = ffi.new("struct adaskip_step[]", [(0, chosen[0])]), ffi.new("uint64_t[]", [1 << 31])
     plan = {"prefill": chosen, "decode": steps, "n_decode": 1, "readable": ids, "n_readable": 1}
     assert lib.adaskip_set_plan(ctx, ffi.new("struct adaskip_plan *", plan)) == KV_ELIDED
+    assert prefill(ctx, chosen) == KV_ELIDED, "decode would run it"
     assert decode(ctx, chosen) == OK
-
-
-def test_the_id_of_a_bulk_is_of_what_may_be_skipped_there(ctx: Any) -> None:
-    bad, _bad = skip_set([1, 0, 0, 0, 0, 0], [1] * 6)
-    assert bulk_set_id(ctx, bad) == NOT_SKIPPABLE
-    worse, _worse = skip_set(FFN_1, [0] * 6)
-    assert bulk_set_id(ctx, worse) == COMPENSATION
-    found, (nothing, _arrays) = ffi.new("uint64_t *", 7), skip_set(NOTHING, [1] * 6)
-    assert bulk_set_id(ctx, nothing, found) == OK and found[0] == 0
-    assert bulk_set_id(ctx, ffi.NULL, found) == OK and found[0] == 0
 
 
 def test_what_was_learned_may_be_asked_for_in_part(ctx: Any, llm: Any) -> None:

@@ -5,27 +5,23 @@ it is taken from.
 """
 
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.edited_prompts import EDITS as MOVED
-from oracles.edited_prompts import OPTIONS, SETTINGS, Oracle, counting, logits_of
+from oracles.edited_prompts import OPTIONS, SETTINGS, Oracle, counting, logits_of, read_both
+from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
-from oracles.tiny_models import write_model
+from oracles.tiny_families import tokens
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.edits import Run, Saved, beside
 from adaskip_cpp.errors import NativeError, StateError
 from adaskip_cpp.model.edits import APART, WIDE
-
-Tiny = Callable[..., Path]
-Tokens = Callable[..., list[int]]
-Open = Callable[..., Any]
 
 EDITS = replace(MOVED, most_moves=APART + WIDE)
 
@@ -64,7 +60,7 @@ def test_parts_of_runs_take_no_place_twice(
     assert all(run in parts for run in free if run.n >= least)
 
 
-def documents(tokens: Tokens) -> tuple[list[int], list[list[int]], list[int]]:
+def documents() -> tuple[list[int], list[list[int]], list[int]]:
     """What all prompts begin with, three documents, and a question."""
     return tokens(20), [tokens(50 + 5 * i, seed=1 + i)[1:] for i in range(3)], tokens(12, seed=9)[1:]
 
@@ -87,80 +83,74 @@ def read_alone(llm: Any, oracle: Oracle, prompts: list[list[int]]) -> None:
 @pytest.mark.parametrize("how", SETTINGS)
 @pytest.mark.parametrize("held", ["nothing", "a document", "another text"])
 def test_documents_that_were_read_alone_are_put_together(
-    tiny: Tiny, tokens: Tokens, open_model: Open, how: str, held: str
+    how: str, held: str, open_tiny: Open, numpy_model: Open
 ) -> None:
     family, options, plan, tolerance = SETTINGS[how]
-    llm = open_model(tiny(family), **OPTIONS, **options, reuse=EDITS)
-    llm.set_plan(plan)
-    oracle = Oracle(ReferenceModel(tiny(family)), plan, edits=EDITS)
-    head, (a, b, c), question = documents(tokens)
+    llm = open_tiny(family, under=plan, **OPTIONS, **options, reuse=EDITS)
+    oracle = Oracle(numpy_model(family), plan, edits=EDITS)
+    head, (a, b, c), question = documents()
     read_alone(llm, oracle, [head + each + question for each in (a, b, c)])
     if held != "nothing":
         first = head + b + question if held == "a document" else tokens(90, seed=20)
-        assert relative_error(logits_of(llm, first), oracle.read(first)) < tolerance
+        read_both(llm, oracle, first, tolerance)
     for prompt in (head + c + a + b + question, head + b + c + question + a):
-        with counting(llm) as counts:
-            assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < tolerance
-        assert sum(counts) == oracle.n_read < 0.5 * len(prompt)
+        assert read_both(llm, oracle, prompt, tolerance) < 0.5 * len(prompt)
         assert llm.n_moved > 0.2 * len(prompt)
 
 
-def test_an_answer_goes_on_and_the_next_prompt_is_edited(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
-    llm, oracle = open_model(tiny(), **OPTIONS, reuse=EDITS), Oracle(ReferenceModel(tiny()), edits=EDITS)
-    head, (a, b, c), question = documents(tokens)
+def test_an_answer_goes_on_and_the_next_prompt_is_edited(open_tiny: Open, reference: ReferenceModel) -> None:
+    llm, oracle = open_tiny(**OPTIONS, reuse=EDITS), Oracle(reference, edits=EDITS)
+    head, (a, b, c), question = documents()
     read_alone(llm, oracle, [head + each for each in (a, b, c)])
     prompt = head + a + b + c + question
     for each in (prompt, prompt + question, head + question + a + b + c + question):
-        assert relative_error(logits_of(llm, each), oracle.read(each)) < 1e-5
-    other = open_model(tiny(), **OPTIONS, reuse=EDITS)
+        read_both(llm, oracle, each)
+    other = open_tiny(**OPTIONS, reuse=EDITS)
     other.load_state(pickle.loads(pickle.dumps(llm.save_state())))
-    assert relative_error(logits_of(other, prompt + a), oracle.read(prompt + a)) < 1e-5
+    read_both(other, oracle, prompt + a)
 
 
 def test_a_saved_prompt_is_read_where_its_moves_or_its_plan_forbid_it(
-    tiny: Tiny, tokens: Tokens, open_model: Open
+    open_tiny: Open, reference: ReferenceModel, whole: Open
 ) -> None:
-    head, (a, b, c), question = documents(tokens)
+    head, (a, b, c), question = documents()
     prompt = head + a + c + b + question
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(prompt).logits[-1]
     small = replace(EDITS, most_moves=APART - 1)
     skipping = SkipPlan.manual(3, attention=[1])
     for reuse, plan in ((small, None), ("prefix", None), (EDITS, skipping)):
-        llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
-        llm.set_plan(plan)
-        read_alone(llm, Oracle(ReferenceModel(tiny()), plan, edits=EDITS), [head + each for each in (b, c)])
+        llm = open_tiny(under=plan, **OPTIONS, reuse=EDITS)
+        read_alone(llm, Oracle(reference, plan, edits=EDITS), [head + each for each in (b, c)])
         llm.set_plan(None)
         llm.set_reuse(reuse)
         with counting(llm) as counts:
-            assert relative_error(logits_of(llm, prompt), expected) < 1e-5
+            assert relative_error(logits_of(llm, prompt), whole(prompt)) < 1e-5
         assert llm.n_moved == 0 and sum(counts) == len(prompt) - (len(head) if reuse is small else 0)
 
 
-def test_what_begins_a_prompt_is_not_moved(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_what_begins_a_prompt_is_not_moved(open_tiny: Open, reference: ReferenceModel, whole: Open) -> None:
     """So the whole model may read it, also where it is longer than what the memory and the prompt begin with."""
-    llm, oracle = open_model(tiny(), **OPTIONS, reuse=EDITS), Oracle(ReferenceModel(tiny()), edits=EDITS)
-    head, (a, b, c), question = documents(tokens)
+    llm, oracle = open_tiny(**OPTIONS, reuse=EDITS), Oracle(reference, edits=EDITS)
+    head, (a, b, c), question = documents()
     read_alone(llm, oracle, [head + a + b, head + c])
     first, prompt = head + question + c, head + a + b + tokens(9, seed=40)[1:] + c + question
     for each in (first, prompt):
-        assert relative_error(logits_of(llm, each), oracle.read(each)) < 1e-5
+        read_both(llm, oracle, each)
     assert llm._adaskip.kv_valid("prefill", 900) == 900
     llm.set_reuse("prefix")
     assert llm._adaskip.kv_valid("prefill", 900) > len(head + a + b)
     with counting(llm) as counts:
-        expected = ReferenceRun(ReferenceModel(tiny())).eval(prompt).logits[-1]
-        assert relative_error(logits_of(llm, prompt), expected) < 1e-5
+        assert relative_error(logits_of(llm, prompt), whole(prompt)) < 1e-5
     assert sum(counts) == len(prompt) - len(head + a + b + tokens(9, seed=40)[1:]) - EDITS.mend
 
 
 @pytest.mark.parametrize("way", ["it is gone", "there is no room", "it is damaged", "a window has left it"])
-def test_a_saved_prompt_that_cannot_be_loaded_is_read(tiny: Tiny, tokens: Tokens, open_model: Open, way: str) -> None:
+def test_a_saved_prompt_that_cannot_be_loaded_is_read(way: str, open_tiny: Open, numpy_model: Open) -> None:
     family, options = ("gemma3", {"swa_full": False}) if way == "a window has left it" else ("llama", {})
     n_ctx = 256 if way == "there is no room" else 512
-    llm = open_model(tiny(family), **{**OPTIONS, "n_ctx": n_ctx}, **options, reuse=EDITS)
-    head, (a, b, c), question = documents(tokens)
+    llm = open_tiny(family, **{**OPTIONS, "n_ctx": n_ctx}, **options, reuse=EDITS)
+    head, (a, b, c), question = documents()
     more = tokens(120, seed=30)[1:]
-    oracle = Oracle(ReferenceModel(tiny(family)), edits=EDITS)
+    oracle = Oracle(numpy_model(family), edits=EDITS)
     read_alone(llm, oracle, [head + more + each for each in (a, b)])
     [first, second] = llm.saved_prompts
     if way == "it is gone":
@@ -170,7 +160,7 @@ def test_a_saved_prompt_that_cannot_be_loaded_is_read(tiny: Tiny, tokens: Tokens
     prompt = head + c + b + a + question + tokens(20, seed=31)[1:]
     logits = logits_of(llm, prompt)
     if way == "a window has left it":
-        expected = ReferenceRun(ReferenceModel(tiny(family))).eval(prompt).logits[-1]
+        expected = ReferenceRun(numpy_model(family)).eval(prompt).logits[-1]
         assert relative_error(logits, expected) < 1e-3 and llm.n_moved == 0
         return
     oracle.history.saved = oracle.history.saved[1:]
@@ -185,13 +175,15 @@ def test_a_saved_prompt_that_cannot_be_loaded_is_read(tiny: Tiny, tokens: Tokens
 
 
 @pytest.mark.parametrize("n_batches", range(6))
-def test_a_reading_that_is_cut_short_leaves_nothing_of_what_was_saved(
-    tiny: Tiny, tokens: Tokens, open_model: Open, n_batches: int
+@pytest.mark.parametrize("is_saved", [True, False], ids=["saved", "in memory alone"])
+def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(
+    is_saved: bool, n_batches: int, open_tiny: Open, reference: ReferenceModel, whole: Open
 ) -> None:
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
-    head, (a, b, c), question = documents(tokens)
-    read_alone(llm, Oracle(ReferenceModel(tiny()), edits=EDITS), [head + each for each in (a, b, c)])
-    logits_of(llm, head + b)
+    llm = open_tiny(**OPTIONS, reuse=EDITS)
+    head, (a, b, c), question = documents()
+    if is_saved:
+        read_alone(llm, Oracle(reference, edits=EDITS), [head + each for each in (a, b, c)])
+    logits_of(llm, head + b if is_saved else head + a + b)
     prompt = head + c + a + question + b + question
 
     def stop(n_tokens: int) -> None:
@@ -204,14 +196,18 @@ def test_a_reading_that_is_cut_short_leaves_nothing_of_what_was_saved(
     with pytest.raises(KeyboardInterrupt):
         logits_of(llm, prompt)
     llm.on_batch = lambda n_tokens: None
+    if not is_saved:
+        state = llm.save_state()
+        expected = logits_of(llm, prompt)
+        llm.load_state(state)
+        assert relative_error(logits_of(llm, prompt), expected) < 1e-5
     llm.set_reuse("prefix")
-    expected = ReferenceRun(ReferenceModel(tiny())).eval(prompt).logits[-1]
-    assert relative_error(logits_of(llm, prompt), expected) < 1e-5
+    assert relative_error(logits_of(llm, prompt), whole(prompt)) < 1e-5
 
 
-def test_places_that_are_taken_are_refused(tiny: Tiny, tokens: Tokens, open_model: Open) -> None:
+def test_places_that_are_taken_are_refused(open_tiny: Open) -> None:
     """Two cells of one position would both be seen."""
-    llm = open_model(tiny(), **OPTIONS)
+    llm = open_tiny(**OPTIONS)
     llm.eval(tokens(40))
     llm._adaskip.set_aside(20, [(30, 50, 5, 1)])
     for run in ((5, 50, 5, 1), (5, 46, 5, 1), (5, 54, 5, 1), (5, 6, 5, 0)):
@@ -222,8 +218,8 @@ def test_places_that_are_taken_are_refused(tiny: Tiny, tokens: Tokens, open_mode
     assert llm._adaskip.kv_valid("prefill", 5) == 5, "what stays in its place was not moved"
 
 
-def test_without_states_nothing_is_saved(tiny: Tiny, tokens: Tokens, open_model: Open, monkeypatch: Any) -> None:
-    llm = open_model(tiny(), **OPTIONS)
+def test_without_states_nothing_is_saved(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = open_tiny(**OPTIONS)
     llm.eval(tokens(9))
     with monkeypatch.context() as patched:
         patched.setattr(llm, "_save_sequence", lambda: None)
@@ -232,13 +228,10 @@ def test_without_states_nothing_is_saved(tiny: Tiny, tokens: Tokens, open_model:
     assert isinstance(llm.save_prompt(), Saved) and llm.save_prompt().tokens.tolist() == tokens(9)
 
 
-def test_a_prompt_of_another_model_or_with_an_image_is_refused(
-    tiny: Tiny, tokens: Tokens, open_model: Open, tmp_path: Path
-) -> None:
+def test_a_prompt_of_another_model_or_with_an_image_is_refused(open_tiny: Open, open_model: Open, tiny: Tiny) -> None:
     """Another model of the same shape would take the state, and answer from K and V that are not its own."""
-    llm = open_model(tiny(), **OPTIONS, reuse=EDITS)
-    other = open_model(write_model(tmp_path / "other.gguf", seed=7), **OPTIONS)
-    head, (a, *_), question = documents(tokens)
+    llm, other = open_tiny(**OPTIONS, reuse=EDITS), open_model(tiny(seed=7), **OPTIONS)
+    head, (a, *_), question = documents()
     other.eval(head + a)
     llm.saved_prompts = [other.save_prompt()]
     with pytest.raises(StateError, match="of another model"):

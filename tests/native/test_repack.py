@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from oracles.fixtures import Open
-from oracles.stock import EXACT, Job, eval_logits, run_stock
+from oracles.stock import OPTIONS, Job, eval_logits, run_stock
 from oracles.tiny_families import tokens
 from oracles.tiny_models import write_model
 
-OPTIONS: dict[str, Any] = {"n_ctx": 128, "logits_all": True, **EXACT}
 QUANTIZATIONS = ("Q4_0", "Q8_0")
 
 

@@ -1,4 +1,4 @@
-"""Statistics computed inside llama.cpp against NumPy passes that share no code with them."""
+"""Statistics computed inside llama.cpp against a NumPy pass that shares no code with them."""
 
 import itertools
 from pathlib import Path
@@ -10,8 +10,7 @@ from gguf import GGUFReader
 from oracles.fixtures import Open, Tiny
 from oracles.observed import collect
 from oracles.reference import ReferenceModel, ReferenceRun, Trace, mean_similarity, norm_ratio
-from oracles.reference_parallel import eval_parallel
-from oracles.stock import EXACT, Job, eval_logits, run_stock
+from oracles.stock import OPTIONS, Job, eval_logits, run_stock
 from oracles.tiny_families import N_EMBD, SKIPPABLE, tokens
 
 from adaskip_cpp import SkipPlan
@@ -53,17 +52,15 @@ def test_statistics_equal_the_reference_however_the_request_is_split(
     np.testing.assert_allclose(actual.layer_dot, expected.layer_dot, rtol=1e-5, atol=1e-4)
 
 
-def test_statistics_of_parallel_sublayers_follow_the_chain_attention_then_ffn(tiny: Tiny, open_tiny: Open) -> None:
-    # a = x + attention(x), y = a + ffn(x). Stock's F16 GELU table puts a token's cosine 1.3e-4 off (the
-    # request's similarity and ratio 1e-5), the other order or a shared input more than 0.1.
-    trace = collect(open_tiny("gptneox-parallel"), tokens(40))
-    expected = eval_parallel(tiny("gptneox-parallel"), tokens(40))
-    assert_equal(trace, expected, 5e-4)
-    # The sum of a sublayer's outputs is that of the next one's inputs; a layer's input and output obey Cauchy-Schwarz
-    # with the norms of the NumPy pass.
-    sum_u, sum_v = (each.reshape(-1, N_EMBD) for each in (trace.sum_u, trace.sum_v))
-    np.testing.assert_allclose(sum_v[:-1], sum_u[1:], rtol=1e-4, atol=1e-4)
-    assert (trace.layer_dot**2 <= 1.001 * expected.u_sq[:, 0] * expected.v_sq[:, 1]).all()
+def test_statistics_of_parallel_sublayers_follow_the_chain_attention_then_ffn(
+    open_tiny: Open, numpy_model: Open
+) -> None:
+    # a = x + attention(x), y = a + ffn(x). The other order, or one input for both, puts a cosine more than 0.1 off.
+    actual = collect(open_tiny("gptneox-parallel"), tokens(40))
+    expected = ReferenceRun(numpy_model("gptneox-parallel")).eval(tokens(40))
+    assert_equal(actual, expected, 5e-4)
+    for part in ("sum_u", "sum_v", "layer_dot"):
+        np.testing.assert_allclose(getattr(actual, part), getattr(expected, part), rtol=1e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", SKIPPABLE)
@@ -84,8 +81,8 @@ def test_the_first_input_is_the_token_embedding_and_each_output_the_next_input(
 
 @pytest.mark.parametrize("name", SKIPPABLE)
 def test_collecting_statistics_changes_no_bit_of_the_logits(name: str, tiny: Tiny, open_tiny: Open) -> None:
-    options, pieces = {"n_ctx": 128, "logits_all": True, **EXACT}, [tokens(40)[:36], *([t] for t in tokens(40)[36:])]
-    (expected,) = run_stock([Job(str(tiny(name)), pieces, options)])
+    pieces = [tokens(40)[:36], *([token] for token in tokens(40)[36:])]
+    (expected,) = run_stock([Job(str(tiny(name)), pieces, OPTIONS)])
     llm = open_tiny(name)
     for asked in ({}, {"activations": True}):
         seen: list[int] = []

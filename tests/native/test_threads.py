@@ -16,6 +16,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from oracles.fixtures import Open
+from oracles.readable import decode
 from oracles.skip_sets import skip_set
 from oracles.tiny_families import N_VOCAB
 
@@ -50,15 +51,9 @@ def new_context(model: Any, elided: bool) -> Iterator[Any]:
         llama_cpp.llama_free(ctx)
 
 
-def decode(ctx: Any, start: int, tokens: Sequence[int]) -> np.ndarray:
+def logits_after(ctx: Any, start: int, tokens: Sequence[int]) -> np.ndarray:
     """The logits after the last of these tokens, which stand at the positions from ``start`` on."""
-    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for i, token in enumerate(tokens):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, start + i, 1, 0
-        batch.logits[i] = i == len(tokens) - 1
-    assert llama_cpp.llama_decode(ctx, batch) == 0
-    llama_cpp.llama_batch_free(batch)
+    assert decode(ctx, [(0, start + i, token, i + 1 == len(tokens)) for i, token in enumerate(tokens)]) == 0
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx, -1), (N_VOCAB,)).copy()
 
 
@@ -74,10 +69,10 @@ def use(model: Any, plans: Plans, elided: bool, seed: int) -> Results:
             if i % 2:
                 native.start_statistics(lambda batch: results.append(batch.dot), keep_logits=True, activations=False)
             native.set_phase(plan.prompt_phase if plan else "prefill")
-            results.append(decode(ctx, 0, tokens[:12]))
+            results.append(logits_after(ctx, 0, tokens[:12]))
             native.begin_request()
             native.set_phase("decode")
-            results.extend(decode(ctx, position, tokens[position : position + 1]) for position in range(12, 20))
+            results.extend(logits_after(ctx, position, tokens[position : position + 1]) for position in range(12, 20))
             if i % 2:
                 native.stop_statistics()
             llama_cpp.llama_memory_clear(memory, True)

@@ -1,4 +1,4 @@
-"""One map for a layer that is skipped whole, from calibration to the logits, against NumPy passes.
+"""One map for a layer that is skipped whole, from calibration to the logits, against a NumPy pass.
 
 Tolerances are those of test_bulk.py: float32 against float64, and tables of GELU in F16.
 """
@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles.bulks import TOLERANCE
-from oracles.fixtures import Open, Tiny
-from oracles.reference import ReferenceModel, ReferenceRun, relative_error
-from oracles.reference_parallel import eval_parallel
+from oracles.fixtures import Open
+from oracles.reference import ReferenceRun, relative_error
 from oracles.tiny_families import tokens
 
 import adaskip_cpp
@@ -65,34 +64,32 @@ def test_a_plan_has_one_map_of_it_and_what_is_skipped_alone_its_own(
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gptneox-parallel"])
 def test_a_prompt_under_it_is_that_of_numpy(
-    name: str, tiny: Tiny, learned: Callable[[str], tuple[Any, Profile]]
+    name: str, numpy_model: Open, learned: Callable[[str], tuple[Any, Profile]]
 ) -> None:
     """In parallel blocks it maps what both read."""
     llm, profile = learned(name)
     prompt, arrays = tokens(N_PROMPT, 9), standing_in(profile)
-    for mode, bulk in (("prefill", None), ("prompt", slice(HEAD, N_PROMPT - TAIL))):
+    bulk = {**arrays, "keeps_kv": True}
+    pieces: dict[str, list[tuple[list[int], dict[str, Any]]]] = {
+        "prefill": [(prompt, arrays)],
+        "prompt": [(prompt[:HEAD], {}), (prompt[HEAD:-TAIL], bulk), (prompt[-TAIL:], {})],
+    }
+    for mode, parts in pieces.items():
         llm.set_plan(profile.plan(strategy="manual", mode=mode, **AROUND[mode], **CHOSEN))
         llm.reset()
         llm.eval(prompt)
-        if name == "gptneox-parallel":
-            expected = eval_parallel(tiny(name), prompt, **arrays, bulk=bulk).logits
-        else:
-            run, keeps_kv = ReferenceRun(ReferenceModel(tiny(name))), bulk is not None
-            head, middle, tail = prompt[:HEAD], prompt[HEAD:-TAIL], prompt[-TAIL:]
-            pieces = (
-                [(head, {}), (middle, {**arrays, "keeps_kv": True}), (tail, {})] if keeps_kv else [(prompt, arrays)]
-            )
-            expected = np.concatenate([run.eval(piece, **under).logits for piece, under in pieces])
+        run = ReferenceRun(numpy_model(name))
+        expected = np.concatenate([run.eval(piece, **under).logits for piece, under in parts])
         assert relative_error(llm.scores[:N_PROMPT], expected) < TOLERANCE[name], mode
 
 
 def test_in_parallel_blocks_it_is_fitted_on_the_layers_output(
-    tiny: Tiny, learned: Callable[[str], tuple[Any, Profile]]
+    numpy_model: Open, learned: Callable[[str], tuple[Any, Profile]]
 ) -> None:
     """Of a layer that is skipped whole it leaves less error than keeping the stream, or its FFN's map, does."""
     _, profile = learned("gptneox-parallel")
     assert profile.maps is not None
-    seen = eval_parallel(tiny("gptneox-parallel"), tokens(60, 1))
+    seen = ReferenceRun(numpy_model("gptneox-parallel")).eval(tokens(60, 1))
     assert seen.u is not None and seen.v is not None
     for layer in range(1, N_LAYER):
         u, v = seen.u[layer, 0, 1:], seen.v[layer, 1, 1:]

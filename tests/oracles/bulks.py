@@ -4,27 +4,22 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from oracles.skip_sets import only
-from oracles.tiny_families import N_EMBD, N_LAYER
+from oracles.skip_sets import PARTS, filled, only
+from oracles.tiny_families import N_LAYER
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 NOTHING = SkipSet.none(N_LAYER)
-RANK = 2
 TOLERANCE = {"llama": 1e-5, "llama-tied": 1e-5, "llama-bias": 1e-5, "gemma3": 1e-3, "gptneox-parallel": 2e-3}
 
 
 def chosen(*sublayers: tuple[int, int], seed: int = 0, scale: Any = None, bias: bool = True) -> SkipSet:
     """A set of these sublayers, each with a scale, a linear map and a vector."""
-    rng, skip = np.random.default_rng(seed), only(*sublayers)
-    values = rng.uniform(0.7, 1.3, skip.shape) if scale is None else np.full(skip.shape, scale)
-    vector, down, up = (
-        rng.normal(0, size, (*skip.shape, *shape)).astype(np.float32)
-        for size, shape in ((0.3, (N_EMBD,)), (0.1, (RANK, N_EMBD)), (0.5, (N_EMBD, RANK)))
-    )
-    return SkipSet(skip, values, vector if bias else None, down, up)
+    skip = only(*sublayers)
+    values = np.random.default_rng(seed).uniform(0.7, 1.3, skip.shape) if scale is None else scale
+    return filled(skip, seed, values, parts=PARTS if bias else PARTS[1:])
 
 
 def plan(bulk: SkipSet, prefill: SkipSet = NOTHING, decode: SkipSet | None = None, **more: Any) -> SkipPlan:

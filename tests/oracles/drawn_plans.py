@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
-from oracles.tiny_families import N_EMBD, N_LAYER
+from oracles.skip_sets import filled
+from oracles.tiny_families import N_LAYER
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.plan import Bulk, OnlineStage
@@ -14,7 +15,6 @@ from adaskip_cpp.model.skip_set import SkipSet
 __all__ = ["NOTHING", "plans", "skip_sets"]
 
 NOTHING = SkipPlan(SkipSet.none(N_LAYER), SkipSet.none(N_LAYER))
-RANK = 2
 
 
 @st.composite
@@ -22,15 +22,10 @@ def skip_sets(draw: st.DrawFn, attention: Collection[int] = ()) -> SkipSet:
     """A set that skips these attentions and any other sublayers, with compensations of each kind."""
     skip = np.array(draw(st.lists(st.booleans(), min_size=2 * N_LAYER, max_size=2 * N_LAYER))).reshape(N_LAYER, 2)
     skip[list(attention), 0] = True
-    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    scale = rng.uniform(0.7, 1.4, skip.shape) if draw(st.booleans()) else np.ones(skip.shape)
-    bias, down, up = None, None, None
-    if draw(st.booleans()):
-        bias = rng.normal(0, 0.3, (*skip.shape, N_EMBD)).astype(np.float32)
-    if draw(st.booleans()):
-        down = rng.normal(0, 0.1, (*skip.shape, RANK, N_EMBD)).astype(np.float32)
-        up = rng.normal(0, 0.5, (*skip.shape, N_EMBD, RANK)).astype(np.float32)
-    return SkipSet(skip, scale, bias, down, up)
+    seed = draw(st.integers(0, 2**16))
+    scale = np.random.default_rng(seed).uniform(0.7, 1.4, skip.shape) if draw(st.booleans()) else 1.0
+    parts = ["bias"] * draw(st.booleans()) + ["down", "up"] * draw(st.booleans())
+    return filled(skip, seed, scale, parts=parts)
 
 
 @st.composite

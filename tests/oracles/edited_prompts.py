@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from oracles.reference import ReferenceModel
+from oracles.reference import ReferenceModel, relative_error
 from oracles.sequence_oracle import Cells, History
 from oracles.tiny_families import N_LAYER, N_VOCAB
 
@@ -14,7 +14,7 @@ from adaskip_cpp.model.edits import WIDE, Edits
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
-__all__ = ["EDITS", "OPTIONS", "SETTINGS", "Oracle", "bulk_of", "counting", "logits_of"]
+__all__ = ["EDITS", "OPTIONS", "SETTINGS", "Oracle", "bulk_of", "counting", "logits_of", "read_both"]
 
 NOTHING = SkipSet.none(N_LAYER)
 EDITS = Edits(mend=3, least=8, tail=6, most_moves=2 * WIDE)
@@ -60,6 +60,14 @@ def logits_of(llm: Any, prompt: list[int]) -> Any:
     for _ in llm.generate(prompt, temp=0.0):
         break
     return np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), (N_VOCAB,)).copy()
+
+
+def read_both(llm: Any, oracle: Oracle, prompt: list[int], tolerance: float = 1e-5) -> int:
+    """Have both read a prompt, which gives the same logits; returns how many tokens the model evaluated."""
+    with counting(llm) as counts:
+        assert relative_error(logits_of(llm, prompt), oracle.read(prompt)) < tolerance
+    assert sum(counts) == oracle.n_read
+    return sum(counts)
 
 
 def bulk_of(*, windowed: Sequence[int] = ()) -> SkipPlan:

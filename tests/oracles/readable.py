@@ -1,6 +1,6 @@
 """Sets, and several sequences in a bare context, for tests of which cached positions a plan may read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,24 @@ def evaluated(llm: Any, call: Callable[[], Any]) -> list[int]:
     with llm.collect_statistics(lambda batch: seen.extend(batch.positions.tolist()), keep_logits=True):
         call()
     return seen
+
+
+def decode(ctx: Any, rows: Sequence[tuple[int, int, int, bool]], embeddings: np.ndarray | None = None) -> int:
+    """Call llama_decode, and return its code, for rows of a sequence, a position, a token, and whether it is an output.
+
+    ``embeddings``, float [n_rows, n_embd], take the place of the tokens.
+    """
+    batch = llama_cpp.llama_batch_init(len(rows), 0 if embeddings is None else embeddings.shape[1], 1)
+    batch.n_tokens = len(rows)
+    for i, (sequence, position, token, is_output) in enumerate(rows):
+        batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = position, 1, sequence, is_output
+        if embeddings is None:
+            batch.token[i] = token
+    if embeddings is not None:
+        np.ctypeslib.as_array(batch.embd, embeddings.shape)[:] = embeddings
+    code = llama_cpp.llama_decode(ctx, batch)
+    llama_cpp.llama_batch_free(batch)
+    return int(code)
 
 
 class Bare:
@@ -60,17 +78,11 @@ class Bare:
             RuntimeError: llama_decode fails.
         """
         rows = [
-            (int(name[1:]), start + i, token)
+            (int(name[1:]), start + i, token, True)
             for name, (start, piece) in pieces.items()
             for i, token in enumerate(piece)
         ]
-        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
-        batch.n_tokens = len(rows)
-        for i, (sequence, position, token) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-            batch.seq_id[i][0], batch.logits[i] = sequence, True
-        code = llama_cpp.llama_decode(self.ctx, batch)
-        llama_cpp.llama_batch_free(batch)
+        code = decode(self.ctx, rows)
         if code != 0:
             self.native.raise_failure(RuntimeError(f"llama_decode returned {code}"))
         pointers = (llama_cpp.llama_get_logits_ith(self.ctx, i) for i in range(len(rows)))

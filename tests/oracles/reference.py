@@ -1,10 +1,13 @@
-"""A NumPy forward pass of llama and Gemma 3, with sublayers skipped: the oracle of the native evaluator.
+"""A NumPy forward pass of llama, Gemma 3 and GPT-NeoX, with sublayers skipped: the oracle of the native evaluator.
 
-Written from the equations (RMS norm, rotary embedding, grouped-query attention, SwiGLU; for Gemma 3 norms after the
-sublayers and on queries and keys, GEGLU, sliding windows), not from any code under test. ``ReferenceModel`` holds the
-weights, ``ReferenceRun`` one sequence: its KV grows with each ``eval``, so that a prompt in pieces and token by token
-is the same computation as in one piece. Keys are kept as they are before the rotary embedding, so that positions can
-move.
+Written from the equations, not from any code under test: RMS norm, rotary embedding, grouped-query attention, SwiGLU.
+Gemma 3 has norms after the sublayers and on queries and keys, GEGLU, and sliding windows. GPT-NeoX has layer norms,
+biases and GELU, and its attention and FFN both read the layer's input. They are taken in chain order, attention first:
+``a = x + attention(x)``, then ``y = a + ffn(x)``.
+
+``ReferenceModel`` holds the weights, ``ReferenceRun`` one sequence: its KV grows with each ``eval``, so that a prompt
+in pieces and token by token is the same computation as in one piece. Keys are kept as they are before the rotary
+embedding, so that positions can move.
 """
 
 from collections.abc import Sequence
@@ -87,20 +90,21 @@ class ReferenceModel:
         reader = GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items()}
         name = values["general.architecture"]
-        if name not in ("llama", "gemma3") or any(t.name.startswith("rope") for t in reader.tensors):
-            raise ValueError(f"{path}: only plain llama and Gemma 3 are computed here")
+        is_known = name in ("llama", "gemma3") or values.get("gptneox.use_parallel_residual", False)
+        if not is_known or any(t.name.startswith("rope") for t in reader.tensors):
+            raise ValueError(f"{path}: only plain llama, Gemma 3 and parallel GPT-NeoX are computed here")
 
         def value(key: str, default: Any = None) -> Any:
             return values.get(f"{name}.{key}", default)
 
-        self.is_gemma = name == "gemma3"
+        self.is_gemma, self.is_parallel = name == "gemma3", name == "gptneox"
         self.dtype: Any = np.dtype(dtype)
         self.n_layer = int(value("block_count"))
         self.n_embd = int(value("embedding_length"))
         self.n_head = int(value("attention.head_count"))
         self.n_head_kv = int(value("attention.head_count_kv", self.n_head))
         self.head_dim = int(value("attention.key_length", self.n_embd // self.n_head))
-        self.epsilon = float(value("attention.layer_norm_rms_epsilon"))
+        self.epsilon = float(value(f"attention.layer_norm_{'' if self.is_parallel else 'rms_'}epsilon"))
         # Of every ``pattern`` layers the last one sees everything.
         pattern = int(value("attention.sliding_window_pattern", 1))
         slides = [layer % pattern < pattern - 1 for layer in range(self.n_layer)]
@@ -122,30 +126,40 @@ class ReferenceModel:
         bias = self.weights.get(f"blk.{layer}.{name}.bias")
         return y if bias is None else y + bias
 
+    def project(self, x: Array, layer: int, name: str) -> Array:
+        """Queries, keys or values, by ``name`` "q", "k" or "v". GPT-NeoX has one matrix for all three."""
+        if not self.is_parallel:
+            return self.linear(x, layer, f"attn_{name}")
+        return np.split(self.linear(x, layer, "attn_qkv"), 3, axis=-1)["qkv".index(name)]
+
     def norm(self, x: Array, name: str) -> Array:
-        """RMS norm: x / sqrt(mean(x^2) + epsilon) * weight."""
+        """RMS norm: x / sqrt(mean(x^2) + epsilon) * weight; a layer norm subtracts the mean first, and adds a bias."""
+        bias = self.weights.get(f"{name}.bias")
+        x = x if bias is None else x - x.mean(axis=-1, keepdims=True)
         size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.dtype.type(self.epsilon))
-        return np.asarray(x / size * self.weights[f"{name}.weight"])
+        y = np.asarray(x / size * self.weights[f"{name}.weight"])
+        return y if bias is None else y + bias
 
     def rotate(self, x: Array, layer: int, positions: npt.NDArray[np.int64]) -> Array:
         """Rotary embedding of pairs of each head by the angle position * base^(-2i/head_dim).
 
-        The i-th pair is (2i, 2i+1), Gemma's (i, i + head_dim/2). Angles round as ggml's do, in float32 from pair to
-        pair: at position 500 that alone moves logits by 2e-5 of what they are.
+        The i-th pair is (2i, 2i+1), in Gemma and GPT-NeoX (i, i + head_dim/2). Angles round as ggml's do, in float32
+        from pair to pair: at position 500 that alone moves logits by 2e-5 of what they are.
         """
         step = np.float32(self.rope_base[layer] ** (-2 / self.head_dim))
         angle = np.full((len(positions), 1, self.head_dim // 2), step)
         angle[..., 0] = positions[:, None]
         angle = np.cumprod(angle, axis=-1, dtype=np.float32)
         cos, sin = np.cos(angle).astype(self.dtype), np.sin(angle).astype(self.dtype)
-        pairs = (*x.shape[:-1], 2, -1) if self.is_gemma else (*x.shape[:-1], -1, 2)
-        axis = -2 if self.is_gemma else -1
+        in_halves = self.is_gemma or self.is_parallel
+        pairs = (*x.shape[:-1], 2, -1) if in_halves else (*x.shape[:-1], -1, 2)
+        axis = -2 if in_halves else -1
         first, second = np.moveaxis(x.reshape(pairs), axis, 0)
         return np.stack([first * cos - second * sin, first * sin + second * cos], axis=axis).reshape(x.shape)
 
     def activate(self, x: Array) -> Array:
-        """SiLU; Gemma's GELU is llama.cpp's table, which is exact for values in F16 and rounds to F16."""
-        if not self.is_gemma:
+        """SiLU in llama; GELU else, by llama.cpp's table, which is exact for values in F16 and rounds to F16."""
+        if not (self.is_gemma or self.is_parallel):
             return np.asarray(x / (1 + np.exp(-x)))
         x = x.astype(np.float16).astype(np.float64)
         gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * x * (1 + 0.044715 * x * x)))
@@ -207,7 +221,8 @@ class ReferenceRun:
             for kind, branch in ((ATTENTION, self._attention), (FFN, self._ffn)):
                 u = x
                 if not skipped[layer, kind]:
-                    x = u + branch(u, layer, windows if layer in windowed else None)
+                    source = layer_input if model.is_parallel else u
+                    x = u + branch(source, layer, windows if layer in windowed else None)
                 else:
                     if kind == ATTENTION:
                         self._store(layer, *(self._kv(u, layer) if keeps_kv else (nothing, nothing)))
@@ -248,7 +263,7 @@ class ReferenceRun:
         """K, before the rotary embedding, and V of a layer's input, [n_tokens, n_head_kv, head_dim] each."""
         model = self.model
         h = model.norm(x, f"blk.{layer}.attn_norm")
-        k, v = (model.linear(h, layer, f"attn_{name}").reshape(len(x), model.n_head_kv, -1) for name in "kv")
+        k, v = (model.project(h, layer, name).reshape(len(x), model.n_head_kv, -1) for name in "kv")
         return model.norm(k, f"blk.{layer}.attn_k_norm") if model.is_gemma else k, v
 
     def _attention(self, x: Array, layer: int, windows: Windows | None) -> Array:
@@ -256,7 +271,7 @@ class ReferenceRun:
         if np.isnan(self._keys[layer]).any():
             raise KvHoleError(f"attention of layer {layer} did not run for all of {self.n_past - n} positions")
         h = model.norm(x, f"blk.{layer}.attn_norm")
-        q = model.linear(h, layer, "attn_q").reshape(n, model.n_head, model.head_dim)
+        q = model.project(h, layer, "q").reshape(n, model.n_head, model.head_dim)
         if model.is_gemma:
             q = model.norm(q, f"blk.{layer}.attn_q_norm")
         self._store(layer, *self._kv(x, layer))
@@ -282,6 +297,8 @@ class ReferenceRun:
     def _ffn(self, x: Array, layer: int, _: Windows | None) -> Array:
         model = self.model
         h = model.norm(x, f"blk.{layer}.ffn_norm")
+        if model.is_parallel:
+            return model.linear(model.activate(model.linear(h, layer, "ffn_up")), layer, "ffn_down")
         gate = model.activate(model.linear(h, layer, "ffn_gate"))
         y = model.linear(gate * model.linear(h, layer, "ffn_up"), layer, "ffn_down")
         return model.norm(y, f"blk.{layer}.post_ffw_norm") if model.is_gemma else y

@@ -20,13 +20,11 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 from click.testing import CliRunner
-from oracles.frontiers import frontier, point, quality
+from oracles.frontiers import edit_points, frontier, point
 
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.model.edits import FEW, MANY, Edits
-from adaskip_cpp.model.frontier import EditPoint
-from adaskip_cpp.model.quality import Passkeys
 from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Service
 from adaskip_cpp.serving.workers import Workers
@@ -53,10 +51,7 @@ FRONTIER = frontier_of(3)
 
 def edited_frontier(*losses: float) -> Frontier:
     """That one, and edited prompts of 1,024 tokens that lose so many nats in few moves, and in many."""
-    moves = (Edits(most_moves=FEW), Edits(most_moves=MANY))
-    both = zip(losses, moves[: len(losses)], strict=True)
-    points = (EditPoint(1024, *[quality(loss)] * 3, Passkeys(2, 2, 2), (), each) for loss, each in both)
-    return replace(FRONTIER, edits=tuple(points))
+    return replace(FRONTIER, edits=edit_points(losses, [Edits(most_moves=FEW), Edits(most_moves=MANY)]))
 
 
 class Nobody(Workers):

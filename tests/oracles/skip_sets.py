@@ -1,14 +1,31 @@
 """Skip sets and plans of the tiny models."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from oracles.tiny_families import N_EMBD, N_LAYER
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.skip_set import SkipSet
 
-__all__ = ["arguments", "only", "same", "skip_set"]
+__all__ = ["PARTS", "arguments", "filled", "only", "same", "skip_set"]
+
+PARTS = ("bias", "down", "up")
+
+
+def filled(
+    skip: npt.NDArray[np.bool_], seed: int = 0, scale: Any = 1.0, rank: int = 2, parts: Sequence[str] = PARTS
+) -> SkipSet:
+    """A set with vectors about as large as the residual stream and maps that add about half of it, or one of both."""
+    rng, n_layer = np.random.default_rng(seed), len(skip)
+    values = {
+        "bias": rng.normal(0, 0.5, (n_layer, 2, N_EMBD)).astype(np.float32),
+        "down": (rng.normal(size=(n_layer, 2, rank, N_EMBD)) / np.sqrt(N_EMBD)).astype(np.float32),
+        "up": (0.5 * rng.normal(size=(n_layer, 2, N_EMBD, rank)) / np.sqrt(rank)).astype(np.float32),
+    }
+    return SkipSet(skip, np.broadcast_to(scale, skip.shape), **{name: values[name] for name in parts})
 
 
 def skip_set(
@@ -18,15 +35,9 @@ def skip_set(
     seed: int = -1,
     n_layer: int = N_LAYER,
 ) -> SkipSet:
-    """With a seed: vectors and maps of rank 2."""
+    """With a seed: vectors and maps."""
     plain = SkipPlan.manual(n_layer, attention, ffn, scale).prefill
-    if seed < 0:
-        return plain
-    rng = np.random.default_rng(seed)
-    bias, down, up = (
-        rng.normal(0, 0.1, (n_layer, 2, *shape)).astype(np.float32) for shape in ((N_EMBD,), (2, N_EMBD), (N_EMBD, 2))
-    )
-    return SkipSet(plain.skip, plain.scale, bias, down, up)
+    return plain if seed < 0 else filled(plain.skip, seed, plain.scale)
 
 
 def only(*sublayers: tuple[int, int], n_layer: int = N_LAYER) -> Any:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from oracles import programs
 from oracles.rpc_server import start_rpc_servers
 
-__all__ = ["EXACT", "RPC_SERVERS", "Job", "eval_logits", "run_stock"]
+__all__ = ["EXACT", "OPTIONS", "RPC_SERVERS", "Job", "eval_logits", "run_stock"]
 
 RPC_SERVERS = "ADASKIP_TESTS_RPC_SERVERS"
 """Environment variable: the number of rpc-servers whose devices models run on, of this process and of the other."""
@@ -31,6 +31,8 @@ RPC_SERVERS = "ADASKIP_TESTS_RPC_SERVERS"
 # GGML_TYPE_F32 for K and V (the default F16 rounds them), no flash attention, and one thread: a tiny model is done
 # before a second one wakes up.
 EXACT: dict[str, Any] = {"type_k": 0, "type_v": 0, "flash_attn": False, "n_threads": 1, "n_threads_batch": 1}
+OPTIONS: dict[str, Any] = {"n_ctx": 128, "logits_all": True, **EXACT}
+"""What ``open_model`` of conftest.py opens models with."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ N_PROMPT = 1600
 OPTIONS: dict[str, Any] = {"n_ctx": 2048, "type_k": 0, "type_v": 0, "logits_all": False}
 
 
-def judge_of(llm: Any, n_prompt: int = N_PROMPT) -> Judge:
-    """Two texts with pass keys; the second one has some of them near its beginning."""
-    texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (i, depth)) for i, depth in enumerate((0.5, 0.35))]
+def judge_of(llm: Any, n_prompt: int = N_PROMPT, n_texts: int = 2) -> Judge:
+    """Texts with pass keys; the second one has some of them near its beginning."""
+    depths = (0.5, 0.35, 0.5, 0.5)[:n_texts]
+    texts = [(f"text {i}", tokens(n_prompt + 20, seed=i), (i, depth)) for i, depth in enumerate(depths)]
     cuts = n_prompt // 2, n_prompt  # the longest prompts are edited
     found = (probes_of(llm, text, ids, cuts, n_continued=16, n_copied=24, key=key) for text, ids, key in texts)
     return Judge(llm, [probe for probes in found for probe in probes])
@@ -70,6 +71,13 @@ def test_three_kinds_of_edits_are_measured(all_kinds: None, open_tiny: Open) -> 
     assert all(each in before_last for each in others), "the edit changes the first place alone"
     alien = str(passkey_lines(llm, 1)[2][:100])[1:-1]
     assert alien in str(second) and all(alien not in str(prompt) for prompt in prompts[: FEW + 1]), "of another text"
+
+
+def test_the_prompts_of_all_texts_are_edited(open_tiny: Open) -> None:
+    """Two of four texts hid that copies failed in a third one."""
+    llm = open_tiny(**OPTIONS)
+    for each in measured(llm, judge_of(llm, n_texts=4)):
+        assert each.continuation.n_texts == each.copying.n_texts == 4 and each.passkeys.n == 24
 
 
 def test_edits_cost_nothing_where_tokens_see_nothing_of_each_other(tmp_path: Path, open_model: Open) -> None:
