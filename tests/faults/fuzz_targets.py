@@ -11,7 +11,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import resource
 import shutil
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.abi_calls import Calls, fresh_logits
+from faults.forks import ForkEndedError, in_a_fork
 from faults.state_files import FOLDER_KEY, changed_state, put_file
 from oracles.gguf_files import changed_model
 from oracles.questions import LLM, chat
@@ -153,42 +153,32 @@ def gguf(data: bytes) -> None:
         return
     path = folder() / "model.gguf"
     path.write_bytes(content)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        _open(path, write)
-    os.close(write)
-    with open(read, "rb") as pipe:
-        said = pipe.read().decode(errors="replace")
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        raise GgufError(f"ended by {signal.Signals(os.WTERMSIG(status)).name}: {said}")
-    if os.WEXITSTATUS(status):
-        raise GgufError(said)
-
-
-def _open(path: Path, write: int) -> None:
-    """Open a model, tell to ``write`` what goes wrong, and end this process."""
-    code = 1
     try:
-        for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGALRM):
-            signal.signal(number, signal.SIG_DFL)  # a fuzzer's own handlers would report this process, not its parent
-        signal.alarm(_MOST_SECONDS)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with suppress(ValueError):  # macOS has no such limit
-            resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
-        os.dup2(write, 2)
-        with suppress(AdaSkipError):
-            llm = AdaSkipLlama(str(path), **SETTINGS)
-            assert len(llm.sublayers) == 2 * llm.n_layer
-            if llm._ctx.memory is not None:  # llama_cpp.Llama's own eval() is for no others
-                llm.eval([0, 0])
-        code = 0
+        error = in_a_fork(lambda: _open(path))
+    except ForkEndedError as ended:
+        raise GgufError(f"the process ended with {ended.code}") from ended
+    if error:
+        raise GgufError(error)
+
+
+def _open(path: Path) -> str:
+    """Open a model, in a process of its own; return what goes wrong."""
+    for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)  # a fuzzer's own handlers would report this process, not its parent
+    signal.alarm(_MOST_SECONDS)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(ValueError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    try:
+        llm = AdaSkipLlama(str(path), **SETTINGS)
+        assert len(llm.sublayers) == 2 * llm.n_layer
+        if llm._ctx.memory is not None:  # llama_cpp.Llama's own eval() is for no others
+            llm.eval([0, 0])
+    except AdaSkipError:
+        pass
     except BaseException as error:
-        os.write(write, f"{type(error).__name__}: {error}".encode())
-    finally:
-        os._exit(code)
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 # --- the C ABI --------------------------------------------------------------------------------------------------------

@@ -4,22 +4,18 @@
 
 These are the calls of test_sequences.py and test_several_sequences.py, with the same checks against NumPy after each.
 There every sequence opens a model; here each kind of model is opened once, and takes ten sequences in turn with the
-other kinds. A check that fails is told, with what draws it again, and the run goes on; the exit code is 1 then. Ctrl-C
-and kill end it early, with the same table.
+other kinds. A check that fails is told, with what draws it again, and the run goes on; the exit code is 1 then. After
+each tenth of the operations it prints what the process holds.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import signal
 import sys
 import tempfile
-import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,90 +29,6 @@ from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from native import test_sequences, test_several_sequences
-
-SECONDS = 30  # between two lines of progress
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the process holds after so many operations: resident bytes, those of malloc, and objects of Python."""
-
-    n_operations: int
-    resident: int
-    malloc: int
-    objects: int
-
-    @classmethod
-    def now(cls) -> Memory:
-        return cls(called.total(), resident_bytes(), malloc_bytes(), sys.getallocatedblocks())
-
-
-@dataclass
-class Soak:
-    """One run: models that are open, by kind, and what was counted of each."""
-
-    seed: int
-    machines: dict[str, Callable[[], Any]]
-    n_sequences: Counter[str] = field(default_factory=Counter)
-    n_operations: Counter[str] = field(default_factory=Counter)
-    n_failures: Counter[str] = field(default_factory=Counter)
-    memory: list[Memory] = field(default_factory=list)
-
-    def run(self, n: int) -> None:
-        """Run at least so many operations."""
-        start = told = time.monotonic()
-        self.memory.append(Memory.now())
-        seed = self.seed
-        while called.total() < n:
-            kind = list(self.machines)[seed % len(self.machines)]
-            self._run_one(kind, seed)
-            seed += 1
-            if 0.1 * n * len(self.memory) <= called.total() < n:
-                self.memory.append(Memory.now())
-            if time.monotonic() - told > SECONDS:
-                told, memory = time.monotonic(), Memory.now()
-                print(
-                    f"{memory.n_operations:9,} operations, {memory.n_operations / (told - start):4.0f}/s, "
-                    f"{memory.resident / 1e6:.1f} MB resident, failures: {self.n_failures.total()}; {kind}",
-                    flush=True,
-                )
-
-    def _run_one(self, kind: str, seed: int) -> None:
-        def machine() -> Any:
-            self.n_sequences[kind] += 1
-            return self.machines[kind]()
-
-        before = called.total()
-        try:
-            run_drawn_sequences(hypothesis.seed(seed)(machine), shrinks=False)
-        except Exception:
-            self.n_failures[kind] += 1
-            traceback.print_exc()
-            print(f"{kind} failed. Again, with models just opened: make soak SEED={seed} OPERATIONS=1")
-            print(f"or, if that passes, with all that went before: make soak SEED={self.seed}", flush=True)
-        finally:
-            self.n_operations[kind] += called.total() - before
-
-    def table(self, seconds: float) -> str:
-        """What was done, and what the process held meanwhile."""
-        lines = ["| models | sequences | operations | failures |", "|---|---|---|---|"]
-        for kind in [*self.machines]:
-            lines.append(
-                f"| {kind} | {self.n_sequences[kind]:,} | {self.n_operations[kind]:,} | {self.n_failures[kind]} |"
-            )
-        totals = [each.total() for each in (self.n_sequences, self.n_operations, self.n_failures)]
-        lines.append(f"| all | {totals[0]:,} | {totals[1]:,} | {totals[2]} |")
-        lines += ["", "| operation | times |", "|---|---|"]
-        lines += [f"| {name.replace('_', ' ')} | {times:,} |" for name, times in called.most_common()]
-        lines += ["", "| after operations | MB resident | MB of malloc | objects of Python |", "|---|---|---|---|"]
-        for each in self.memory:
-            cells = f"{each.resident / 1e6:.2f} | {each.malloc / 1e6:.2f} | {each.objects:,}"
-            lines.append(f"| {each.n_operations:,} | {cells} |")
-        first, last = self.memory[min(1, len(self.memory) - 1)], self.memory[-1]
-        resident, malloc = last.resident / first.resident - 1, last.malloc / first.malloc - 1
-        lines += ["", f"seed {self.seed}, {seconds:,.0f} s; since {first.n_operations:,} operations"]
-        lines[-1] += f" resident memory {resident:+.2%}, malloc {malloc:+.2%}"
-        return "\n".join(lines)
 
 
 def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
@@ -147,25 +59,42 @@ def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
     return machines
 
 
+def soak(machines: dict[str, Callable[[], Any]], first_seed: int, n: int) -> int:
+    """Run at least ``n`` operations; return the number of failures."""
+    n_failures, seed, shown = 0, first_seed, 0
+    while called.total() < n:
+        if called.total() >= shown:
+            show_memory()
+            shown += n // 10
+        kind = list(machines)[seed % len(machines)]
+        try:
+            run_drawn_sequences(hypothesis.seed(seed)(partial(machines[kind])), shrinks=False)
+        except Exception:
+            n_failures += 1
+            traceback.print_exc()
+            print(f"{kind} failed. Again, with models just opened: make soak SEED={seed} OPERATIONS=1")
+            print(f"or, if that passes, with all that went before: make soak SEED={first_seed}", flush=True)
+        seed += 1
+    return n_failures
+
+
+def show_memory() -> None:
+    resident, malloc, objects = resident_bytes() / 1e6, malloc_bytes() / 1e6, sys.getallocatedblocks()
+    held = f"{resident:.2f} MB resident, {malloc:.2f} MB of malloc, {objects:,} objects of Python"
+    print(f"{called.total():9,} operations: {held}", flush=True)
+
+
 def main() -> int:
-    """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     args = parser.parse_args()
     print(f"make soak SEED={args.seed} OPERATIONS={args.operations}", flush=True)
-    for each in (signal.SIGINT, signal.SIGTERM):  # in the background Ctrl-C is ignored otherwise
-        signal.signal(each, signal.default_int_handler)
-    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(args.seed, open_machines(Path(folder)))
-        try:
-            soak.run(args.operations)
-        except KeyboardInterrupt:
-            print("ended early")
-        soak.memory.append(Memory.now())
-        print(soak.table(time.monotonic() - start))
-    return 1 if soak.n_failures else 0
+        n_failures = soak(open_machines(Path(folder)), args.seed, args.operations)
+        show_memory()
+    print(f"{n_failures} failures in {dict(called.most_common())}")
+    return 1 if n_failures else 0
 
 
 if __name__ == "__main__":

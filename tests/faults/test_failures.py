@@ -1,9 +1,6 @@
 """What fails inside llama_decode becomes an error that says why, and never ends the process."""
 
 import ctypes
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ from oracles.fixtures import Open, Tiny
 from oracles.gguf_files import changed_model
 from oracles.stock import EXACT
 from oracles.tiny_families import tokens
-from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.binding import ffi, lib
@@ -100,66 +96,3 @@ def test_an_exception_of_ggmls_own_runtime_is_taken_for_lack_of_memory(open_tiny
     lib.adaskip_set_statistics(ctx, 0, ffi.NULL, ffi.NULL)
     llm.eval(tokens(9))
     assert llm.n_tokens == 9
-
-
-OUT_OF_MEMORY = """
-import resource, sys
-from pathlib import Path
-
-import numpy as np
-
-from adaskip_cpp import AdaSkipLlama, SkipPlan
-from adaskip_cpp.errors import NativeError
-from adaskip_cpp.model.skip_set import SkipSet
-
-llm = AdaSkipLlama(sys.argv[1], n_ctx=512, n_threads=1, n_threads_batch=1, verbose=False)
-tokens = [1, *[5] * 255]
-skip = np.ones((64, 2), bool)
-maps = np.ones((64, 2, 64, 64), np.float32)
-plan = SkipPlan(*[SkipSet(skip, np.ones((64, 2)), None, maps, maps)] * 2)
-sizes = []
-
-
-def in_no_memory(call, *arguments):
-    spare = [bytes(20_000) for _ in range(400)]
-    del spare[::2]  # holes in the heap for all that is small
-    limit = resource.getrlimit(resource.RLIMIT_AS)
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use, limit[1]))
-    try:
-        call(*arguments)
-    except NativeError as error:
-        caught = error
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limit)
-    assert "free memory" in str(caught), caught
-
-
-in_no_memory(llm.set_plan, plan)
-assert llm.plan is None
-with llm.collect_statistics(lambda batch: sizes.append(batch.dot.shape)):
-    for _ in range(2):  # from then on the graph is reused, and only the statistics need memory
-        llm.eval(tokens)
-        llm.reset()
-    in_no_memory(llm.eval, tokens)
-    llm.reset()
-    llm.eval(tokens)
-assert sizes == [(64, 2, 256)] * 3
-llm.set_plan(plan)
-
-long = AdaSkipLlama(sys.argv[1], n_ctx=2048, n_batch=2048, n_threads=1, n_threads_batch=1, verbose=False)
-in_no_memory(long.eval, tokens * 8)  # llama.cpp's own copy of the batch
-assert long.n_tokens == 0
-long.eval(tokens * 8)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a process is only denied memory on Linux")
-def test_where_there_is_no_memory_calls_fail_and_the_model_goes_on(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "deep.gguf", n_layer=64)
-    # glibc then maps everything large anew, and Python's own objects come from the heap, which never shrinks.
-    glibc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "PYTHONMALLOC": "malloc"}
-    environment = {**os.environ, **glibc, "GGML_NO_BACKTRACE": "1"}
-    command = [sys.executable, "-c", OUT_OF_MEMORY, str(model)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-2000:]

@@ -48,9 +48,7 @@ def test_an_interrupted_verb_ends_with_its_code_and_whole_files(
     if verb in ("evaluate", "serve"):
         pytest.importorskip({"evaluate": "jieba", "serve": "uvicorn"}[verb])
     n = max(round(pytestconfig.option.sigint_trials * VERBS[verb]), 1)
-    seed = random.randrange(2**32)
-    found = interrupt(verb, folder, n, seed)
-    assert found.wrong == [], f"PYTHONPATH=tests python tests/faults/interrupt_trials.py --seed {seed} --verbs {verb}"
+    assert interrupt(verb, folder, n) == []
 
 
 AMONG_IMPORTS = """
