@@ -4,16 +4,16 @@ import io
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-from oracles.command_line import line
+from click.testing import Result
+from oracles.command_line import run
+from oracles.costs import SETTINGS
 from oracles.frontiers import frontier, point
-from oracles.tiny_families import N_EMBD
 from rich.console import Console
 
 from adaskip_cpp import Profile, SkipPlan
@@ -22,30 +22,19 @@ from adaskip_cpp.benchmark import measure
 from adaskip_cpp.benchmark.bench import BenchResult, BenchSettings
 from adaskip_cpp.benchmark.process import Usage, Worker
 from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes
-from adaskip_cpp.cli.bench import bench
 from adaskip_cpp.cli.bench_report import print_report
-from adaskip_cpp.cli.terminal import Verbs
 from adaskip_cpp.measuring import running
 from adaskip_cpp.measuring.timing import RequestTime
-from adaskip_cpp.model.cost_model import CostSettings
-from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
+from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.settings import Settings
-from adaskip_cpp.model.statistics import PhaseStatistics
 
 ONCE = ("--contexts", 16, "--repeats", 1, "--decode-tokens", 2, "--threads", 1, "--no-ideal")
 QUICK = (*ONCE, "--no-stock", "--json")
 
 
-def run(*args: object) -> Result:
-    """The result of ``adaskip-cpp bench ...``, in this process."""
-    main = Verbs(name="adaskip-cpp", commands={"bench": bench})
-    return CliRunner().invoke(main, ["bench", *map(str, args)], prog_name="adaskip-cpp")
-
-
 def plans(result: Result) -> dict[str, dict[str, Any]]:
     """The plans that were measured after the shortest context, by name, from the JSON output."""
-    assert result.exit_code == 0, result.stderr
     found = {each["name"]: next(iter(each["plans"].values())) for each in json.loads(result.stdout)["contenders"]}
     return {name: plan for name, plan in found.items() if plan is not None}
 
@@ -56,59 +45,13 @@ def skipped(plan: dict[str, Any]) -> tuple[list[int], list[int]]:
     return of_prompt["skip"]["attention"], of_prompt["skip"]["ffn"]
 
 
-@pytest.fixture(scope="module")
-def profile_path(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A profile of the tiny model, which ranks its last layer first; in a bulk FFN 2, attention 2, FFN 1, and so on."""
-    ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
-    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
-    statistics = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), zeros, zeros, 10)
-    path = tmp_path_factory.mktemp("profile") / "p.json"
-    known = ModelInfo(fingerprint(tiny()), "llama", 3)
-    Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity, copying=1 - similarity).save(path)
-    return path
-
-
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([], "MODEL"),
-        (["m", "--contexts", "512,x"], "not a list such as 512,2048"),
-        (["m", "--contexts", "0"], "not a list"),
-        (["m", "--skip", "six"], "not a list such as 6,12"),
-        (["m", "--layers", "7-3/"], "not two lists of layers"),
-        (["m", "--layers", "/1,two"], "not two lists of layers"),
-        (["m", "--layers", "1,2"], "not two lists of layers"),
-        (["m", "--layers", "1/2/3"], "not two lists of layers"),
-        (["m", "--layers", "/"], "not two lists of layers"),
-        (["m", "--repeats", "0"], "--repeats"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_exit_with_2(args: list[str], message: str) -> None:
-    assert message in line(run(*args), 2)
-
-
-def test_a_context_beyond_the_model_is_one_line(tiny: Any) -> None:
-    assert "do not fit into the model's context" in line(run(tiny(), "--contexts", 10**6))
-
-
-def test_a_profile_of_another_model_is_one_line(tiny: Any, profile_path: Path) -> None:
-    assert "another model" in line(run(tiny(seed=1), "--profile", profile_path, "--skip", 2, "--contexts", 16))
-
-
-def test_layers_that_do_not_exist_are_one_line(tiny: Any, profile_path: Path) -> None:
-    assert "layer 9" in line(run(tiny(), "--profile", profile_path, "--layers", "/9", "--contexts", 16))
-
-
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_budget_is_a_plan_and_every_list_of_layers_one_of_its_own(tiny: Any, profile_path: Path) -> None:
     budgets = ("--skip", "1,2")
     lists = ("--layers", "0-1/", "--layers", "/0,2", "--layers", "/1-2", "--layers", "2/0-1")
-    found = plans(run(tiny(), "--profile", profile_path, *budgets, *lists, *QUICK))
+    found = plans(run("bench", tiny(), "--profile", profile_path, *budgets, *lists, *QUICK))
     assert {name: skipped(plan) for name, plan in found.items()} == {
         "adaskip 1": ([2], []),  # the last layer loses nothing
         "adaskip 2": ([2], [2]),
@@ -121,28 +64,18 @@ def test_every_budget_is_a_plan_and_every_list_of_layers_one_of_its_own(tiny: An
         assert (plan["mode"], plan["online"]) == ("prompt", None)
         assert not any(plan[phase]["skip"][kind] for phase in ("prefill", "decode") for kind in ("attention", "ffn"))
     assert found["adaskip 1"]["bulk"]["skip"]["scale"][2][0] == 2.0  # the median ratio
-    of_paper = plans(run(tiny(), "--profile", profile_path, "--mode", "prefill", "--skip", 1, *QUICK))["adaskip 1"]
+    of_paper = plans(run("bench", tiny(), "--profile", profile_path, "--mode", "prefill", "--skip", 1, *QUICK))[
+        "adaskip 1"
+    ]
     assert skipped(of_paper) == ([], [2]) and of_paper["bulk"] is None
 
 
-def test_a_profile_alone_asks_for_the_default_number(tiny: Any, profile_path: Path) -> None:
-    # Of this model's 6 sublayers 12 cannot be skipped.
-    assert "cannot skip 12" in line(run(tiny(), "--profile", profile_path, "--contexts", 16))
-
-
 @pytest.fixture
-def tuned_model(tiny: Any, profile_path: Path, tmp_path: Path) -> Path:
+def tuned_model(model: Path, profile_path: Path) -> Path:
     """A model with a profile and a plan beside it, which skips the FFN of layer 1."""
-    model = tmp_path / "m.gguf"
-    model.write_bytes(tiny().read_bytes())
-    Profile.load(profile_path).save(tmp_path / "m.adaskip.json")
+    Profile.load(profile_path).save(model.with_name("m.adaskip.json"))
     save_plan(plan_path(model), SkipPlan.manual(3, ffn=[1]))
     return model
-
-
-def test_the_tuned_plan_is_the_one_beside_the_model(tuned_model: Path) -> None:
-    found = plans(run(tuned_model, "--tuned", *QUICK))
-    assert {name: skipped(plan) for name, plan in found.items()} == {"tuned": ([], [1])}
 
 
 def test_a_frontier_chooses_a_plan_for_each_context(tuned_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,27 +84,20 @@ def test_a_frontier_chooses_a_plan_for_each_context(tuned_model: Path, monkeypat
     careful, fast = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([2], [1, 2]))
     points = [point(careful, 0.035, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]
     save_plan(plan_path(tuned_model), frontier(points))
-    result = run(tuned_model, "--tuned", *QUICK, "--contexts", "16,32,64,128")
+    result = run("bench", tuned_model, "--tuned", *QUICK, "--contexts", "16,32,64,128")
     (tuned,) = (each for each in json.loads(result.stdout)["contenders"] if each["name"] == "tuned")
     found = {n: plan and skipped(plan)[1] for n, plan in tuned["plans"].items()}
     assert found == {"16": [1, 2], "32": [1, 2], "64": [2], "128": None}
-    printed = run(tuned_model, "--tuned", *ONCE, "--no-stock", "--contexts", "16,32,128").stdout
+    printed = run("bench", tuned_model, "--tuned", *ONCE, "--no-stock", "--contexts", "16,32,128").stdout
     assert "tuned for 16 and 32 tokens: " in printed and "tuned for 128 tokens: the whole model" in printed
 
 
-def test_the_profile_beside_the_model_is_used_where_plans_need_one(tuned_model: Path) -> None:
-    result = run(tuned_model, "--tuned", "--skip", 1, *QUICK)
-    assert list(plans(result)) == ["tuned", "adaskip 1"]
+def test_the_plan_and_the_profile_beside_the_model_are_used(tuned_model: Path) -> None:
+    result = run("bench", tuned_model, "--tuned", "--skip", 1, *QUICK)
+    found = plans(result)
+    assert [*found] == ["tuned", "adaskip 1"] and skipped(found["tuned"]) == ([], [1])
     assert "The profile is" in result.stderr
-    assert plans(run(tuned_model, *QUICK)) == {}
-
-
-def test_a_tuned_plan_that_is_not_there_is_one_line(tiny: Any) -> None:
-    assert "adaskip-cpp tune" in line(run(tiny(), "--tuned", "--contexts", 16))
-
-
-def test_a_plan_without_a_profile_is_one_line(tiny: Any) -> None:
-    assert "made from a profile" in line(run(tiny(), "--skip", "2", *QUICK), 2)
+    assert plans(run("bench", tuned_model, *QUICK)) == {}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -179,8 +105,7 @@ def test_a_plan_without_a_profile_is_one_line(tiny: Any) -> None:
 
 def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path) -> None:
     size = ("--contexts", "8,16", "--repeats", 2, "--decode-tokens", 4, "--threads", 1, "--flash-attn")
-    result = run(tiny(), "--profile", profile_path, "--skip", 2, *size, "--json")
-    assert result.exit_code == 0, result.stderr
+    result = run("bench", tiny(), "--profile", profile_path, "--skip", 2, *size, "--json")
     data = json.loads(result.stdout)
     assert data["complete"] and data["machine"]["llama_cpp_python"] == version("llama-cpp-python")
     assert f"llama-cpp-python {version('llama-cpp-python')}" in data["configuration"]["Versions"]
@@ -206,21 +131,17 @@ def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own
     tuned = Settings(flash_attn=True, n_batch=16, n_ubatch=8)
     save_plan(plan_path(tuned_model), frontier([], settings=tuned))
     monkeypatch.setattr(running, "is_here", lambda machine: here)
-    result = run(tuned_model, *ONCE, "--json")
+    result = run("bench", tuned_model, *ONCE, "--json")
     machine, settings = (json.loads(result.stdout)[part] for part in ("machine", "settings"))
     assert (machine["flash_attention"], machine["n_ubatch"]) == ((True, 8) if here else (False, 18))
     threads = {"n_threads": 1, "n_threads_batch": 1}  # they were given
     assert settings["stock_options"] == {**threads, "n_gpu_layers": -1}
     assert settings["options"] == {**settings["stock_options"], **(tuned.to_kwargs() if here else {}), **threads}
-    assert ("stock: with its own defaults" in run(tuned_model, *ONCE).stdout) == here
+    assert ("stock: with its own defaults" in run("bench", tuned_model, *ONCE).stdout) == here
 
 
-def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_of(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "load_average", lambda: 2.5)
-    result = run(tiny(), *ONCE)
-    assert result.exit_code == 0 and "Warning: the load average is 2.50" in result.stderr
+def test_without_plans_stock_and_ours_are_compared(tiny: Any) -> None:
+    result = run("bench", tiny(), *ONCE)
     for words in (
         "Time to first token, prompt of 16 tokens, 1 round",
         "measured once",
@@ -230,15 +151,16 @@ def test_without_plans_stock_and_ours_are_compared_and_a_busy_machine_is_warned_
     ):
         assert words in result.stdout
     assert "ideal" not in result.stdout and "nan" not in result.stdout
-    monkeypatch.setattr(measure, "load_average", lambda: 0.05)
-    assert "Warning" not in run(tiny(), *QUICK).stderr
 
 
-def test_a_system_without_a_load_average_tells_none(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "load_average", lambda: None)
-    result = run(tiny(), *ONCE)
-    assert result.exit_code == 0 and "tokens decoded after each prompt.\n" in result.stdout
-    assert "load average" not in result.output
+@pytest.mark.parametrize("load", [2.5, 0.05, None])
+def test_a_busy_machine_is_warned_of_where_the_system_tells_its_load(
+    load: float | None, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "load_average", lambda: load)
+    result = run("bench", tiny(), *ONCE, "--no-stock")
+    assert ("Warning: the load average is 2.50" in result.stderr) == (load == 2.5)
+    assert ("load average before" in result.stdout) == (load is not None)
 
 
 Second = Callable[[Callable[[], object]], None]
@@ -264,13 +186,8 @@ def test_after_ctrl_c_or_sigterm_it_prints_what_there_is_and_exits_with_130(
     tiny: Any, second_round: Second, number: signal.Signals
 ) -> None:
     second_round(lambda: signal.raise_signal(number))
-    # A shell that runs the tests in the background has them ignore Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        result = run(tiny(), *ONCE, "--no-stock", "--repeats", 3)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert result.exit_code == 130 and "prompt of 16 tokens, 1 round" in result.stdout
+    result = run("bench", tiny(), *ONCE, "--no-stock", "--repeats", 3, code=130)
+    assert "prompt of 16 tokens, 1 round" in result.stdout
     assert result.stderr.splitlines()[-1] == "Error: interrupted"
 
 
@@ -286,8 +203,7 @@ def test_after_a_contender_died_it_prints_what_there_is_and_the_reason(
 
     monkeypatch.setattr(bench_run, "Worker", Known)
     second_round(lambda: started[-1]._process.kill())
-    result = run(tiny(), *QUICK, "--repeats", 3)
-    assert result.exit_code == 1
+    result = run("bench", tiny(), *QUICK, "--repeats", 3, code=1)
     data = json.loads(result.stdout)
     assert not data["complete"] and {row["n_rounds"] for row in data["rows"]} == {1}
     assert "the process of 'no plan' ended with code -9" in data["error"]
@@ -297,35 +213,18 @@ def test_after_a_contender_died_it_prints_what_there_is_and_the_reason(
 # --- what is printed of times that are known --------------------------------------------------------------------------
 
 
-def known(n_rounds: int = 12, n_decode: int = 32, contexts: tuple[int, ...] = (16,)) -> BenchResult:
+def known() -> BenchResult:
     """Stock and no plan take 2 s, a plan 1.6 s, of an ideal of 2 / 1.5; a hundredth of it per token."""
     seconds_of = {STOCK: 2.0, NO_PLAN: 2.0, "adaskip 2": 1.6, "only": 0.6, REST: 0.1}
     times = BenchTimes(
-        [STOCK, NO_PLAN, "adaskip 2"], parts={"adaskip 2": dict.fromkeys(("prefill", "decode"), ("only", REST))}
+        [STOCK, NO_PLAN, "adaskip 2"],
+        {(name, 16): [RequestTime(s, (s / 100,) * 32)] * 12 for name, s in seconds_of.items()},
+        parts={"adaskip 2": dict.fromkeys(("prefill", "decode"), ("only", REST))},
     )
-    for context in contexts:
-        for name, s in seconds_of.items():
-            times.times[name, context] = [RequestTime(s, (s / 100,) * n_decode)] * n_rounds
-    result = BenchResult(
-        BenchSettings("m.gguf", contexts, n_rounds, n_decode, {}, {}),
-        {"adaskip 2": SkipPlan.manual(3, [2], [2])},
-        times,
-    )
+    settings = BenchSettings("m.gguf", (16,), 12, 32, {}, {})
+    result = BenchResult(settings, {"adaskip 2": SkipPlan.manual(3, [2], [2])}, times)
     result.usage = {name: Usage(10**8, 10**6) for name in times.contenders}
-    result.machine = CostSettings(
-        cpu="a processor",
-        devices=("a processor", "a GPU"),
-        n_gpu_layers=-1,
-        n_threads=1,
-        n_threads_batch=1,
-        n_batch=512,
-        n_ubatch=512,
-        flash_attention=False,
-        type_k="F16",
-        type_v="F16",
-        swa_full=False,
-        llama_cpp_python="0.3.36",
-    )
+    result.machine = replace(SETTINGS, devices=("CPU", "a GPU"), n_gpu_layers=-1, n_threads=1, n_threads_batch=1)
     result.configuration, result.load_average = {"Versions": "adaskip-cpp 0.1.0, llama-cpp-python 0.3.36"}, 0.1
     return result
 
@@ -346,9 +245,9 @@ def test_it_prints_ratios_the_ideal_memory_and_the_configuration() -> None:
         "1.0 MB",
         "all layers offloaded to: a GPU",
         "llama-cpp-python 0.3.36",
-        "a processor, 1 thread,",
-        "KV in F16 and F16",
-        "flash attention off",
+        "a CPU, 1 thread,",
+        "KV in F16 and Q8_0",
+        "flash attention on",
         "2 of 6 sublayers skipped",
         "load average",
     ):

@@ -1,43 +1,25 @@
 """Where the times of a profile come from: told wherever a speed-up is predicted from them, and measured again."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import click
-import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from oracles.command_line import fails, run
 from oracles.costs import SETTINGS, cost_model
-from oracles.tiny_families import N_EMBD
+from oracles.fixtures import Open, Tiny
+from oracles.profiles import tiny_profile
 
 from adaskip_cpp import Profile
-from adaskip_cpp.cli.main import main
 from adaskip_cpp.engine.settings import cost_settings
-from adaskip_cpp.model.identity import ModelInfo, fingerprint
-from adaskip_cpp.model.statistics import PhaseStatistics
-
-Open = Callable[..., Any]
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args], prog_name="adaskip-cpp")
 
 
 @pytest.fixture
-def elsewhere(tiny: Callable[..., Path], tmp_path: Path) -> Path:
+def elsewhere(tiny: Tiny, tmp_path: Path) -> Path:
     """A profile of the tiny llama with times of SETTINGS, which no machine of ours has."""
-    ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
-    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
-    statistics = PhaseStatistics(similarity, ones, ones, np.ones(3), zeros, zeros, 10)
-    costs = cost_model(0.1, [0.2] * 3, [0.1] * 3)
-    model = ModelInfo(fingerprint(tiny()), "llama", 3)
-    Profile(statistics, statistics, 1, 10, model, cost=costs, divergence=1 - similarity, copying=1 - similarity).save(
-        tmp_path / "p.json"
-    )
-    return tmp_path / "p.json"
+    path = tmp_path / "p.json"
+    tiny_profile(tiny(), cost=cost_model(0.1, [0.2] * 3, [0.1] * 3)).save(path)
+    return path
 
 
 def test_what_differs_is_told_and_nothing_else() -> None:
@@ -47,7 +29,7 @@ def test_what_differs_is_told_and_nothing_else() -> None:
     assert "calibrate MODEL --cost-only" in note and "\n" not in note
 
 
-def test_the_settings_are_those_that_the_model_was_opened_with(tiny: Callable[..., Path], open_model: Open) -> None:
+def test_the_settings_are_those_that_the_model_was_opened_with(tiny: Tiny, open_model: Open) -> None:
     llm = open_model(tiny(), n_threads=1, n_threads_batch=2, n_batch=64, n_ubatch=32, swa_full=True)
     found = cost_settings(llm)
     assert (found.n_threads, found.n_threads_batch, found.n_batch, found.n_ubatch) == (1, 2, 64, 32)
@@ -56,29 +38,27 @@ def test_the_settings_are_those_that_the_model_was_opened_with(tiny: Callable[..
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells the processor's name on Linux only")
-def test_the_processor_is_named_as_the_kernel_names_it(tiny: Callable[..., Path], open_model: Open) -> None:
+def test_the_processor_is_named_as_the_kernel_names_it(tiny: Tiny, open_model: Open) -> None:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     assert cost_settings(open_model(tiny())).cpu in (names or {"CPU"})
 
 
 def test_a_prompt_answered_at_a_predicted_speed_tells_that_the_times_are_of_elsewhere(
-    tiny: Callable[..., Path], elsewhere: Path
+    tiny: Tiny, elsewhere: Path
 ) -> None:
     args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", elsewhere]
     told = run(*args, "--speedup", 1.25)
-    assert told.exit_code == 0, told.output
     assert "measured elsewhere (cpu a CPU, here" in told.stderr and "measured elsewhere" not in told.stdout
     assert "measured elsewhere" not in run(*args, "--skip", 2).stderr, "nothing is predicted"
 
 
 def test_times_are_measured_again_and_all_else_is_kept(
-    tiny: Callable[..., Path], elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = Profile.load(elsewhere)
     monkeypatch.setattr("adaskip_cpp.cli.calibrate._CTX_TIMED", 512)
-    result = run("calibrate", tiny(), "--cost-only", "--threads", 1, "--flash-attn", "-o", elsewhere)
-    assert result.exit_code == 0, result.output
+    run("calibrate", tiny(), "--cost-only", "--threads", 1, "--flash-attn", "-o", elsewhere)
     after = Profile.load(elsewhere)
     assert after.cost is not None and after.cost != before.cost
     assert after.cost.settings.n_threads == 1 and after.cost.settings.flash_attention
@@ -86,18 +66,16 @@ def test_times_are_measured_again_and_all_else_is_kept(
     args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", elsewhere, "--speedup", 1.01,
             "--threads", 1, "--ctx", 512]  # fmt: skip
     told = run(*args, "--flash-attn")
-    assert told.exit_code == 0 and "measured elsewhere" not in told.stderr
+    assert "measured elsewhere" not in told.stderr
     assert "measured elsewhere (flash" in run(*args).stderr
 
 
-def test_times_are_measured_for_a_profile_of_the_same_model_only(tiny: Callable[..., Path], elsewhere: Path) -> None:
+def test_times_are_measured_for_a_profile_of_the_same_model_only(tiny: Tiny, elsewhere: Path) -> None:
     content = elsewhere.read_bytes()
-    other = run("calibrate", tiny(seed=1), "--cost-only", "-o", elsewhere)
-    assert other.exit_code == 1 and "another model" in other.stderr
-    missing = run("calibrate", tiny(), "--cost-only", "-o", elsewhere.with_name("nope.json"))
-    assert missing.exit_code == 1 and "there is no profile" in missing.stderr
-    both = run("calibrate", tiny(), "--cost-only", "--no-cost", "-o", elsewhere)
-    assert both.exit_code == click.UsageError.exit_code and "measures times alone" in both.stderr
+    assert "another model" in fails("calibrate", tiny(seed=1), "--cost-only", "-o", elsewhere)
+    nowhere = elsewhere.with_name("nope.json")
+    assert "there is no profile" in fails("calibrate", tiny(), "--cost-only", "-o", nowhere)
+    assert "measures times alone" in fails("calibrate", tiny(), "--cost-only", "--no-cost", "-o", elsewhere, code=2)
     assert elsewhere.read_bytes() == content
 
 

@@ -1,30 +1,18 @@
 """``adaskip-cpp plan``: what it prints of a profile and of a plan file."""
 
-import io
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from oracles.command_line import line
+from oracles.command_line import fails, run
 from oracles.costs import cost_model
-from oracles.frontiers import frontier, quality
-from rich.console import Console
 
 from adaskip_cpp import Profile
-from adaskip_cpp.cli.tune_report import print_frontier
-from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.edits import MANY, Edits
-from adaskip_cpp.model.frontier import EditPoint
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.mode import MODES
 from adaskip_cpp.model.profile import Windows
-from adaskip_cpp.model.quality import Passkeys
-
-Run = Callable[..., Result]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -32,7 +20,7 @@ def rows(text: str) -> list[list[str]]:
     return [cells for cells in map(str.split, text.splitlines()) if len(cells) > 4 and "".join(cells[:2]).isdigit()]
 
 
-def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
+def test_plan_ranks_every_sublayer(profile_path: Path) -> None:
     args = ("plan", profile_path, "--skip", 2, "--compensation", "median")
     text = run(*args, "--mode", "e2e").stdout
     # By hand: the profile's similarity rises from attention of layer 0 to FFN of layer 2.
@@ -53,31 +41,19 @@ def test_plan_ranks_every_sublayer(run: Run, profile_path: Path) -> None:
     assert "diver-" in text and "mode prompt" in text and "KV memory is needed for all layers" in text
 
 
-# Decoding a token, an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms.
-COST = cost_model(0.1, [0.2] * 3, [0.1] * 3)
-
-
-def test_plan_tells_what_skipping_saves(run: Run, profile_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = replace(Profile.load(profile_path), cost=COST)
-    monkeypatch.setattr(Profile, "load", lambda path: profile)
+def test_plan_tells_what_skipping_saves(profile_path: Path) -> None:
+    # Decoding a token, an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms.
+    replace(Profile.load(profile_path), cost=cost_model(0.1, [0.2] * 3, [0.1] * 3)).save(profile_path)
     text = run("plan", profile_path, "--skip", 2, "--mode", "decode").stdout
     assert [(row[3], row[6]) for row in rows(text)[:2]] == [("2.00", "1.00")] * 2 and "time saved in decode" in text
     assert "prefill 1.00 x, decode 1.43 x." in text and max(map(len, text.splitlines())) <= 80
-
-
-def test_a_speedup_takes_as_many_sublayers_as_it_needs(
-    run: Run, profile_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    profile = replace(Profile.load(profile_path), cost=COST)
-    monkeypatch.setattr(Profile, "load", lambda path: profile)
     for mode in ("prompt", "e2e"):
         text = run("plan", profile_path, "--speedup", 1.25, "--mode", mode).stdout
         predicted = re.search(r"Predicted speed-up at 2,048 tokens: prefill (.*) x, decode", text)
         assert predicted and float(predicted[1]) >= 1.25 and f"mode {mode}" in text
-        assert "at most" in line(run("plan", profile_path, "--speedup", 11, "--mode", mode))
 
 
-def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path) -> None:
+def test_plan_shows_phases_apart_where_they_differ(profile_path: Path) -> None:
     text = run("plan", profile_path, "--skip", 2, "--mode", "decode").stdout
     assert "0 of 6 sublayers skipped in prefill, 2 in decode" in text
     assert "attention skipped in prefill in layers: none" in text
@@ -86,11 +62,9 @@ def test_plan_shows_phases_apart_where_they_differ(run: Run, profile_path: Path)
     assert "after 20 tokens of an answer" in text
 
 
-def test_plan_tells_the_bulk_and_the_time_to_the_first_token(
-    run: Run, profile_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    profile = replace(Profile.load(profile_path), cost=cost_model(1, [1] * 3, [1] * 3, size=64, kept=[0.25] * 3))
-    monkeypatch.setattr(Profile, "load", lambda path: profile)
+def test_plan_tells_the_bulk_and_the_time_to_the_first_token(profile_path: Path, tmp_path: Path) -> None:
+    cost = cost_model(1, [1] * 3, [1] * 3, size=64, kept=[0.25] * 3)
+    replace(Profile.load(profile_path), cost=cost).save(profile_path)
     args = ["plan", profile_path, "--mode", "prompt", "--strategy", "suffix", "--skip", 4]
     args += ["--context", 65 + 64, "--head", 0, "--tail", 1, "-o", tmp_path / "plan.json"]
     text = run(*args).stdout
@@ -108,7 +82,7 @@ def test_plan_tells_the_bulk_and_the_time_to_the_first_token(
     assert "4 of 6 sublayers skipped in the bulk of a prompt, 0 in decode" in shown and "its last 1 tokens." in shown
 
 
-def test_windows_are_chosen_by_hand_and_told(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+def test_windows_are_chosen_by_hand_and_told(tiny: Any, profile_path: Path, tmp_path: Path) -> None:
     profile = Profile.load(profile_path)
     replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
     args = ["--skip", 1, "--windowed", 3, "--head", 0, "--tail", 4]  # one of the three is skipped
@@ -117,23 +91,17 @@ def test_windows_are_chosen_by_hand_and_told(run: Run, tiny: Any, profile_path: 
     assert words in " ".join(shown.split())
     assert "attention in the bulk looks back at 252 tokens in layers: 0, 1" in shown
     assert "looks back at 252 tokens" in run("plan", tmp_path / "plan.json").stdout
-    result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
-    assert result.exit_code == 0, result.output
-    assert "(1 attention, 0 FFN), 2 attentions windowed to 252 tokens" in " ".join(result.stderr.split())
+    generate = ["generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2]
+    told = " ".join(run(*generate).stderr.split())
+    assert "(1 attention, 0 FFN), 2 attentions windowed to 252 tokens" in told
+    run("plan", profile_path, "--skip", 0, "--windowed", 1, "-o", tmp_path / "plan.json")
+    told = " ".join(run(*generate).stderr.split())
+    assert "1 attention windowed to 252 tokens" in told, "windows alone are a plan"
     assert "3 attentions can use a window in the bulk" in run("inspect", tiny()).stdout
 
 
-def test_windows_alone_are_a_plan(run: Run, tiny: Any, profile_path: Path, tmp_path: Path) -> None:
-    profile = Profile.load(profile_path)
-    replace(profile, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3))).save(profile_path)
-    assert run("plan", profile_path, "--skip", 0, "--windowed", 1, "-o", tmp_path / "plan.json").exit_code == 0
-    result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2)
-    assert "1 attention windowed to 252 tokens" in " ".join(result.stderr.split())
-
-
-def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) -> None:
+def test_plan_shows_a_frontier_within_80_columns(tuned_model: Path) -> None:
     result = run("plan", plan_path(tuned_model))
-    assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
     assert "Plans, judged after prompts of 2,048 tokens" in told
     assert "Chosen: flash_attn True. They change only the rounding." in told and "repack False fails" in told
@@ -143,39 +111,18 @@ def test_plan_shows_a_frontier_within_80_columns(run: Run, tuned_model: Path) ->
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
-def test_edited_prompts_have_all_words_and_figures_within_80_columns() -> None:
-    doubtful = Interval(-0.123, -0.456, 0.21, 4)
-    figures = replace(quality(0.1), divergence=doubtful, loss=doubtful)
-    edited = EditPoint(2048, figures, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=MANY))
-    out = Console(file=io.StringIO(), width=80)
-    print_frontier(out, frontier([], edits=(edited,)))
-    told = out.file.getvalue()  # type: ignore[attr-defined]
-    assert "new order" in told and "promise of" in told and told.count("-.123±.333") == 4 and "…" not in told
+def test_a_plan_file_is_shown_as_it_is(tuned_model: Path) -> None:
+    assert "leave out other options" in fails("plan", plan_path(tuned_model), "--skip", 2, code=2)
 
 
-def test_a_model_in_the_place_of_its_profile_or_plan_is_told(run: Run, tiny: Any) -> None:
-    assert "is a model; name its profile, which `adaskip-cpp calibrate" in line(run("plan", tiny()))
-    assert "is a model; name its plan file" in line(run("generate", tiny(), "-p", "the", "--plan", tiny()))
-
-
-def test_a_missing_file_is_told_with_the_verb_that_writes_it(run: Run, tmp_path: Path) -> None:
-    assert "there is no plan file" in (told := line(run("plan", plan_path(tmp_path / "x.gguf")))) and "tune" in told
-    assert "there is no profile" in (told := line(run("plan", tmp_path / "x.json"))) and "calibrate" in told
-
-
-def test_a_plan_file_is_shown_as_it_is(run: Run, tuned_model: Path) -> None:
-    assert "leave out other options" in line(run("plan", plan_path(tuned_model), "--skip", 2), 2)
-
-
-def test_plan_shows_a_schedule(run: Run, profile_path: Path) -> None:
+def test_plan_shows_a_schedule(profile_path: Path) -> None:
     text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4, "--mode", "e2e").stdout
     assert "from token 1 of an answer: 4 skipped" in text
 
 
 @pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
-def test_every_strategy_can_be_planned_within_80_columns(run: Run, profile_path: Path, strategy: str) -> None:
+def test_every_strategy_can_be_planned_within_80_columns(profile_path: Path, strategy: str) -> None:
     for mode in MODES:
         result = run("plan", profile_path, "--strategy", strategy, "--skip", 2, "--mode", mode)
-        assert result.exit_code == 0, result.output
         assert f"strategy {strategy}, mode {mode}" in " ".join(result.stdout.split())
         assert max(map(len, result.stdout.splitlines())) <= 80

@@ -1,12 +1,10 @@
 """adaskip_cpp.cli.report: what verbs tell of an answer."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from oracles.frontiers import point
 
 from adaskip_cpp import Profile, SkipPlan
@@ -15,10 +13,8 @@ from adaskip_cpp.engine.generation import Generation, Timing
 from adaskip_cpp.measuring import running
 from adaskip_cpp.model.plan import OnlineStage
 
-Run = Callable[..., Result]
 
-
-def test_ffns_added_online_are_counted(run: Run, tiny: Any, profile_path: Path) -> None:
+def test_ffns_added_online_are_counted(tiny: Any, profile_path: Path) -> None:
     # The sixth of six similarities, 0.5, is the threshold; nothing but attentions is in the fixed set.
     profile = Profile.load(profile_path)
     plan = profile.plan(strategy="manual", attention=[0], mode="e2e")

@@ -1,12 +1,10 @@
 """``adaskip-cpp run`` and ``replace_llama``: unchanged programs get our model, and all else as ``python`` gives it."""
 
+import functools
 import inspect
 import logging
-import os
 import pickle
-import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import llama_cpp
-import numpy as np
 import pytest
+from oracles.command_line import RUN, python
 from oracles.frontiers import frontier, point
+from oracles.tiny_families import tokens
 from oracles.tiny_models import write_lora
 
-import adaskip_cpp
 from adaskip_cpp import AdaSkipLlama, PlanFileError, SkipPlan, plan_path, save_plan
 from adaskip_cpp.engine.dropin import Llama
 from adaskip_cpp.engine.settings import cost_settings
@@ -27,17 +25,10 @@ from adaskip_cpp.errors import ModelFileError
 from adaskip_cpp.model.identity import ModelInfo, fingerprint
 from adaskip_cpp.model.settings import Settings
 
-Tokens = Callable[..., list[int]]
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 PLAN = SkipPlan.manual(3, ffn=(1,), phase="bulk")
 OPTIONS: dict[str, Any] = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-
-
-@pytest.fixture
-def model(tiny: Any, tmp_path: Path) -> Path:
-    """A tiny model without a plan."""
-    return Path(shutil.copy(tiny(), tmp_path / "m.gguf"))
 
 
 @pytest.fixture
@@ -51,18 +42,7 @@ def tuned(model: Path) -> Path:
 @pytest.fixture
 def program(tmp_path: Path) -> Program:
     """``program(*command)``: what ``python`` ends with after this command, in a folder of its own."""
-
-    def run(*command: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(Path(adaskip_cpp.__file__).parents[1])}
-        arguments = [sys.executable, *map(str, command)]
-        return subprocess.run(
-            arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-
-    return run
-
-
-OURS = "-c", "from adaskip_cpp.cli.main import main; main()", "run"
+    return functools.partial(python, tmp_path)
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -78,7 +58,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> None:
 # -- the class -------------------------------------------------------------------------------------------------------
 
 
-def test_it_uses_the_plans_beside_the_model(tuned: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_uses_the_plans_beside_the_model(tuned: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm = Llama(str(tuned), **OPTIONS)
     assert isinstance(llm, llama_cpp.Llama)
     llm.create_completion(tokens(600), max_tokens=1)
@@ -87,16 +67,14 @@ def test_it_uses_the_plans_beside_the_model(tuned: Path, tokens: Tokens, caplog:
     assert lines(caplog) == [f"INFO {tuned}: {words}"]
 
 
-def test_it_uses_the_one_plan_of_a_file(model: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_uses_the_one_plan_of_a_file(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_plan(plan_path(model), PLAN)
     llm = Llama(model, **OPTIONS)
     assert llm.plan is not None and llm.plan.skipped("bulk").n_skip == 1
     assert lines(caplog) == [f"INFO {model}: the plan of m.adaskip-plan.json is in force"]
 
 
-def test_without_a_plan_file_the_whole_model_runs(
-    model: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_plan_file_the_whole_model_runs(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     llm, whole = Llama(model, **OPTIONS), AdaSkipLlama(model, **OPTIONS)
     answers = [each.create_completion(tokens(600), max_tokens=5, temperature=0) for each in (llm, whole)]
     assert answers[0]["choices"] == answers[1]["choices"]
@@ -117,7 +95,7 @@ def test_without_a_plan_file_the_whole_model_runs(
     ],
 )
 def test_where_plans_cannot_be_used_the_whole_model_runs(
-    options: dict[str, Any], why: str, tuned: Path, tokens: Tokens, caplog: pytest.LogCaptureFixture
+    options: dict[str, Any], why: str, tuned: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if "lora_path" in options:
         options = {"lora_path": str(write_lora(tuned.with_name(options["lora_path"])))}
@@ -129,16 +107,15 @@ def test_where_plans_cannot_be_used_the_whole_model_runs(
         assert llm.plan is None
 
 
-def test_a_plan_that_the_model_cannot_run_is_left_out(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_plans_that_the_model_cannot_run_or_that_cannot_be_read_are_left_out(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_plan(plan_path(model), frontier([point(SkipPlan.manual(4, ffn=(1,), phase="bulk"), 0.01, {1024: 1.2})]))
     assert Llama(model, **OPTIONS).frontier is None
-    assert "the plan is for 4 layers" in lines(caplog)[0]
-
-
-def test_a_file_that_cannot_be_read_is_left_out(model: Path, caplog: pytest.LogCaptureFixture) -> None:
     Path(plan_path(model)).write_text("{")
     assert Llama(model, **OPTIONS).plan is None
-    assert "truncated or is not JSON" in lines(caplog)[0]
+    other, broken = lines(caplog)
+    assert "the plan is for 4 layers" in other and "truncated or is not JSON" in broken
 
 
 def test_a_missing_model_is_an_error_as_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,7 +195,7 @@ if __name__ == "__main__":
 def test_a_program_is_run_unchanged(model: Path, tmp_path: Path, program: Program) -> None:
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "app.py").write_text(APP)
-    ours, stock = (program(*how, "app/app.py", model, "-x", "--help", "--") for how in (OURS, ()))
+    ours, stock = (program(*how, "app/app.py", model, "-x", "--help", "--") for how in (RUN, ()))
     assert ours.returncode == stock.returncode == 0, ours.stderr
     assert ours.stdout == stock.stdout
     assert [each for each in ours.stderr.splitlines() if each.startswith("adaskip-cpp")] == 2 * [
@@ -232,7 +209,7 @@ def test_its_models_use_their_plans(tuned: Path, tmp_path: Path, program: Progra
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__main__.py").write_text(APP)
     for how in (["app.py"], ["-m", "package"]):
-        done = program(*OURS, *how, tuned)
+        done = program(*RUN, *how, tuned)
         assert "SkipPlan(" in done.stdout, done.stderr
         assert done.stderr.count("plans of m.adaskip-plan.json lose at most 0.05 nats per token") == 2
 
@@ -253,7 +230,7 @@ def test_its_models_use_their_plans(tuned: Path, tmp_path: Path, program: Progra
 )
 def test_it_ends_as_under_python(code: str, tmp_path: Path, program: Program) -> None:
     (tmp_path / "app.py").write_text(code)
-    ours, stock = (program(*how, "app.py") for how in (OURS, ()))
+    ours, stock = (program(*how, "app.py") for how in (RUN, ()))
     assert ours.returncode == (130 if "Interrupt" in code else stock.returncode)
     assert ours.stderr == stock.stderr
     if "excepthook" in code:
@@ -264,17 +241,8 @@ def test_it_ends_as_under_python(code: str, tmp_path: Path, program: Program) ->
 
 def test_a_program_that_is_not_there_is_an_error_of_one_line(program: Program) -> None:
     for arguments, code, words in ((["none.py"], 2, "there is no program 'none.py'"), (["-m", "none"], 1, "none")):
-        done = program(*OURS, *arguments)
+        done = program(*RUN, *arguments)
         assert done.returncode == code and words in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_it_reads_what_a_plan_reads(tuned: Path, tokens: Tokens) -> None:
-    prompt, llm, other = tokens(600), Llama(tuned, **OPTIONS), AdaSkipLlama(tuned, **OPTIONS)
-    other.set_plan(PLAN)
-    for each in (llm, other):
-        each.eval(prompt)
-    rows = [np.ctypeslib.as_array(each._ctx.get_logits(), (each.n_vocab(),)).copy() for each in (llm, other)]
-    np.testing.assert_array_equal(*rows)
 
 
 def test_a_model_of_hugging_face_is_one_of_ours(

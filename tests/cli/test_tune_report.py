@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -36,14 +37,17 @@ TRIED = (
 SPEED = SpeedUp("plan", 2048, Interval(1.5, 1.4, 1.6, 3), (3.0, 2.0))
 
 
+def printed(found: Frontier, width: int) -> list[str]:
+    """The lines that are printed, with one space between words."""
+    out = io.StringIO()
+    print_frontier(Console(file=out, width=width), found)
+    return [" ".join(each.split()) for each in out.getvalue().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def lines() -> Sequence[str]:
-    """What is printed, with one space between words."""
-    out = Console(file=io.StringIO(), width=100)
     found = Frontier((POINT,), Settings(flash_attn=True), None, TRIED, (SPEED,), 9, {}, (SMALL, ORDER, APART))
-    print_frontier(out, found)
-    assert isinstance(out.file, io.StringIO)
-    return [" ".join(each.split()) for each in out.file.getvalue().splitlines()]
+    return printed(found, 100)
 
 
 def after(lines: Sequence[str], title: str) -> list[str]:
@@ -76,6 +80,14 @@ def test_edits(lines: Sequence[str]) -> None:
     assert small == "small .011±.002 .012±.002 .021±.002 .015±.002 83% 4/4 0.042"
     assert order == "new order .011±.002 .012±.002 .021±.002 .015±.002 83% 3/4 none"
     assert together == "together .011±.002 .012±.002 .021±.002 .015±.002 83% 4/4 0.042"
+
+
+def test_the_widest_figures_of_edits_fit_into_80_columns() -> None:
+    doubtful = Interval(-0.123, -0.456, 0.21, 4)
+    figures = replace(KINDS[0], divergence=doubtful, loss=doubtful)
+    edited = EditPoint(2048, figures, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=MANY))
+    told = "\n".join(printed(Frontier((), edits=(edited,)), 80))
+    assert "new order" in told and "promise of" in told and told.count("-.123±.333") == 4 and "…" not in told
 
 
 def test_speed(lines: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """The run of an evaluation: figures against an independent NumPy pass, and a run that ends and goes on anywhere."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -10,12 +9,11 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from oracles.fixtures import Open
 from oracles.frontiers import frontier, point
-from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows
-from oracles.stock import EXACT
-from oracles.tiny_families import N_LAYER
+from oracles.reference import ReferenceModel, ReferenceRun, Windows
+from oracles.tiny_families import N_LAYER, tokens
 
-import adaskip_cpp
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.evaluation import evaluate
 from adaskip_cpp.evaluation.contenders import FULL, Contender
@@ -25,71 +23,43 @@ from adaskip_cpp.evaluation.results import About
 from adaskip_cpp.evaluation.store import Record, open_store
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem, greedy_text
 from adaskip_cpp.measuring.timing import RequestTime
-from adaskip_cpp.model.plan import Bulk, OnlineStage
-from adaskip_cpp.model.skip_set import SkipSet
+from adaskip_cpp.model.plan import Bulk
 
-TinyModel = Callable[..., Path]
-
-Tokens = Callable[..., list[int]]
 N_CONTINUATION = 9
 ABOUT = About("T", "A", {}, "c", {})
 FIGURES = ("loss", "kl", "agreement")
 
 BOTH = SkipPlan.manual(N_LAYER, attention=[1], ffn=[2], scale=1.1)
 DECODE = SkipPlan.manual(N_LAYER, attention=[0], ffn=[1], scale=0.9, phase="decode")
-SCHEDULE = SkipPlan(
-    SkipSet.none(N_LAYER),
-    DECODE.decode,
-    schedule=((0, DECODE.decode), (4, SkipPlan.manual(N_LAYER, attention=[0, 2], ffn=[1]).decode)),
-)
-ONLINE = replace(BOTH, online=OnlineStage(window=4, threshold=-1.0, scale="paper"))
+WHOLE = SkipPlan.manual(N_LAYER)
+IN_BULK = SkipPlan.manual(N_LAYER, attention=[0], ffn=[1, 2], scale=0.9).prefill
+PROMPT = replace(WHOLE, bulk=Bulk(IN_BULK, head=2, tail=3, windowed=(1,), window_size=5))
 
 
 def contender(name: str, mode: Any, plan: SkipPlan) -> Contender:
     return Contender(name, "adaskip", "2", mode, "median", plan)
 
 
-PROMPT = SkipPlan(
-    SkipSet.none(N_LAYER),
-    SkipSet.none(N_LAYER),
-    bulk=Bulk(
-        SkipPlan.manual(N_LAYER, attention=[0], ffn=[1, 2], scale=0.9).prefill,
-        head=2,
-        tail=3,
-        windowed=(1,),
-        window_size=5,
-    ),
-)
-
-
 CONTENDERS = (
     FULL,
     contender("prefill", "prefill", BOTH),
     contender("decode", "decode", DECODE),
-    contender("schedule", "decode", SCHEDULE),
-    contender("online", "e2e", ONLINE),
+    contender("prompt", "prompt", PROMPT),
 )
 
 
+ITEMS = [TextItem(f"text/{seed}", "text", tuple(tokens(30, seed))) for seed in (1, 2)]
+QUESTION = QuestionItem("question", "passkey", tuple(tokens(20, 5)), ("7",), 6, "contains")
+
+
 @pytest.fixture(scope="module")
-def reference(tiny: TinyModel) -> ReferenceModel:
-    return ReferenceModel(tiny())
+def reference(numpy_model: Open) -> ReferenceModel:
+    return numpy_model()  # type: ignore[no-any-return]
 
 
 @pytest.fixture
-def items(tokens: Tokens) -> list[TextItem]:
-    return [TextItem(f"text/{seed}", "text", tuple(tokens(30, seed))) for seed in (1, 2)]
-
-
-@pytest.fixture
-def question(tokens: Tokens) -> QuestionItem:
-    return QuestionItem("question", "passkey", tuple(tokens(20, 5)), ("7",), 6, "contains")
-
-
-@pytest.fixture
-def llm(tiny: TinyModel) -> Iterator[Any]:
-    with closing(adaskip_cpp.AdaSkipLlama(str(tiny()), n_ctx=256, verbose=False, **EXACT)) as opened:
-        yield opened
+def llm(open_tiny: Open) -> Any:
+    return open_tiny(n_ctx=256, logits_all=False)
 
 
 @pytest.fixture(autouse=True)
@@ -112,26 +82,17 @@ def measured(work: Work, llm: Any, folder: Path) -> dict[Any, Record]:
 # --- an independent computation of the same ---------------------------------------------------------------------------
 
 
-def decoded_logits(model: ReferenceModel, tokens: Sequence[int], split: int, plan: SkipPlan | None) -> np.ndarray:
-    """Logits before every token from ``split`` on: the first from the prompt, all others decoded one by one."""
+def decoded_logits(model: ReferenceModel, tokens: Sequence[int], split: int, plan: SkipPlan) -> np.ndarray:
+    """Logits of the tokens after a prompt of ``split``, but of the last one."""
     pass_ = ReferenceRun(model)
-    if plan is None:
-        return pass_.eval(tokens).logits[split - 1 : -1]
-    pieces = [pass_.eval(tokens[:split], plan.prefill.skip, plan.prefill.scale).logits[-1:]]
-    online = None
-    if plan.online is not None:
-        stage = plan.online
-        online = OnlineReference(stage.window, stage.threshold, stage.scale, plan.decode.skip, plan.decode.scale)
-    for number, token in enumerate(tokens[split:-1]):
-        if online is not None:
-            trace: Trace = pass_.eval([token], online.skip, online.factor)
-            online.observe(trace)
-        else:
-            sets = plan.schedule or ((0, plan.decode),)
-            now = next(each for start, each in reversed(sets) if start <= number)
-            trace = pass_.eval([token], now.skip, now.scale)
-        pieces.append(trace.logits)
-    return np.concatenate(pieces)
+    if plan.bulk is None:
+        pass_.eval(tokens[:split], plan.prefill.skip, plan.prefill.scale)
+    else:
+        skip, windows = plan.bulk.skip, Windows((1,), 5, 2)
+        pass_.eval(tokens[:2])
+        pass_.eval(tokens[2 : split - 3], skip.skip, skip.scale, keeps_kv=True, windows=windows)
+        pass_.eval(tokens[split - 3 : split])
+    return pass_.eval(tokens[split:-1], plan.decode.skip, plan.decode.scale).logits
 
 
 def figures(full: np.ndarray, other: np.ndarray, targets: Sequence[int]) -> dict[str, float]:
@@ -146,49 +107,27 @@ def figures(full: np.ndarray, other: np.ndarray, targets: Sequence[int]) -> dict
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(1, len(CONTENDERS)), ids=lambda number: CONTENDERS[number].name)
-def test_loss_divergence_and_agreement_are_those_of_a_numpy_pass_with_schedule_and_online_stage(
-    llm: Any, items: list[TextItem], reference: ReferenceModel, tmp_path: Path, number: int
+@pytest.mark.parametrize("each", CONTENDERS[1:], ids=lambda each: each.name)
+def test_loss_divergence_and_agreement_are_those_of_a_numpy_pass(
+    each: Contender, llm: Any, reference: ReferenceModel, tmp_path: Path
 ) -> None:
-    each = CONTENDERS[number]
-    records = measured(Work((FULL, each), items, n_continuation=N_CONTINUATION), llm, tmp_path)
-    for item in items:
-        split = len(item.tokens) - N_CONTINUATION - 1
-        targets = item.tokens[split + 1 :]
-        assert len(targets) == N_CONTINUATION
-        full = decoded_logits(reference, item.tokens, split, None)[1:]
-        other = decoded_logits(reference, item.tokens, split, each.plan)[1:]
+    assert each.plan is not None
+    records = measured(Work((FULL, each), ITEMS, n_continuation=N_CONTINUATION), llm, tmp_path)
+    for item in ITEMS:
+        split, targets = len(item.tokens) - N_CONTINUATION - 1, item.tokens[-N_CONTINUATION:]
+        full, other = (decoded_logits(reference, item.tokens, split, plan) for plan in (WHOLE, each.plan))
         for name, expected in (("full", figures(full, full, targets)), (each.name, figures(full, other, targets))):
             record = records[item.id, name, "continuation"]
             assert {label: record.values[label] for label in FIGURES} == pytest.approx(expected, abs=2e-5)
             assert len(record.divergences) == N_CONTINUATION
             assert np.mean(record.divergences) == pytest.approx(expected["kl"], rel=1e-3, abs=2e-5), "to 4 digits"
-
-
-def test_after_a_bulk_figures_are_those_of_a_request_that_is_read_with_it(
-    reference: ReferenceModel, llm: Any, items: list[TextItem], tmp_path: Path
-) -> None:
-    contenders = (FULL, contender("prompt", "prompt", PROMPT), contender("prefill", "prefill", BOTH))
-    records = measured(Work(contenders, items, n_continuation=N_CONTINUATION), llm, tmp_path)
-    assert PROMPT.bulk is not None
-    for item in items:
-        split = len(item.tokens) - N_CONTINUATION - 1
-        run = ReferenceRun(reference)
-        run.eval(item.tokens[:2])
-        factor = PROMPT.bulk.skip.scale
-        run.eval(item.tokens[2 : split - 3], PROMPT.bulk.skip.skip, factor, keeps_kv=True, windows=Windows((1,), 5, 2))
-        run.eval(item.tokens[split - 3 : split])
-        other = run.eval(item.tokens[split:-1]).logits
-        full = decoded_logits(reference, item.tokens, split, None)[1:]
-        values = records[item.id, "prompt", "continuation"].values
-        expected = figures(full, other, item.tokens[split + 1 :])
-        assert expected["kl"] > 1e-3
-        for name in FIGURES:
-            assert values[name] == pytest.approx(expected[name], abs=1e-5)
+            assert name == "full" or expected["kl"] > 1e-3
+        of_full = records[item.id, "full", "continuation"].values
+        assert (of_full["kl"], of_full["agreement"], of_full["rouge_l"]) == (0.0, 1.0, 1.0)
 
 
 def test_a_promise_runs_each_item_under_the_plan_for_its_length(
-    llm: Any, tokens: Tokens, question: QuestionItem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A text of 20 tokens of prompt under one plan, one of 50 under another, each with that plan's own figures."""
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
@@ -199,8 +138,8 @@ def test_a_promise_runs_each_item_under_the_plan_for_its_length(
     fast, slow = promise.plan_for(20), promise.plan_for(50)
     assert fast is not None and fast.bulk is not None and fast.bulk.skip == PROMPT.bulk.skip and slow is careful
     short, long = (TextItem(f"text/{n}", "text", tuple(tokens(n, n))) for n in (30, 60))
-    records = measured(Work((FULL, promise), [short, long], [question], N_CONTINUATION), llm, tmp_path / "promise")
-    for items, questions, plan in (([short], [question], fast), ([long], [], slow)):
+    records = measured(Work((FULL, promise), [short, long], [QUESTION], N_CONTINUATION), llm, tmp_path / "promise")
+    for items, questions, plan in (([short], [QUESTION], fast), ([long], [], slow)):
         each = contender("plan", "prompt", plan)
         expected = measured(Work((FULL, each), items, questions, N_CONTINUATION), llm, tmp_path / items[0].id)
         for (item, name, measure), record in expected.items():
@@ -211,42 +150,29 @@ def test_a_promise_runs_each_item_under_the_plan_for_its_length(
     assert (row.contenders[1].n_skip_prefill, row.contenders[1].n_skip_decode) == (1, 0), "as in the longest prompt"
 
 
-def test_the_full_model_neither_diverges_from_itself_nor_disagrees(
-    llm: Any, items: list[TextItem], tmp_path: Path
-) -> None:
-    records = measured(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), llm, tmp_path)
-    for item in items:
-        record = records[item.id, "full", "continuation"].values
-        assert (record["kl"], record["agreement"], record["rouge_l"]) == (0.0, 1.0, 1.0)
-
-
-def test_a_continuation_is_what_the_contender_writes_when_it_reads_the_prompt_alone(
-    llm: Any, items: list[TextItem], tmp_path: Path
-) -> None:
-    records = measured(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), llm, tmp_path)
-    for item, each in product(items, CONTENDERS):
+def test_a_continuation_is_what_the_contender_writes_when_it_reads_the_prompt_alone(llm: Any, tmp_path: Path) -> None:
+    records = measured(Work(CONTENDERS, ITEMS, n_continuation=N_CONTINUATION), llm, tmp_path)
+    for item, each in product(ITEMS, CONTENDERS):
         llm.set_plan(each.plan)
         llm.reset()
         text = greedy_text(llm, item.tokens[: 30 - N_CONTINUATION - 1], N_CONTINUATION)
         assert records[item.id, each.name, "continuation"].text == text
 
 
-def test_an_answer_is_greedy_and_is_scored(
-    llm: Any, question: QuestionItem, reference: ReferenceModel, tmp_path: Path
-) -> None:
+def test_an_answer_is_greedy_and_is_scored(llm: Any, reference: ReferenceModel, tmp_path: Path) -> None:
     pass_ = ReferenceRun(reference)
-    logits, chosen = pass_.eval(question.prompt).logits[-1], []
-    while len(chosen) < question.max_tokens:
+    logits, chosen = pass_.eval(QUESTION.prompt).logits[-1], []
+    while len(chosen) < QUESTION.max_tokens:
         chosen.append(int(logits.argmax()))
         logits = pass_.eval(chosen[-1:]).logits[-1]
-    records = measured(Work((FULL, CONTENDERS[1]), questions=[question]), llm, tmp_path / "a")
+    records = measured(Work((FULL, CONTENDERS[1]), questions=[QUESTION]), llm, tmp_path / "a")
     text = records["question", "full", "answer"].text
     assert text == llm.detokenize(chosen).decode("utf-8", "replace")
-    assert records["question", "full", "answer"].values["score"] == question.score(text)
+    assert records["question", "full", "answer"].values["score"] == QUESTION.score(text)
 
 
 def test_a_document_is_read_once_for_all_its_questions(
-    llm: Any, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each contender reads it for itself, and answers as one that reads each question alone."""
     document = tokens(30, 5)
@@ -270,7 +196,7 @@ def test_a_document_is_read_once_for_all_its_questions(
         assert records[item.id, each.name, "answer"].text == greedy_text(llm, item.prompt, item.max_tokens)
 
 
-def test_an_answer_of_which_one_line_counts_ends_with_it(llm: Any, tmp_path: Path, tokens: Tokens) -> None:
+def test_an_answer_of_which_one_line_counts_ends_with_it(llm: Any, tmp_path: Path) -> None:
     item = QuestionItem("q", "trec", tuple(tokens(12, 3)), ("a",), 60, "classification", ("a",), first_line=True)
     text = measured(Work((FULL,), questions=[item]), llm, tmp_path / "a")["q", "full", "answer"].text
     whole = measured(Work((FULL,), questions=[replace(item, first_line=False)]), llm, tmp_path / "b")
@@ -281,33 +207,25 @@ def test_an_answer_of_which_one_line_counts_ends_with_it(llm: Any, tmp_path: Pat
 # --- what is run ------------------------------------------------------------------------------------------------------
 
 
-def test_every_expected_result_is_there_at_the_end(
-    llm: Any, items: list[TextItem], question: QuestionItem, tmp_path: Path, tokens: Tokens
-) -> None:
-    work = Work(CONTENDERS, items, [question], N_CONTINUATION, tokens(8), 3)
-    records = measured(work, llm, tmp_path)
-    assert set(records) == set(work.results())
-    assert len(records) == 5 * (3 + 2 + 1), "5 contenders in 3 rounds, on 2 texts and a question"
-
-
-def test_progress_goes_up_to_one(llm: Any, items: list[TextItem], tmp_path: Path) -> None:
-    seen: list[float] = []
+def test_every_expected_result_is_there_at_the_end_and_progress_goes_up_to_one(llm: Any, tmp_path: Path) -> None:
+    work, seen = Work(CONTENDERS, ITEMS, [QUESTION], N_CONTINUATION, tokens(8), 3), []
     with open_store(tmp_path, {}) as store:
-        run(Work(CONTENDERS, items, n_continuation=N_CONTINUATION), store, llm, seen.append)
-    assert seen == sorted(seen)
-    assert seen[-1] == pytest.approx(1.0)
+        run(work, store, llm, seen.append)
+        assert set(store.records) == set(work.results())
+        assert len(store.records) == 4 * (3 + 2 + 1), "4 contenders in 3 rounds, on 2 texts and a question"
+    assert seen == sorted(seen) and seen[-1] == pytest.approx(1.0)
 
 
-def test_the_hash_changes_with_whatever_changes_a_result(items: list[TextItem], question: QuestionItem) -> None:
+def test_the_hash_changes_with_whatever_changes_a_result() -> None:
     def hash_of(**changes: Any) -> Any:
-        arguments = {"contenders": CONTENDERS, "texts": items, "questions": [question], "n_continuation": 9}
+        arguments = {"contenders": CONTENDERS, "texts": ITEMS, "questions": [QUESTION], "n_continuation": 9}
         return Work(**{**arguments, "speed_prompt": (1, 2), **changes}).hash
 
     other = replace(CONTENDERS[1], plan=SkipPlan.manual(N_LAYER, attention=[1], ffn=[2], scale=1.2))
     changed = [
         hash_of(contenders=(FULL, other, *CONTENDERS[2:])),
-        hash_of(texts=[replace(items[0], tokens=items[1].tokens), items[1]]),
-        hash_of(questions=[replace(question, answers=("8",))]),
+        hash_of(texts=[replace(ITEMS[0], tokens=ITEMS[1].tokens), ITEMS[1]]),
+        hash_of(questions=[replace(QUESTION, answers=("8",))]),
         hash_of(n_continuation=8),
         hash_of(speed_prompt=(1, 3)),
         hash_of(n_rounds=9),
@@ -319,10 +237,8 @@ def test_the_hash_changes_with_whatever_changes_a_result(items: list[TextItem], 
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(
-    llm: Any, items: list[TextItem], question: QuestionItem, tmp_path: Path, tokens: Tokens
-) -> None:
-    work = Work(CONTENDERS, items[:1], [question], 5, tokens(8), 2)
+def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(llm: Any, tmp_path: Path) -> None:
+    work = Work(CONTENDERS, ITEMS[:1], [QUESTION], 5, tokens(8), 2)
     measured(work, llm, tmp_path / "whole")
     with open_store(tmp_path / "whole", {}) as store:
         lines = store.path.read_bytes().splitlines(keepends=True)
@@ -337,35 +253,10 @@ def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(
             assert evaluation_results(work, store.records, ABOUT).to_json() == expected, n_done
 
 
-def test_after_an_interrupt_all_results_so_far_are_there(llm: Any, items: list[TextItem], tmp_path: Path) -> None:
-    work, seen = Work(CONTENDERS, items, n_continuation=N_CONTINUATION), []
-
-    def interrupt(fraction: float) -> None:
-        seen.append(fraction)
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-
-    with open_store(tmp_path, {}) as store, pytest.raises(KeyboardInterrupt):
-        run(work, store, llm, interrupt)
-    with open_store(tmp_path, {}) as store:
-        assert len(store.records) == 4
-        run(work, store, llm)
-        assert set(store.records) == set(work.results())
-
-
-def test_a_round_that_was_cut_off_is_run_again_by_all(llm: Any, tmp_path: Path, tokens: Tokens) -> None:
+def test_a_round_that_was_cut_off_is_run_again_by_all(llm: Any, tmp_path: Path) -> None:
     work = Work(CONTENDERS, speed_prompt=tokens(8), n_rounds=2)
     with open_store(tmp_path, {}) as store:
         store.append(Record("round/1", "full", "speed", {"first_token": 9.0, "per_token": 9.0, "request": 9.0}))
         run(work, store, llm)
         assert set(store.records) == set(work.results())
         assert all(record.values["first_token"] != 9.0 for record in store.records.values())
-
-
-def test_nothing_is_run_where_nothing_lacks(
-    llm: Any, items: list[TextItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = Work(CONTENDERS, items, n_continuation=N_CONTINUATION)
-    measured(work, llm, tmp_path)
-    monkeypatch.setattr(llm, "eval", lambda tokens: pytest.fail("it is evaluated again"))
-    measured(work, llm, tmp_path)

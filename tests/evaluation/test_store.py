@@ -38,14 +38,6 @@ def test_a_result_is_on_disk_before_the_store_is_closed(tmp_path: Path) -> None:
         assert path_of(tmp_path).read_text().endswith('{"loss":1.0}}\n')
 
 
-def test_equal_settings_take_the_results_up_again(tmp_path: Path) -> None:
-    fill(tmp_path)
-    with open_store(tmp_path, dict(reversed(SETTINGS.items()))) as store:
-        assert store.others == []
-        assert [key[0] for key in store.records] == ["item 0", "item 1", "item 2"]
-        assert store.records["item 2", "full", "prompt"].values == {"loss": 2 / 3}
-
-
 @pytest.mark.parametrize("n_lost", [1, 2, 20, 60])
 def test_what_a_crash_left_of_the_last_line_is_dropped_and_written_over(tmp_path: Path, n_lost: int) -> None:
     path = fill(tmp_path)
@@ -67,19 +59,16 @@ def test_a_malformed_line_elsewhere_is_told_by_its_number(tmp_path: Path) -> Non
             pass
 
 
-def test_other_settings_begin_anew_and_keep_the_old_results(tmp_path: Path) -> None:
+def test_other_settings_begin_anew_and_each_finds_its_own_results(tmp_path: Path) -> None:
     old = fill(tmp_path).read_bytes()
     with open_store(tmp_path, OTHER) as store:
-        assert store.records == {}
-        assert store.others == [path_of(tmp_path)]
-    assert path_of(tmp_path).read_bytes() == old
-
-
-def test_settings_that_come_back_find_their_results(tmp_path: Path) -> None:
-    fill(tmp_path)
+        assert store.records == {} and store.others == [path_of(tmp_path)]
     fill(tmp_path, OTHER, n=1)
-    with open_store(tmp_path, SETTINGS) as store:
-        assert len(store.records) == 3
+    assert path_of(tmp_path).read_bytes() == old
+    with open_store(tmp_path, dict(reversed(SETTINGS.items()))) as store:
+        assert store.others == [path_of(tmp_path, OTHER)]
+        assert [key[0] for key in store.records] == ["item 0", "item 1", "item 2"]
+        assert store.records["item 2", "full", "prompt"].values == {"loss": 2 / 3}
     with open_store(tmp_path, OTHER) as store:
         assert len(store.records) == 1
 

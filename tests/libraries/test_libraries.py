@@ -1,25 +1,21 @@
 """The lines of docs/libraries.md, with the real packages and a tiny model; `make test-libraries` installs these."""
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from oracles.command_line import RUN, python
 from oracles.frontiers import frontier, point
 from oracles.tiny_models import add_chat_template, write_model
 
-import adaskip_cpp
 from adaskip_cpp import SkipPlan, plan_path, save_plan
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(adaskip_cpp.__file__).parents[1]
 PAGE = (Path(__file__).parents[2] / "docs" / "libraries.md").read_text(encoding="utf-8")
 PROMPT = f"prompt = {'the to of an re in er ' * 60!r}\n"
-RUN = "-c", "from adaskip_cpp.cli.main import main; main()", "run"
 TOLD = "plans of model.adaskip-plan.json lose at most 0.05 nats per token"
 
 
@@ -32,17 +28,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def python(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LLM_USER_PATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def output(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    done = python(folder, *command, LLM_USER_PATH=str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -61,20 +48,20 @@ def lines(library: str, model: str) -> str:
 def test_a_library_that_opens_the_model_uses_its_plans(library: str, model: str, folder: Path) -> None:
     pytest.importorskip(library.partition(".")[0])
     (folder / "app.py").write_text(lines(library, model))
-    done = python(folder, *RUN, "app.py")
+    done = output(folder, *RUN, "app.py")
     assert done.stdout.splitlines()[-1] == "1" and TOLD in done.stderr
 
 
 @pytest.mark.parametrize("library", ["outlines", "instructor"])
 def test_a_library_that_takes_the_model_uses_its_plans(library: str, folder: Path) -> None:
-    assert python(folder, "-c", lines(library, "llm")).stdout.splitlines()[-1] == "1"
+    assert output(folder, "-c", lines(library, "llm")).stdout.splitlines()[-1] == "1"
 
 
 def test_outlines_constrains_an_answer(folder: Path) -> None:
     pytest.importorskip("llguidance")
     constrained = "print(outlines.Generator(model, Literal['yes', 'no'], backend='llguidance')(prompt, max_tokens=4))"
     code = lines("outlines", "llm") + "from typing import Literal\n" + constrained
-    assert python(folder, "-c", code).stdout.splitlines()[-1] in ("yes", "no")
+    assert output(folder, "-c", code).stdout.splitlines()[-1] in ("yes", "no")
 
 
 def test_guidance_runs_the_whole_model(folder: Path) -> None:
@@ -90,7 +77,7 @@ def test_guidance_runs_the_whole_model(folder: Path) -> None:
         "print(tuned.plan)\n"
     )
     (folder / "app.py").write_text(code)
-    done = python(folder, *RUN, "app.py")
+    done = output(folder, *RUN, "app.py")
     *answers, plan = done.stdout.splitlines()[-4:]
     assert len(set(answers)) == 1 and plan == "None"
     assert "the whole model runs: logits_all=True" in done.stderr
@@ -98,6 +85,6 @@ def test_guidance_runs_the_whole_model(folder: Path) -> None:
 
 def test_llm_gguf_uses_the_plans(folder: Path) -> None:
     pytest.importorskip("llm_gguf")
-    python(folder, "-m", "llm", "gguf", "register-model", "model", "model.gguf", "--n-ctx", "1024")
-    done = python(folder, *RUN, "-m", "llm", "-m", "gguf/model", "the to of an re in er " * 60)
+    output(folder, "-m", "llm", "gguf", "register-model", "model", "model.gguf", "--n-ctx", "1024")
+    done = output(folder, *RUN, "-m", "llm", "-m", "gguf/model", "the to of an re in er " * 60)
     assert done.stdout.strip() and TOLD in done.stderr

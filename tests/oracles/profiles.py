@@ -1,11 +1,13 @@
 """Profiles by hand."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from oracles.tiny_families import N_EMBD
 
 from adaskip_cpp import Profile
-from adaskip_cpp.model.identity import ModelInfo
+from adaskip_cpp.model.identity import ModelInfo, fingerprint
 from adaskip_cpp.model.statistics import LinearMaps, PhaseStatistics
 
 NAN = float("nan")
@@ -81,3 +83,15 @@ def maps(n_layer: int = 3, rank: int = 2, n_embd: int = 5) -> LinearMaps:
 
 MAPPED_EXAMPLE = profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], maps=maps())
 """The same with linear maps."""
+
+
+def tiny_profile(model: Path, **changes: Any) -> Profile:
+    """A profile of a tiny model, which ranks its last layer first: FFN 2, attention 2, FFN 1, and so on.
+
+    In the bulk of a prompt the last layer loses nothing, so that there attention 2 comes before FFN 2.
+    """
+    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
+    ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
+    of_both = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), zeros, zeros, 10)
+    known = ModelInfo(fingerprint(model), "llama", 3)
+    return Profile(of_both, of_both, 1, 10, known, divergence=1 - similarity, copying=1 - similarity, **changes)
