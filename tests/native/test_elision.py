@@ -146,13 +146,6 @@ def test_what_can_be_skipped_is_the_same(open_tiny: Open) -> None:
         assert open_tiny(name, plan=plan).sublayers == open_tiny(name).sublayers
 
 
-def test_the_online_stage_works_beside_it(pair: Open) -> None:
-    stage = OnlineStage(window=3, threshold=-1.0, scale="paper")
-    elided, full = pair(same(plan_without(N_LAYER, [1]).prefill, online=stage))
-    assert_alike(elided, full, tokens(30))
-    assert elided.online.ffn == full.online.ffn == (0, 1, 2)
-
-
 # -- bytes -----------------------------------------------------------------------------------------------------------
 
 

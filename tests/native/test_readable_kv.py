@@ -192,6 +192,21 @@ def test_one_stale_sequence_fails_its_batch_and_no_other(unified: bool, bare: Op
     assert relative_error(context.decode(s1=(0, tokens(7)))["s1"], fresh) < TOLERANCE
 
 
+@pytest.mark.parametrize("unified", [True, False])
+def test_a_copied_sequence_is_read_as_the_one_it_is_of(unified: bool, bare: Open, reference: ReferenceModel) -> None:
+    context, run = bare(unified=unified), ReferenceRun(reference)
+    context.set_plan(same(ATTENTION))
+    context.decode(s0=(0, tokens(9)))
+    llama_cpp.llama_memory_seq_cp(context.memory, 0, 1, -1, -1)
+    context.set_plan(None)
+    with pytest.raises(StateError, match="sequence 1"):
+        context.decode(s1=(9, [7]))
+    context.set_plan(same(ATTENTION))
+    run.eval(tokens(9), *arguments(ATTENTION))
+    expected = run.eval([7], *arguments(ATTENTION)).logits
+    assert relative_error(context.decode(s1=(9, [7]))["s1"], expected) < TOLERANCE
+
+
 def test_shifted_positions_are_read_as_what_they_were(bare: Open, reference: ReferenceModel) -> None:
     # The whole model's positions 0 to 3 go, and those of a bulk move to where they were. test_several_sequences.py
     # draws plans for this, but none with windows.
