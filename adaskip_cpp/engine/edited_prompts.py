@@ -113,7 +113,8 @@ class EditedPromptsLlama(SelfDescribingLlama):
                 self.n_moved += self.n_tokens - run.to if run.n_moves else 0
         finally:
             self._fills = False
-            self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)  # runs that are still set aside after an interruption
+            # After an interruption, runs are still set aside. llama-cpp-python's own method would spare them.
+            llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.ctx), -1, self.n_tokens, -1)
 
     def _choose_saved(self, edits: Edits, prompt: Tokens, taken: list[Run]) -> list[tuple[Saved, list[Run]]]:
         """Return which saved prompts have runs for places that are not taken, and these runs; those with most first."""
