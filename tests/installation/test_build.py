@@ -1,4 +1,4 @@
-"""The build: what is in the binary and in the wheel, and what stops it, each in one line."""
+"""The build: which release it is for, its sources, and what stops it, each in one line."""
 
 import hashlib
 import importlib
@@ -10,12 +10,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import llama_sources
 import pytest
@@ -46,8 +44,6 @@ TWICE = """---
 # Written out by hand: what is installed, and what the table lists, is not what these tests are about.
 TABLE = [releases.Release("2.1", "b" * 64), releases.Release("2.0", "a" * 64)]
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
-
 
 @pytest.fixture(autouse=True)
 def no_release_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,40 +72,7 @@ def venv(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "venv" / "bin" / "python", packages
 
 
-# --- the binary ---------------------------------------------------------------------------------------------------
-
-
-def dynamic_section() -> dict[str, list[str]]:
-    """Strings of the library's dynamic section, by tag."""
-    from elftools.elf.elffile import ELFFile
-
-    strings: dict[str, list[str]] = {}
-    with _library.path().open("rb") as file:
-        for tag in ELFFile(file).get_section_by_name(".dynamic").iter_tags():
-            for attribute in ("needed", "soname", "rpath", "runpath"):
-                if hasattr(tag, attribute):
-                    strings.setdefault(attribute, []).append(getattr(tag, attribute))
-    return strings
-
-
-@linux_only
-def test_library_finds_ggml_relative_to_itself_and_answers_for_the_one_that_libmtmd_needs() -> None:
-    section = dynamic_section()
-    assert section["runpath"] == ["$ORIGIN/../../llama_cpp/lib"]
-    assert "rpath" not in section
-    assert not [name for names in section.values() for name in names if name.startswith("/")]
-    needed = {name for name in section["needed"] if "ggml" in name}
-    assert needed == {"libggml.so.0", "libggml-base.so.0"}, "and no backend"
-    assert section["soname"] == ["libllama.so.0"]
-
-
-def test_library_names_no_folder_of_the_build() -> None:
-    content = _library.path().read_bytes()
-    assert b"llama.cpp/src/" in content  # the assertions' file names are there, without the folder
-    assert not re.search(rb"/(site-packages|pip-build-env\S*)/", content)
-    for folder in (ROOT, Path(sys.prefix), Path.home()):
-        # The character before tells a checkout in /src from llama.cpp/src.
-        assert not re.search(rb"(?<![\w.-])" + re.escape(bytes(folder)) + rb"/", content), folder
+# --- which release ------------------------------------------------------------------------------------------------
 
 
 def test_build_record_is_of_the_installed_release_which_the_installation_requires() -> None:
@@ -121,9 +84,6 @@ def test_build_record_is_of_the_installed_release_which_the_installation_require
     required = [line for line in importlib.metadata.requires("adaskip-cpp") or [] if "llama-cpp-python" in line]
     exact = f"=={release.version}"
     assert required == [f"llama-cpp-python{exact}", f'llama-cpp-python[server]{exact}; extra == "serve"']
-
-
-# --- which release ------------------------------------------------------------------------------------------------
 
 
 def test_table_lists_releases_newest_first() -> None:
@@ -144,40 +104,6 @@ def test_line_without_version_and_hash_is_refused(tmp_path: Path, line: str) -> 
     table.write_text(f"{line}\n" if not line else f"{TABLE[0].requirement}\n{line}\n")
     with pytest.raises(releases.ReleaseError, match=r"is no list of releases; write lines of"):
         releases.read_table(table)
-
-
-@pytest.mark.parametrize(
-    ("found", "named", "chosen"),
-    [
-        ([], None, "2.1"),
-        (["2.0"], None, "2.0"),
-        (["2.0"], "2.1", "2.1"),
-        (["2.1", "2.0"], None, "2.1"),
-        ([], "2.0", "2.0"),
-    ],
-    ids=["none installed", "one installed", "another is named", "two installed", "none installed, one named"],
-)
-def test_release_is_the_named_one_or_the_installed_one_or_the_newest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: list[str], named: str | None, chosen: str
-) -> None:
-    if named:
-        monkeypatch.setenv(releases.VARIABLE, named)
-    assert releases.choose(TABLE, [releases.Installed(version, tmp_path) for version in found]).version == chosen
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_release_that_is_not_in_the_table_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
-) -> None:
-    if named:
-        monkeypatch.setenv(releases.VARIABLE, "1.9")
-    with pytest.raises(releases.ReleaseError) as raised:
-        releases.choose(TABLE, [releases.Installed("2.0" if named else "1.9", tmp_path)])
-    said = "ADASKIP_LLAMA_CPP_PYTHON names llama-cpp-python 1.9" if named else "llama-cpp-python 1.9 is installed"
-    assert str(raised.value) == (
-        f"{said}, but adaskip-cpp can be built for 2.1, 2.0; pip install llama-cpp-python==2.1, or add 1.9 to "
-        "cmake/releases.txt with patches that apply to it, as CONTRIBUTING.md says."
-    )
 
 
 @pytest.mark.parametrize("there", ["2.0", "2.0+cu124", None])
@@ -209,36 +135,50 @@ def test_isolated_build_finds_what_is_installed_outside(
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The build backend in the checkout, of the table that is written out here."""
+def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModuleType]:
+    """``backend(*found, named=None)``: the build backend in the checkout, of the table that is written out here.
+
+    ``found`` are the versions that are installed, ``named`` the one that the environment names.
+    """
     pytest.importorskip("scikit_build_core")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(releases, "read_table", lambda: TABLE)
-    return importlib.import_module("backend")
+
+    def backend_(*found: str, named: str | None = None) -> ModuleType:
+        monkeypatch.setattr(releases, "installed", lambda: [releases.Installed(one, tmp_path) for one in found])
+        if named:
+            monkeypatch.setenv(releases.VARIABLE, named)
+        return importlib.import_module("backend")
+
+    return backend_
 
 
 @pytest.mark.parametrize(
-    ("found", "named", "required"),
-    [([], None, "2.1"), (["2.0"], None, None), (["2.0"], "2.1", "2.1"), (["2.1", "2.0"], "2.0", None)],
-    ids=["none installed", "one installed", "another is named", "the named one is installed"],
+    ("found", "named", "chosen"),
+    [
+        ([], None, "2.1"),
+        (["2.0"], None, "2.0"),
+        (["2.0"], "2.1", "2.1"),
+        (["2.1", "2.0"], None, "2.1"),
+        (["2.1", "2.0"], "2.0", "2.0"),
+        ([], "2.0", "2.0"),
+    ],
 )
-def test_build_requires_the_release_unless_it_is_installed(
-    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Any, named: Any, required: Any
+def test_build_requires_the_named_or_installed_or_newest_release_unless_it_is_installed(
+    backend: Callable[..., ModuleType], found: list[str], named: str | None, chosen: str
 ) -> None:
-    monkeypatch.setattr(releases, "installed", lambda: [releases.Installed(one, tmp_path) for one in found])
-    if named:
-        monkeypatch.setenv(releases.VARIABLE, named)
-    for requires in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+    built = backend(*found, named=named)
+    for requires in (built.get_requires_for_build_wheel, built.get_requires_for_build_editable):
         ours = [requirement for requirement in requires() if "llama" in requirement]
-        assert ours == ([f"llama-cpp-python=={required}"] if required else [])
+        assert ours == ([] if chosen in found else [f"llama-cpp-python=={chosen}"])
+    assert built.dynamic_metadata({}, {})["dependencies"] == [f"llama-cpp-python=={chosen}"]
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_metadata_require_the_release_that_is_built_for(
-    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    backend: Callable[..., ModuleType], tmp_path: Path, kind: str
 ) -> None:
-    monkeypatch.setattr(releases, "installed", lambda: [releases.Installed("2.0", tmp_path)])
-    name = getattr(backend, f"prepare_metadata_for_build_{kind}")(str(tmp_path))
+    name = getattr(backend("2.0"), f"prepare_metadata_for_build_{kind}")(str(tmp_path))
     required = importlib.metadata.Distribution.at(tmp_path / name).requires or []
     assert [line for line in required if "llama-cpp-python" in line] == [
         "llama-cpp-python==2.0",
@@ -247,18 +187,28 @@ def test_metadata_require_the_release_that_is_built_for(
     assert "cffi>=1.16" in required  # what pyproject.toml itself lists
 
 
+@pytest.mark.parametrize(
+    ("found", "named", "said"),
+    [
+        ("1.9", None, "llama-cpp-python 1.9 is installed"),
+        ("2.0", "1.9", "ADASKIP_LLAMA_CPP_PYTHON names llama-cpp-python 1.9"),
+    ],
+)
 def test_build_for_a_release_that_is_not_in_the_table_ends_in_one_line(
-    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: Callable[..., ModuleType], found: str, named: str | None, said: str
 ) -> None:
-    monkeypatch.setattr(releases, "installed", lambda: [releases.Installed("1.9", tmp_path)])
-    with pytest.raises(SystemExit, match=r"^adaskip-cpp: llama-cpp-python 1\.9 is installed, but [^\n]* says\.$"):
-        backend.get_requires_for_build_wheel()
+    with pytest.raises(SystemExit) as ended:
+        backend(found, named=named).get_requires_for_build_wheel()
+    assert ended.value.code == (
+        f"adaskip-cpp: {said}, but adaskip-cpp can be built for 2.1, 2.0; pip install llama-cpp-python==2.1, or add "
+        "1.9 to cmake/releases.txt with patches that apply to it, as CONTRIBUTING.md says."
+    )
 
 
-def test_sdist_is_of_no_release(backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(releases, "installed", list)
-    assert not [requirement for requirement in backend.get_requires_for_build_sdist() if "llama" in requirement]
-    with tarfile.open(tmp_path / backend.build_sdist(str(tmp_path))) as archive:
+def test_sdist_is_of_no_release(backend: Callable[..., ModuleType], tmp_path: Path) -> None:
+    built = backend()
+    assert not [requirement for requirement in built.get_requires_for_build_sdist() if "llama" in requirement]
+    with tarfile.open(tmp_path / built.build_sdist(str(tmp_path))) as archive:
         (folder,) = {name.split("/")[0] for name in archive.getnames()}
         names = {name.removeprefix(f"{folder}/") for name in archive.getnames()}
         information = archive.extractfile(f"{folder}/PKG-INFO")
@@ -266,59 +216,6 @@ def test_sdist_is_of_no_release(backend: ModuleType, tmp_path: Path, monkeypatch
         lines = information.read().decode().splitlines()
     assert {"Dynamic: Requires-Dist", "Dynamic: Provides-Extra"} <= set(lines)
     assert {"cmake/backend.py", "cmake/releases.py", "cmake/releases.txt", "patches/series"} <= names
-
-
-# --- the wheel ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the checkout; shares the build folder, and so the objects, with the editable installation."""
-    import fcntl
-
-    pytest.importorskip("scikit_build_core")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
-    with open(tmp_path_factory.getbasetemp().parent / "wheel.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes of tests would build in one folder
-        subprocess.run([*command, str(ROOT)], check=True, env=os.environ | {"PATH": tools_path()}, timeout=1800)
-    (path,) = folder.iterdir()
-    return path
-
-
-@pytest.mark.slow
-def test_wheel_serves_every_python_of_one_platform_and_holds_our_library_and_nothing_of_ggml(wheel: Path) -> None:
-    version = importlib.metadata.version("adaskip-cpp")
-    assert re.fullmatch(rf"adaskip_cpp-{re.escape(version)}-py3-none-(linux|macosx)_\w+\.whl", wheel.name)
-    assert wheel.stat().st_size < 10e6
-    names = zipfile.ZipFile(wheel).namelist()
-    library = f"adaskip_cpp/lib/{_library.path().name}"
-    built = {name for name in names if name.startswith(("adaskip_cpp/lib/", "adaskip_cpp/include/"))}
-    others = {"adaskip_cpp/lib/LICENSE.llama.cpp", "adaskip_cpp/lib/build.json", "adaskip_cpp/include/adaskip.h"}
-    assert built == {library, *others}
-    assert [name for name in names if re.search(r"\.(so|dylib|dll|a)\b", name)] == [library]
-    information = f"adaskip_cpp-{wheel.name.split('-')[1]}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"adaskip_cpp", information}
-    assert "adaskip_cpp/py.typed" in names
-    with zipfile.ZipFile(wheel) as archive:
-        built_for = json.loads(archive.read("adaskip_cpp/lib/build.json"))["llama_cpp_python"]
-        metadata = archive.read(f"{information}/METADATA").decode()
-    required = re.findall(r"^Requires-Dist: llama-cpp-python(?:\[server\])?==([^\s;]*)", metadata, re.MULTILINE)
-    assert required == [built_for] * 2
-
-
-@pytest.mark.slow
-def test_wheel_works_in_another_environment(wheel: Path, tmp_path: Path, venv: tuple[Path, Path]) -> None:
-    here = Path(importlib.metadata.distribution("llama-cpp-python").locate_file(""))  # type: ignore[arg-type]
-    python, there = venv
-    for entry in here.iterdir():
-        if "adaskip" not in entry.name:
-            (there / entry.name).symlink_to(entry)
-    zipfile.ZipFile(wheel).extractall(there)
-    code = "import adaskip_cpp, llama_cpp; print(llama_cpp.llama_cpp._lib._name); llama_cpp.llama_backend_init()"
-    command = [str(python), "-c", code]
-    loaded = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120).stdout
-    assert Path(loaded.strip()) == there / "adaskip_cpp" / "lib" / _library.path().name
 
 
 # --- the sources, on a tiny sdist -----------------------------------------------------------------------------------
@@ -388,8 +285,8 @@ def test_only_what_changed_patches_change_is_touched(tiny_sources: Callable[...,
 
 @pytest.mark.parametrize(
     "patch",
-    [PATCH.replace("second", "other"), PATCH.replace("one.cpp", "none.cpp"), TWICE, "no patch at all\n", ""],
-    ids=["context differs", "no such file", "lines twice", "not a patch", "empty"],
+    [PATCH, PATCH.replace("second", "other"), PATCH.replace("one.cpp", "none.cpp"), TWICE, "no patch at all\n", ""],
+    ids=["applied before", "context differs", "no such file", "lines twice", "not a patch", "empty"],
 )
 def test_patch_that_does_not_apply_is_named_and_leaves_the_sources(
     tiny_sources: Callable[..., Path], patch: str
@@ -401,23 +298,14 @@ def test_patch_that_does_not_apply_is_named_and_leaves_the_sources(
     assert tiny_sources(a=PATCH) == root
 
 
-def test_patch_applied_twice_is_refused(tiny_sources: Callable[..., Path]) -> None:
-    with pytest.raises(llama_sources.SourceError, match=r"patch again\.patch does not apply"):
-        tiny_sources(a=PATCH, again=PATCH)
-
-
 # --- what stops CMake -------------------------------------------------------------------------------------------------
-
-
-def tools_path() -> str:
-    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 def configure(folder: Path, *definitions: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
     command += [f"-D{definition}" for definition in (f"Python3_EXECUTABLE={sys.executable}", *definitions)]
     variables = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "PYTHONPATH")}
-    variables |= {"PATH": tools_path()} | environment
+    variables |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])} | environment
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -462,15 +350,10 @@ def test_python_without_the_named_or_any_llama_cpp_python_stops_with_one_line(
     )
 
 
-@pytest.mark.parametrize(
-    ("version", "expected"),
-    [("0.3.1", "llama-cpp-python 0.3.1 is installed, but"), (None, "has no CMake package of ggml in")],
-)
-def test_unfit_llama_cpp_python_stops_with_one_line(tmp_path: Path, version: str | None, expected: str) -> None:
-    packages = pretend(tmp_path / "packages", version or installed_release().version)
+def test_llama_cpp_python_without_ggml_for_cmake_stops_with_one_line(tmp_path: Path) -> None:
+    packages = pretend(tmp_path / "packages", installed_release().version)
     line = reason(tmp_path / "build", PYTHONPATH=str(packages))
-    assert expected in line
-    assert "; pip install" in line
+    assert "has no CMake package of ggml in" in line and "; pip install" in line
 
 
 def test_unreachable_registry_and_a_file_with_another_hash_stop_with_one_line(tmp_path: Path) -> None:

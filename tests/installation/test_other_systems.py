@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,44 +35,50 @@ def in_use(winerror: int) -> PermissionError:
     return error
 
 
-@pytest.mark.parametrize("winerror", [5, 32])
-def test_a_file_that_is_read_just_now_is_replaced_as_soon_as_it_can_be(
-    winerror: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Refuse = Callable[..., Iterator[int]]
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
+    """``refuse(error, times)``: the next replacements of files fail; returns what counts them."""
     real, tries = os.replace, itertools.count()
 
-    def replace(source: str, target: str) -> None:
-        if next(tries) < 3:
-            raise in_use(winerror)
-        real(source, target)
+    def refuse_(error: PermissionError, times: int = sys.maxsize) -> Iterator[int]:
+        def replace(source: str, target: str) -> None:
+            if next(tries) < times:
+                raise error
+            real(source, target)
 
+        monkeypatch.setattr("os.replace", replace)
+        return tries
+
+    return refuse_
+
+
+@pytest.mark.parametrize("winerror", [5, 32])
+def test_a_file_that_is_read_just_now_is_replaced_as_soon_as_it_can_be(
+    winerror: int, tmp_path: Path, refuse: Refuse
+) -> None:
     (tmp_path / "a.json").write_text("old")
-    monkeypatch.setattr("os.replace", replace)
+    tries = refuse(in_use(winerror), 3)
     files.write_atomically(tmp_path / "a.json", "new\n")
     assert (tmp_path / "a.json").read_bytes() == b"new\n" and next(tries) == 4
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_file_that_stays_open_elsewhere_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def replace(source: str, target: str) -> None:
-        raise in_use(32)
-
+def test_a_file_that_stays_open_elsewhere_is_left_as_it_was(
+    tmp_path: Path, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.json").write_text("old")
-    monkeypatch.setattr("os.replace", replace)
+    refuse(in_use(32))
     monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
     with pytest.raises(FileError, match=r"cannot write .*a\.json' \(Access is denied\)"):
         files.write_atomically(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_what_one_may_not_replace_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tries = itertools.count()
-
-    def replace(source: str, target: str) -> None:
-        next(tries)
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr("os.replace", replace)
+def test_what_one_may_not_replace_is_told_at_once(tmp_path: Path, refuse: Refuse) -> None:
+    tries = refuse(PermissionError(errno.EPERM, "Operation not permitted"))
     with pytest.raises(FileError, match="not permitted"):
         files.write_atomically(tmp_path / "a.json", "new")
     assert next(tries) == 1
