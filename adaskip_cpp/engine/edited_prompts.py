@@ -91,7 +91,7 @@ class EditedPromptsLlama(SelfDescribingLlama):
         wanted = np.array(prompt, np.int32)
         first, runs = self._known(self.input_ids[:n], wanted)
         saved = self._choose_saved(edits, wanted, [Run(0, 0, first), *runs])
-        is_readable = n == 0 or (self.input_ids[:n].min() >= 0 and not self.has_lost_window(max(first, 1)))
+        is_readable = n == 0 or (np.min(self.input_ids[:n]) >= 0 and not self.has_lost_window(max(first, 1)))
         if not (runs or saved) or not is_readable:
             return
         # A saved state is loaded in the place of what the memory holds, so what both begin with is set aside as well.
@@ -163,7 +163,7 @@ class EditedPromptsLlama(SelfDescribingLlama):
             >>> llm.eval(tokens_of_a_document)
             >>> llm.saved_prompts = [llm.save_prompt()]
         """
-        if self.n_tokens and int(self.input_ids[: self.n_tokens].min()) < 0:
+        if self.n_tokens and np.min(self.input_ids[: self.n_tokens]) < 0:
             raise StateError("the memory holds an image, which has positions of its own; save a prompt of text.")
         if (state := self._save_sequence()) is None:
             raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import llama_cpp
+import numpy as np
 from llama_cpp._logger import llama_log_callback
 from llama_cpp.llama import LlamaState
 from llama_cpp.llama_tokenizer import LlamaTokenizer
@@ -206,7 +207,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
             return n
         if last < 0:
             return 0
-        if int(self.input_ids[:n].min()) < 0:  # an image has positions of its own
+        if np.min(self.input_ids[:n]) < 0:  # an image has positions of its own
             return n
         return last + 1 if last < n else 0 if self.has_state else n
 

@@ -213,7 +213,7 @@ class ServedLlama(AdaSkipLlama):
     def _keep(self, n_stays: int) -> None:
         """Save the memory if the cache lacks much of it, and only its first ``n_stays`` tokens will stay."""
         n = self.n_tokens
-        if self._live_key and n - max(n_stays, self._n_kept) >= WORTH_KEEPING and self.input_ids[:n].min() >= 0:
+        if self._live_key and n - max(n_stays, self._n_kept) >= WORTH_KEEPING and np.min(self.input_ids[:n]) >= 0:
             size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
             if size > self.prefix_cache.most:
                 self.prefix_cache.forgotten.append(Entry(self._live_key, self.input_ids[:n].copy(), size))

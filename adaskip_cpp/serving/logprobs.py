@@ -43,7 +43,7 @@ class Logprobs:
         top: dict[str, float] | None = None
         if logits is not None:
             values = logits.astype(np.float64)
-            values -= values.max()
+            values -= np.max(values)
             values -= np.log(np.exp(values).sum())
             n = min(self.n_top, len(values))
             best = np.argpartition(-values, n - 1)[:n] if n else np.zeros(0, int)

@@ -126,7 +126,7 @@ class Losses:
             candidate = Candidate(**layers, share=share)
             if (takes := seconds(candidate)) < most:
                 found.append((takes, candidate, self.parts(candidate)))
-        found.sort(key=lambda each: (each[0], each[2].sum(axis=1).max()))
+        found.sort(key=lambda each: (each[0], np.max(each[2].sum(axis=1))))
         parts = np.array([each for *_, each in found]) if found else np.empty((0, 1, len(_PARTS)))
         return Sets(self, tuple(each for _, each, _ in found), parts)
 
