@@ -279,8 +279,7 @@ int32_t adaskip_set_statistics(
     return guarded(ctx, [&] {
         const int32_t known = ADASKIP_STATISTICS_ON | ADASKIP_STATISTICS_ALL_TOKENS | ADASKIP_STATISTICS_VECTORS |
                               ADASKIP_STATISTICS_ACTIVATIONS;
-        require((flags & ~known) == 0 && (flags == 0 || (flags & ADASKIP_STATISTICS_ON)),
-                "unknown statistics flags");
+        require((flags & ~known) == 0 && (flags == 0 || (flags & ADASKIP_STATISTICS_ON)), "unknown statistics flags");
         require(flags == 0 || callback, "statistics need a callback");
         ctx->adaskip.set_statistics(flags, callback, user_data);
     });
