@@ -10,7 +10,7 @@ interpolated, and a set's loss is predicted as the sum of the three. Judged sets
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,7 +64,7 @@ _CURVES: tuple[_Part, ...] = (("attention", 0), ("ffn", 0), *(("windowed", share
 
 @dataclass(frozen=True)
 class _Curve:
-    """The loss of the first k layers of an order, measured at some depths k."""
+    """The loss of the first k layers of an order, measured at some depths k, from 0 on."""
 
     order: tuple[int, ...]
     depths: tuple[int, ...]
@@ -75,10 +75,23 @@ class _Curve:
         """Interpolate: linearly up to the first depth, then linearly if layers add, else in logarithms."""
         if not self.order:
             return np.zeros(1)  # of any kind of answers
-        kinds = np.maximum.accumulate(self.lost).T
+        kinds = self._convex()
         if self.adds or depth <= self.depths[1]:
             return np.array([np.interp(depth, self.depths, kind) for kind in kinds])
         return np.exp([np.interp(depth, self.depths, np.log(np.maximum(kind, 1e-5))) for kind in kinds])
+
+    def _convex(self) -> npt.NDArray[np.float64]:
+        """Return the losses by kind of answers, none of them above a line between two others.
+
+        Earlier layers lose more than later ones, so the loss grows faster with depth. A loss above that line is chance:
+        4 FFNs of Qwen2.5-Coder lost 0.023, and 8 lost 0.020. Then every set with 4 to 8 was expected to lose the same.
+        """
+        kinds, depths = np.array(self.lost).T, np.array(self.depths)
+        for i, k in combinations(range(len(depths)), 2):
+            share = (depths[i + 1 : k] - depths[i]) / (depths[k] - depths[i])
+            line = (1 - share) * kinds[:, [i]] + share * kinds[:, [k]]
+            kinds[:, i + 1 : k] = np.minimum(kinds[:, i + 1 : k], line)
+        return kinds
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,9 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
     """Return the promise that each part needs over its predicted loss, float64 ``[kinds, 3]`` or ``[1, 3]``.
 
     They are fitted by least squares of relative errors. Each is drawn to the mean factor of whole sets, so a few judged
-    sets suffice. A set that keeps no promise is taken to need twice this one, so that the next set is not much like it.
+    sets suffice. A set that needs more than three times this promise is taken to need three times as much: losses jump
+    where a set is too large, which says little about smaller ones. Qwen2.5-Coder once needed 20 times as much as
+    predicted, and then sets that keep the promise were expected to break it.
     """
     if not needs:
         return np.full((1, len(_PARTS)), _FIRST)
@@ -187,7 +202,7 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
     found = np.empty(parts.shape[1:])
     for kind, need in enumerate(np.maximum(np.array([*needs.values()]).T, _LEAST_LOSS)):
         predicted = np.maximum(parts[:, kind].sum(axis=1), _LEAST_LOSS)
-        need = np.where(np.isfinite(need), need, np.maximum(2 * promise, _FIRST * predicted))
+        need = np.minimum(need, np.maximum(3 * promise, _FIRST * predicted))
         mean = np.exp(np.log([_FIRST, *(need / predicted)]).mean())
         shares = np.vstack([parts[:, kind] / need[:, None] * mean, np.sqrt(_WEIGHT) * np.eye(len(_PARTS))])
         right = np.concatenate([np.ones(len(need)), np.full(len(_PARTS), np.sqrt(_WEIGHT))])
