@@ -1,11 +1,12 @@
 """Checks whether promises are kept: the loss of a frontier's plans on texts that nothing was fitted or chosen on.
 
     adaskip-cpp tune MODEL.gguf
-    python benchmarks/promise.py MODEL.gguf --prompt 2048 --max-loss 0.02 0.05 0.1
+    python benchmarks/promise.py MODEL.gguf --prompt 2048 --max-loss 0.02 0.05 0.1 --text quality.jsonl stories.txt
 
-Texts are of three kinds that every Python or Debian has, and that neither calibration nor tuning uses: licences, IDLE's
-manual, IDLE's changelog. After a prompt of each text, an answer that continues it and one that copies from it are
-judged against the whole model, and six pass keys are asked for. ``--time`` times the first token of a prompt, in turn:
+Texts are of kinds that neither calibration nor tuning uses: IDLE's manual, IDLE's changelog, and your files. A file is
+text, or a task file of L-Eval or LongBench, whose documents are put together. After a prompt of each text, an answer
+that continues it and one that copies from it are judged against the whole model, and six pass keys are asked for.
+Intervals are over the prompts. ``--time`` times the first token of a prompt, in turn:
 stock llama-cpp-python with its defaults, ours with the settings that `tune` found, and ours with the plan too. Run
 nothing else meanwhile. Start at :func:`main`.
 """
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import html
+import json
 import re
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from adaskip_cpp import AdaSkipLlama
@@ -28,27 +31,29 @@ from adaskip_cpp.model.plan_file import plan_beside
 from adaskip_cpp.tuning.figures import quality_of
 from adaskip_cpp.tuning.speed import measure_speed
 
-LICENCES = ("GPL-2", "GPL-3", "LGPL-2.1", "MPL-1.1", "Artistic")
 N_CONTINUED, N_COPIED = 192, 128
 
 
-def unseen_texts() -> dict[str, str]:
-    """Return one text of each kind that this machine has."""
+def unseen_texts(files: Sequence[str] = ()) -> dict[str, str]:
+    """Return one text of each kind: those of IDLE, and those of files."""
     library, found = Path(sysconfig.get_path("stdlib")), {}
-    licences = [Path("/usr/share/common-licenses", name) for name in LICENCES]
-    found["licences"] = "\n\n\n".join(path.read_text() for path in licences if path.exists())
     manual = (library / "idlelib/help.html").read_text()
     plain = html.unescape(re.sub(r"(?s)<(head|script|style)\b.*?</\1>|<[^>]*>", "", manual))
     found["manual"] = re.sub(r"\s*\n\s*\n\s*", "\n\n", plain).strip()
     news = [library / "idlelib" / name for name in ("News3.txt", "NEWS.txt")]
     found["changelog"] = "\n\n".join(path.read_text("utf-8", "replace") for path in news if path.exists())
+    for path in map(Path, files):
+        found[path.stem] = text = path.read_text("utf-8")
+        if path.suffix == ".jsonl":
+            documents = [json.loads(line) for line in text.splitlines()]
+            found[path.stem] = "\n\n".join(each.get("context") or each["input"] for each in documents)
     return {kind: text for kind, text in found.items() if text}
 
 
-def probes(llm: AdaSkipLlama, prompt: int, n_each: int) -> list[Probe]:
+def probes(llm: AdaSkipLlama, prompt: int, n_each: int, files: Sequence[str]) -> list[Probe]:
     """Return the probes of up to ``n_each`` pieces of each kind of text."""
     found = []
-    for kind, text in unseen_texts().items():
+    for kind, text in unseen_texts(files).items():
         pieces = cut(llm, text, n_each, prompt + N_CONTINUED)
         for i, piece in enumerate(piece for piece in pieces if len(piece) == prompt + N_CONTINUED):
             key = 1000 + len(found), (i + 0.5) / n_each  # other pass keys than those of tune
@@ -69,6 +74,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of a prompt")
     parser.add_argument("--pieces", type=int, default=4, help="prompts of each kind of text")
+    parser.add_argument("--text", nargs="*", default=[], metavar="FILE", help="more kinds of text")
     parser.add_argument("--max-loss", type=float, nargs="*", default=[0.02, 0.05, 0.1])
     parser.add_argument("--time", type=int, default=0, metavar="N", help="rounds of timing")
     args = parser.parse_args()
@@ -76,7 +82,7 @@ def main() -> None:
     if frontier is None:
         raise SystemExit(f"there is no frontier beside {args.model}; run adaskip-cpp tune {args.model}")
     llm = AdaSkipLlama(args.model, n_ctx=args.prompt + 512, verbose=False, **frontier.settings.to_kwargs())
-    judge = Judge(llm, probes(llm, args.prompt, args.pieces))
+    judge = Judge(llm, probes(llm, args.prompt, args.pieces, args.text))
     names = list(dict.fromkeys(probe.text for probe in judge.probes))
     here = "this machine" if is_here(frontier.machine) else "another machine"
     print(f"{args.model}, prompts of {args.prompt:,} tokens: {', '.join(names)}; tuned on {here}")

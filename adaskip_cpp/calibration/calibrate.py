@@ -51,7 +51,7 @@ def calibrate(
     Args:
         llm: the model.
         requests: texts, or lists of token ids, that fit into the context. Text like your own gives a better profile.
-            None for text that every Python carries.
+            None for text that every installation has.
         n_requests: number of requests to cut from that text, if ``requests`` is None.
         n_tokens: tokens of each of these.
         n_decode: tokens to decode after a request, from 1 on.

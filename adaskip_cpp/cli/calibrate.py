@@ -27,8 +27,8 @@ _learning = partial(option, group="What to measure")
 @click.argument("model")
 @option("-o", "--output", required=True, metavar="PROFILE", help="Profile file to write.")
 @option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
-        "repeated. Text like your prompts is best.  [default: pages, sources and docstrings of Python's "
-        "library]")  # fmt: skip
+        "repeated. Text like your prompts is best.  [default: documentation and code of Python "
+        "and of packages]")  # fmt: skip
 @_learning("--requests", type=click.IntRange(1), default=corpus.N_REQUESTS, help="Requests to cut from the text.")
 @_learning("--tokens", type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
 @_learning("--decode-tokens", "n_decode", type=click.IntRange(1), default=32,

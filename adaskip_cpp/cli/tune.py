@@ -28,10 +28,10 @@ from .tune_report import minutes, print_frontier
 @option("--context", type=click.IntRange(min=1), default=8192, help="Usual length of your prompts, in tokens.")
 @option("--answer", "n_answer", type=click.IntRange(min=0), default=128, help="Usual length of answers, in tokens.")
 @option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
-        "repeated.  [default: pages, sources and docstrings of Python's library]")  # fmt: skip
+        "repeated.  [default: documentation and code of Python and of packages]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE",
-        help="Other UTF-8 text, to judge answers; may be repeated.  [default: descriptions of packages, more of "
-        "Python's library]")  # fmt: skip
+        help="Other UTF-8 text, to judge answers; may be repeated.  [default: descriptions, code and licences "
+        "of packages]")  # fmt: skip
 @model_options_with("the fastest number", "if it is faster")
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
         help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip

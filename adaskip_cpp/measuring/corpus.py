@@ -1,20 +1,26 @@
-"""Provides text to calibrate on, which every Python has, and cuts text into requests. Start at :func:`requests`."""
+"""Provides text that every installation has to calibrate on, and cuts text into requests. Start at :func:`requests`."""
 
 import ast
 import contextlib
 import sysconfig
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 from llama_cpp import Llama
 
 from ..errors import DataError, RequestError
 from ..files import read_text
 
 PAGES = "pages of pydoc_data.topics (Python's language reference)"
-DESCRIPTION = f"{PAGES}, sources and docstrings of its standard library"
-"""The text of :func:`requests`. Maps that were fitted on one kind alone lost a sixth more on the other kinds."""
+DESCRIPTION = (
+    f"{PAGES}, sources and docstrings of its standard library, docstrings and C headers of numpy, "
+    "descriptions of packages"
+)
+"""The text of :func:`requests`. Maps that were fitted on Python's manual and library alone lose a seventh more on other
+kinds of text, such as stories: docs/dev/results.md."""
 
 SOURCES = (
     "_pydecimal argparse configparser difflib doctest fractions imaplib ipaddress mailbox optparse pickle random "
@@ -25,6 +31,9 @@ tokens that every supported Python has."""
 
 _PACKAGES = "asyncio collections concurrent email html http importlib json logging multiprocessing unittest urllib xml"
 """Packages of the standard library: their docstrings, but not their code, are text to calibrate on."""
+
+_NUMPY = "fft lib linalg ma polynomial"  # likewise of numpy
+_DESCRIBED = "rich", "diskcache", "markdown-it-py", "gguf", "msgspec"  # installed with this package; long descriptions
 
 _LONGEST = 60_000  # most characters of one source, so that no module dominates the text
 _LEAST = 200  # fewest characters of a docstring
@@ -78,10 +87,20 @@ def text(exclude: Collection[str] = HELD_OUT) -> str:
     return SEPARATOR.join(page for name, page in pages().items() if name not in exclude)
 
 
-def _sources(library: Path) -> str:
-    """Return the modules of the standard library that are single files, without :data:`SOURCES`."""
+def descriptions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the descriptions of those packages that are installed, by name: prose with lists and examples."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            if text := str(metadata.metadata(name).json.get("description", "")).strip():
+                found[name] = text
+    return found
+
+
+def _sources(paths: Iterable[Path]) -> str:
+    """Return files of text, without :data:`SOURCES`."""
     held_out, found = {f"{name}.py" for name in SOURCES.split()}, []
-    for path in sorted(library.glob("*.py")):
+    for path in sorted(paths):
         with contextlib.suppress(DataError):
             if path.name not in held_out and len(source := read_text(path)) <= _LONGEST:
                 found.append(source)
@@ -89,13 +108,13 @@ def _sources(library: Path) -> str:
 
 
 @cache
-def _docstrings(library: Path) -> str:
-    """Return the docstrings in :data:`_PACKAGES`, cached because finding them takes a second."""
+def _docstrings(folder: Path, packages: str) -> str:
+    """Return the docstrings in packages of a folder, cached because finding them takes a second."""
     return SEPARATOR.join(
         text
-        for package in _PACKAGES.split()
-        for path in sorted((library / package).rglob("*.py"))
-        if "test" not in path.parts
+        for package in packages.split()
+        for path in sorted((folder / package).rglob("*.py"))
+        if not {"test", "tests"} & {*path.relative_to(folder).parts}
         for text in _docstrings_of(path)
     )
 
@@ -116,10 +135,13 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 
 def requests(tokenizer: Llama, n_requests: int, n_tokens: int) -> list[list[int]]:
     """Cut requests from each kind of text in :data:`DESCRIPTION` in turn; RequestError if this Python lacks all."""
-    library = Path(sysconfig.get_path("stdlib"))
-    kinds = [_sources(library), _docstrings(library)]
+    library, numpy = Path(sysconfig.get_path("stdlib")), Path(np.__file__).parent
+    kinds = [_sources(library.glob("*.py")), _docstrings(library, _PACKAGES)]
     with contextlib.suppress(RequestError):
         kinds.insert(0, text())
+    kinds.append(_docstrings(numpy, _NUMPY))
+    kinds.append(_sources(Path(np.get_include(), "numpy").glob("[a-z]*.h")))  # others are generated
+    kinds.append(SEPARATOR.join(descriptions(_DESCRIBED).values()))
     kinds = [kind for kind in kinds if kind.strip()]
     if not kinds:
         raise RequestError("this Python has no text to calibrate on; pass your own requests (--data FILE)")

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from llama_cpp import Llama
@@ -18,7 +19,7 @@ from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..files import StrPath, read_text
 from . import metrics
-from .corpus import SOURCES, cut, tokens_of
+from .corpus import SOURCES, cut, descriptions, tokens_of
 
 READMES = ("tqdm", "llama_cpp_python", "charset-normalizer")
 """Packages that are installed with this one and have descriptions of 10,000 tokens or more."""
@@ -160,10 +161,19 @@ def python_sources() -> dict[str, str]:
 
 
 def readmes() -> dict[str, str]:
-    """Return the descriptions of :data:`READMES`, by package: prose with lists and examples. {} if there are none."""
+    """Return the descriptions of :data:`READMES`, by package. {} if there are none."""
+    return descriptions(READMES)
+
+
+def licences() -> dict[str, str]:
+    """Return the licences that come with numpy and Python: legal prose. {} if there are none."""
+    files = {"numpy": list[Path](), "Python": [Path(sysconfig.get_path("stdlib"), "LICENSE.txt")]}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        paths = metadata.files("numpy") or ()
+        files["numpy"] = sorted(Path(str(path.locate())) for path in paths if path.name.startswith("LICENSE"))
     found = {}
-    for name in READMES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            if text := str(metadata.metadata(name).json.get("description", "")).strip():
+    for name, each in files.items():
+        with contextlib.suppress(DataError):
+            if text := "\n\n".join(map(read_text, each)):
                 found[name] = text
     return found

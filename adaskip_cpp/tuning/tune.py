@@ -82,9 +82,9 @@ def tune(
         model: a GGUF file.
         context: tokens of the prompt for which settings are chosen.
         n_answer: tokens of the answer for which settings are chosen.
-        data: texts by name for the calibration; None for text that every Python carries.
-        texts: other texts by name, by which plans are found and judged; None for descriptions of installed packages,
-            and for pages and sources of Python that the calibration leaves out.
+        data: texts by name for the calibration; None for text that every installation has.
+        texts: other texts by name, by which plans are found and judged; None for descriptions and licences of installed
+            packages, and sources of Python, all left out of the calibration.
         given: settings that are not varied, by the names of ``Settings``.
         memo: keeps findings in a file, so that a later call continues; None for none.
         on_stage: shows progress, as for ``calibrate``.

@@ -1,16 +1,17 @@
-"""adaskip_cpp.measuring.corpus: pages of Python's manual and sources, cut into requests."""
+"""adaskip_cpp.measuring.corpus: text of several kinds, cut into requests."""
 
 import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 from oracles.fake_llama import BOS
 from oracles.questions import LLM
 
 from adaskip_cpp.errors import RequestError
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.tasks import python_sources
+from adaskip_cpp.measuring.tasks import licences, python_sources, readmes
 
 
 def test_no_paragraph_is_on_two_pages() -> None:
@@ -49,38 +50,55 @@ def built_in() -> list[str]:
 
 
 def test_requests_are_of_each_kind_in_turn(built_in: list[str]) -> None:
-    library = Path(sysconfig.get_path("stdlib"))
-    sources = corpus.SEPARATOR.join(path.read_text("utf-8") for path in sorted(library.glob("*.py")))
-    assert all(each in corpus.text() for each in built_in[::3])
-    assert sum(each in sources for each in built_in[1::3]) >= 9, "all but what is part of two modules"
-    # A docstring is in its module but for how far it is indented; no more than its first part may be in a request.
-    packages = [path for name in corpus._PACKAGES.split() for path in (library / name).rglob("*.py")]
-    words = {" ".join(path.read_text("utf-8", "ignore").split()) for path in packages}
-    for each in built_in[2::3]:
-        longest = max(each.split(corpus.SEPARATOR), key=len)
-        assert any(" ".join(longest.split()[1:-1]) in text for text in words), longest
+    library, numpy = Path(sysconfig.get_path("stdlib")), Path(np.__file__).parent
+    headers = [path for path in Path(np.get_include(), "numpy").glob("*.h") if path.name[0] != "_"]
+    assert all(each in corpus.text() for each in built_in[::6])
+    for files, first in ((library.glob("*.py"), 1), (headers, 4)):
+        joined = corpus.SEPARATOR.join(path.read_text("utf-8") for path in sorted(files))
+        assert sum(each in joined for each in built_in[first::6]) >= 4, "all but a request that has two files"
+    # Docstrings are indented in their modules. At least one of the parts of a request is a docstring, or a part of one.
+    for folder, packages, first in ((library, corpus._PACKAGES, 2), (numpy, corpus._NUMPY, 3)):
+        paths = [path for name in packages.split() for path in (folder / name).rglob("*.py")]
+        words = {" ".join(path.read_text("utf-8", "ignore").split()) for path in paths}
+        for each in built_in[first::6]:
+            longest = max(each.split(corpus.SEPARATOR), key=len)
+            assert any(" ".join(longest.split()[1:-1]) in text for text in words), longest
+    described = corpus.descriptions(corpus._DESCRIBED)
+    assert {*described} == {*corpus._DESCRIBED}
+    assert all(each in corpus.SEPARATOR.join(described.values()) for each in built_in[5::6])
 
 
 def test_requests_have_no_text_that_what_is_learned_is_judged_on(built_in: list[str]) -> None:
-    judged = [*corpus.held_out().values(), *python_sources().values()]
+    judged = [text for kind in (corpus.held_out, python_sources, readmes, licences) for text in kind().values()]
     for request in built_in:
         assert not any(request[50:150] in text for text in judged)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 5, 6, 7])
 def test_so_many_requests_are_cut_as_are_asked_for(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     for name, letter in (("text", "p"), ("_sources", "s"), ("_docstrings", "d")):
         monkeypatch.setattr(corpus, name, lambda *_, letter=letter: letter * 100)
+    monkeypatch.setattr(corpus, "descriptions", lambda packages: {"a": "r" * 100})
     requests = [LLM.detokenize(request).decode() for request in corpus.requests(LLM, n, 11)]
-    assert requests == ["p" * 10, "s" * 10, "d" * 10, "p" * 10][:n]
+    assert requests == [letter * 10 for letter in "psddsrp"][:n]
 
 
+@pytest.fixture
+def no_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hides numpy's files and the descriptions of packages."""
+    monkeypatch.setattr(corpus.np, "__file__", str(tmp_path / "none" / "a.py"))
+    monkeypatch.setattr(corpus.np, "get_include", lambda: str(tmp_path / "none"))
+    monkeypatch.setattr(corpus, "descriptions", lambda packages: {})
+
+
+@pytest.mark.usefixtures("no_packages")
 def test_a_python_without_sources_gives_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
         monkeypatch.setattr(sysconfig, "get_path", lambda name, folder=folder: str(folder))
         assert corpus.requests(LLM, 9, 40) == corpus.cut(LLM, corpus.text(), 9, 40)
 
 
+@pytest.mark.usefixtures("no_packages")
 def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

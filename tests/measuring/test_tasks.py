@@ -8,7 +8,7 @@ from oracles.questions import LLM
 
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring import corpus, tasks
-from adaskip_cpp.measuring.tasks import READMES, python_sources, read_texts, readmes, text_items
+from adaskip_cpp.measuring.tasks import READMES, licences, python_sources, read_texts, readmes, text_items
 
 # --- items of text ----------------------------------------------------------------------------------------------------
 
@@ -89,6 +89,15 @@ def test_required_packages_bring_prose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.keys() == {*READMES} and all(len(text) > 20_000 for text in found.values())
     monkeypatch.setattr(tasks, "READMES", ("no such package",))
     assert readmes() == {}
+
+
+def test_licences_are_those_of_numpy_and_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = licences()
+    assert "Redistributions in binary form" in found["numpy"] and "PYTHON SOFTWARE FOUNDATION" in found["Python"]
+    assert all(len(text) > 10_000 for text in found.values())
+    monkeypatch.setattr(tasks.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(tasks.metadata, "files", lambda package: None)
+    assert licences() == {}
 
 
 def test_sources_that_a_python_lacks_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from adaskip_cpp.errors import DataError, RequestError
+from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring.tasks import READMES, TextItem
 from adaskip_cpp.tuning import hold_out as module
 from adaskip_cpp.tuning.hold_out import hold_out, unseen_texts
@@ -23,15 +23,15 @@ def letters(part: Sequence[TextItem]) -> set[str]:
 
 def test_descriptions_come_first_and_a_kind_that_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = unseen_texts()
-    assert [*kinds[0]] == [*READMES] and len(kinds) == 3
-    monkeypatch.setattr(module, "readmes", dict)
-    assert unseen_texts() == kinds[1:]
+    assert [*kinds[0]] == [*READMES] and [*kinds[2]] == ["numpy", "Python"] and len(kinds) == 3
+    monkeypatch.setattr(module, "licences", dict)
+    assert unseen_texts() == kinds[:2]
 
     def missing() -> dict[str, str]:
-        raise RequestError("this Python lacks pydoc_data.topics")
+        raise DataError("this Python has no sources")
 
-    monkeypatch.setattr(module, "held_out", missing)
-    assert unseen_texts() == kinds[2:]
+    monkeypatch.setattr(module, "python_sources", missing)
+    assert unseen_texts() == kinds[:1]
 
 
 def test_of_many_texts_each_goes_to_one_part_whole() -> None:
