@@ -248,7 +248,7 @@ class _Tuning:
                 n_failed, takes = 0, seconds[length]
                 while not needs or n_left >= each_costs:
                     best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
-                    if best is not None and max(needs[best]) >= _NEAR * wanted:
+                    if best is not None and (number < len(_FIRST_AIMS) or max(needs[best]) >= _NEAR * wanted):
                         break
                     is_last = n_left < 2 * each_costs
                     candidate = aim(sets[length], needs, _NEAR * _SAFER ** (n_failed + is_last) * wanted)
@@ -256,10 +256,7 @@ class _Tuning:
                         break
                     add(candidate)
                     on_progress(1 - max(n_left, 0) / n_begin)
-                    if max(needs[candidate]) > wanted:
-                        n_failed += 1
-                    elif number < len(_FIRST_AIMS):
-                        break
+                    n_failed += max(needs[candidate]) > wanted
         useful = (each for each in found.values() if not any(other.beats(each) for other in found.values()))
         return sorted(useful, key=lambda each: each.speedup(_LONG))
 
