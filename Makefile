@@ -209,6 +209,6 @@ $(VENV)/build-tools: pyproject.toml cmake/releases.txt
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "make: $(PYTHON) cannot create $(VENV); install its venv module (Debian: apt install python3-venv)." >&2; exit 1; }
 	@echo "Installing the build tools; llama-cpp-python compiles for about 4 minutes when pip has no wheel of it yet."
-	$(if $(GGML),CMAKE_ARGS="$(GGML_$(GGML))") $(PIP) install --quiet \
-	  $(if $(GGML),--no-cache-dir --no-binary llama-cpp-python) $(BUILD_REQUIRES)
+	CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/cmake/lean.cmake $(GGML_$(GGML))" $(PIP) install \
+	  --quiet $(if $(GGML),--no-cache-dir --no-binary llama-cpp-python) $(BUILD_REQUIRES)
 	@touch $@

@@ -46,6 +46,8 @@ endforeach()
 
 # EXCLUDE_FROM_ALL also excludes llama.cpp's own install rules.
 add_subdirectory("${ADASKIP_LLAMA}" llama EXCLUDE_FROM_ALL)
+include("${CMAKE_CURRENT_LIST_DIR}/models.cmake")
+adaskip_unite_models()
 if(CMAKE_CROSSCOMPILING)
     target_compile_options(ggml-base PRIVATE -O1) # it is never run
 endif()
