@@ -86,7 +86,8 @@ class _Curve:
         Earlier layers lose more than later ones, so the loss grows faster with depth. A loss above that line is chance:
         4 FFNs of Qwen2.5-Coder lost 0.023, and 8 lost 0.020. Then every set with 4 to 8 was expected to lose the same.
         """
-        kinds, depths = np.array(self.lost).T, np.array(self.depths)
+        kinds: npt.NDArray[np.float64] = np.array(self.lost).T
+        depths = np.array(self.depths)
         for i, k in combinations(range(len(depths)), 2):
             share = (depths[i + 1 : k] - depths[i]) / (depths[k] - depths[i])
             line = (1 - share) * kinds[:, [i]] + share * kinds[:, [k]]
