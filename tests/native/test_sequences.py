@@ -1,7 +1,7 @@
 """Any sequence of calls, found by Hypothesis, against an oracle that evaluates the history in NumPy.
 
 Every run draws anew, for a while per kind of model. Tolerances: float32 against float64, where 1.3e-6 was the largest
-relative error; 3.6e-3 with flash attention, which rounds to F16 on the CPU; 9e-5 with Gemma's GELU, a table in F16.
+relative error; 3.6e-3 with flash attention, which rounds to F16 on the CPU (1.02e-2 on an Intel Xeon); 9e-5 with Gemma's GELU, a table in F16.
 """
 
 import pickle
@@ -77,7 +77,7 @@ class Kind:
 KINDS = {
     "as it is": Kind(),
     "batches of 3": Kind(options={"n_batch": 3}),
-    "flash attention": Kind(options={"n_batch": 3, "flash_attn": True}, tolerance=1e-2),
+    "flash attention": Kind(options={"n_batch": 3, "flash_attn": True}, tolerance=2e-2),
     "sliding windows": Kind("gemma3", options={"n_batch": 5}, tolerance=1e-3),
     "small sliding windows": Kind("gemma3", options={"n_batch": 5, "swa_full": False}, tolerance=1e-3),
     "elided KV": Kind(elided=(1,)),
