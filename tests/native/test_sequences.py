@@ -1,7 +1,8 @@
 """Any sequence of calls, found by Hypothesis, against an oracle that evaluates the history in NumPy.
 
 Every run draws anew, for a while per kind of model. Tolerances: float32 against float64, where 1.3e-6 was the largest
-relative error; 3.6e-3 with flash attention, which rounds to F16 on the CPU (1.02e-2 on an Intel Xeon); 9e-5 with Gemma's GELU, a table in F16.
+relative error; 3.6e-3 with flash attention, which rounds to F16 on the CPU, and 1.02e-2 on an Intel Xeon; 9e-5 with
+Gemma's GELU, a table in F16.
 """
 
 import pickle
