@@ -122,7 +122,7 @@ def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None]) -> Profile:
     """Calibrate briefly, and measure on one text how much loss skipping in the bulk adds."""
 
     def stage(label: str) -> AbstractContextManager[OnProgress]:
-        on_stage(f"{label}, on {_N_REQUESTS} requests of Python's manual and library")
+        on_stage(f"{label}, on {_N_REQUESTS} requests of texts of Python and packages")
         return silent(label)
 
     profile = calibrate(
