@@ -1,5 +1,5 @@
 # adaskip_unite_models(): lets the target llama compile 16 of llama.cpp's files of models at a time, as its newer releases
-# do themselves. 0.3.35 and older compile each of over 100 files alone, which takes twice as long.
+# do themselves. 0.3.35 and older compile each of over 100 files alone.
 
 function(adaskip_unite_models)
     get_target_property(united llama UNITY_BUILD)

@@ -20,7 +20,7 @@ DESCRIPTION = (
     "descriptions of packages"
 )
 """The text of :func:`requests`. Maps that were fitted on Python's manual and library alone lose a seventh more on other
-kinds of text, such as stories: docs/dev/results.md."""
+kinds of text, such as stories: docs/dev/method.md."""
 
 SOURCES = (
     "_pydecimal argparse configparser difflib doctest fractions imaplib ipaddress mailbox optparse pickle random "
@@ -136,12 +136,16 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 def requests(tokenizer: Llama, n_requests: int, n_tokens: int) -> list[list[int]]:
     """Cut requests from each kind of text in :data:`DESCRIPTION` in turn; RequestError if this Python lacks all."""
     library, numpy = Path(sysconfig.get_path("stdlib")), Path(np.__file__).parent
-    kinds = [_sources(library.glob("*.py")), _docstrings(library, _PACKAGES)]
+    kinds = []
     with contextlib.suppress(RequestError):
-        kinds.insert(0, text())
-    kinds.append(_docstrings(numpy, _NUMPY))
-    kinds.append(_sources(Path(np.get_include(), "numpy").glob("[a-z]*.h")))  # others are generated
-    kinds.append(SEPARATOR.join(descriptions(_DESCRIBED).values()))
+        kinds.append(text())
+    kinds += [
+        _sources(library.glob("*.py")),
+        _docstrings(library, _PACKAGES),
+        _docstrings(numpy, _NUMPY),
+        _sources(Path(np.get_include(), "numpy").glob("[a-z]*.h")),  # others are generated
+        SEPARATOR.join(descriptions(_DESCRIBED).values()),
+    ]
     kinds = [kind for kind in kinds if kind.strip()]
     if not kinds:
         raise RequestError("this Python has no text to calibrate on; pass your own requests (--data FILE)")
