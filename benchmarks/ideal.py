@@ -19,19 +19,19 @@ import numpy as np
 from results import layers
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
-from adaskip_cpp.benchmark.table import NO_PLAN, REST, BenchTimes, table
-from adaskip_cpp.intervals import Interval
+from adaskip_cpp.intervals import Interval, ratio_interval
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.cores import physical_cores
-from adaskip_cpp.measuring.timing import in_turn, time_request
-from adaskip_cpp.model.plan import TIMED, Phase
+from adaskip_cpp.measuring.timing import RequestTime, in_turn, time_request
 
 N_DECODE, N_SKIP = 32, 12
 COMPENSATIONS = ("linear", "none")
+NO_PLAN, REST = "no plan", "nothing that can be skipped"
+TIMED = {"prefill": lambda run: run.first_token_s, "decode": RequestTime.per_token_s}  # by phase, seconds of a run
 
 
-def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, dict[Phase, tuple[str, str]]]]:
-    """Return the plans of all runs by name, and for each contender the two runs that give its ideal."""
+def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, str]]:
+    """Return the plans of all runs by name, and for each contender the run of its skipped sublayers alone."""
     every = [np.flatnonzero(profile.skippable[:, kind]).tolist() for kind in (0, 1)]
     kinds = {
         f"{N_SKIP} attention": (layers(profile, 0, N_SKIP), []),
@@ -39,19 +39,19 @@ def make_plans(profile: Profile) -> tuple[dict[str, SkipPlan | None], dict[str, 
         f"{N_SKIP // 2} of each": (layers(profile, 0, N_SKIP // 2), layers(profile, 1, N_SKIP // 2)),
     }
     plans: dict[str, SkipPlan | None] = {NO_PLAN: None}
-    parts: dict[str, dict[Phase, tuple[str, str]]] = {}
+    alone: dict[str, str] = {}
     for name, (attention, ffn) in kinds.items():
         for each in COMPENSATIONS:
             plans[f"{name}, {each}"] = profile.plan(
                 compensation=each, mode="prefill", strategy="manual", attention=attention, ffn=ffn
             )
-            parts[f"{name}, {each}"] = dict.fromkeys(TIMED, (f"only {name}", REST))
+            alone[f"{name}, {each}"] = f"only {name}"
         others = [
             [layer for layer in every[kind] if layer not in skipped] for kind, skipped in enumerate((attention, ffn))
         ]
         plans[f"only {name}"] = SkipPlan.manual(profile.n_layer, attention=others[0], ffn=others[1])
     plans[REST] = SkipPlan.manual(profile.n_layer, attention=every[0], ffn=every[1])
-    return plans, parts
+    return plans, alone
 
 
 def main() -> None:
@@ -65,30 +65,31 @@ def main() -> None:
     n_threads = physical_cores()
     n_ctx = args.context + N_DECODE + 1
     llm = AdaSkipLlama(args.model, n_ctx=n_ctx, n_threads=n_threads, n_threads_batch=n_threads, verbose=False)
-    plans, parts = make_plans(Profile.load(args.profile))
+    plans, alone = make_plans(Profile.load(args.profile))
     prompt = corpus.cut(llm, corpus.text(()), 1, args.context)[0]
-    times = BenchTimes([NO_PLAN, *parts], parts=parts)
     names = list(plans)
+    times: dict[str, list[RequestTime]] = {name: [] for name in names}
     for n_round in range(-1, args.rounds):
         for index in in_turn(len(names), max(n_round, 0)):
             llm.set_plan(plans[names[index]])
             result = time_request(llm, prompt, N_DECODE)
             if n_round >= 0:  # the first round warms up
-                times.times.setdefault((names[index], args.context), []).append(result)
+                times[names[index]].append(result)
 
-    def figure(interval: Interval | None, form: str) -> str:
-        if interval is None:
-            return "-"
+    def figure(interval: Interval, form: str) -> str:
         return f"{interval.value:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
     print(llm.model_path)
     print(f"{n_threads} threads, llama-cpp-python {version('llama-cpp-python')}, {args.rounds} rounds in turn\n")
     print("| plan, compensation | phase | speed | ideal | of ideal |\n|---|---|---|---|---|")
-    rows = {(row.contender, row.phase): row for row in table(times)}
-    for name in parts:
-        for phase in TIMED:
-            row = rows[name, phase]
-            cells = figure(row.against[NO_PLAN], ".3f"), figure(row.ideal, ".3f"), figure(row.of_ideal, ".1%")
+    for name, only in alone.items():
+        for phase, seconds in TIMED.items():
+            whole, rest, skipped, own = (
+                np.array([seconds(run) for run in times[each]]) for each in (NO_PLAN, REST, only, name)
+            )
+            least = whole - (skipped - rest)
+            cells = [figure(ratio_interval(whole, own), ".3f")]
+            cells += [figure(ratio_interval(whole, least), ".3f"), figure(ratio_interval(least, own), ".1%")]
             print(f"| {name} | {phase} | {' | '.join(cells)} |")
 
 

@@ -54,7 +54,7 @@ def layers(profile: Profile, kind: int, n: int) -> list[int]:
 
 
 def speed(name: str, model: Path, profile: Path) -> None:
-    """Measure the overhead without a plan, and plans of 12 attentions, 12 FFNs and 6 of each against the ideal."""
+    """Measure the overhead without a plan, and plans of 12 attentions, 12 FFNs and 6 of each."""
     run("bench", model, "--contexts", 512, "--repeats", ROUNDS[name])
     loaded = Profile.load(profile)
     attention, ffn = (",".join(map(str, layers(loaded, kind, 12))) for kind in (0, 1))
@@ -73,21 +73,8 @@ def quality(name: str, model: Path, profile: Path) -> None:
 
 def long(name: str, model: Path, profile: Path) -> None:
     """Measure a long prompt: its time, and whether pass keys in it are found."""
-    run(
-        "bench",
-        model,
-        "--profile",
-        profile,
-        "--contexts",
-        LONG[name],
-        "--mode",
-        "e2e",
-        "--skip",
-        6,
-        "--repeats",
-        3,
-        "--no-ideal",
-    )
+    plan = ("--profile", profile, "--mode", "e2e", "--skip", 6)
+    run("bench", model, *plan, "--contexts", LONG[name], "--repeats", 3)
     tasks = ("--synthetic", "passkey", "--lengths", LONG[name], "--depths", "0.2,0.5,0.8", "--per", 2, "--texts", 0)
     options = ("--strategy", "adaskip", "--skip", 6, "--mode", "prefill", "--rounds", 0)
     run("evaluate", model, "--profile", profile, *options, *tasks, "-o", profile.parent / f"{name}-long")

@@ -5,32 +5,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from oracles.tiny_families import N_CTX_TRAIN, N_EMBD
+from oracles.profiles import tiny_profile
+from oracles.tiny_families import N_CTX_TRAIN
 
-from adaskip_cpp import EvaluationOptions, PlanRequest, Profile, Running, SkipPlan, bench, evaluate
+from adaskip_cpp import EvaluationOptions, PlanRequest, Running, SkipPlan, bench, evaluate
 from adaskip_cpp.benchmark.table import NO_PLAN
 from adaskip_cpp.errors import DataError, ProfileMismatchError
-from adaskip_cpp.model.identity import ModelInfo, fingerprint
-from adaskip_cpp.model.statistics import PhaseStatistics
 from adaskip_cpp.pictures import plots
 
 RUNNING = Running(n_threads=1)
 
 
-@pytest.fixture
-def profile(tiny: Any) -> Profile:
-    similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
-    ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
-    statistics = PhaseStatistics(similarity, ones, ones, np.ones(3), zeros, zeros, 10)
-    known = ModelInfo(fingerprint(tiny()), "llama", 3)
-    return Profile(statistics, statistics, 1, 10, known, divergence=1 - similarity, copying=1 - similarity)
-
-
-def test_bench_takes_plans_and_requests_and_returns_rows(tiny: Any, profile: Profile) -> None:
+def test_bench_takes_plans_and_requests_and_returns_rows(tiny: Any) -> None:
+    profile = tiny_profile(tiny())
     plans = {"mine": SkipPlan.manual(3, ffn=[1]), "asked": PlanRequest(2, compensation="none")}
-    options: dict[str, Any] = {"n_rounds": 1, "n_decode": 2, "stock": False, "ideal": False, "running": RUNNING}
+    options: dict[str, Any] = {"n_rounds": 1, "n_decode": 2, "stock": False, "running": RUNNING}
     found = bench(tiny(), plans, profile=profile, contexts=(16,), **options)
     assert {(row.contender, row.phase) for row in found.rows} == {
         (name, phase) for name in (NO_PLAN, "mine", "asked") for phase in ("prefill", "decode")
@@ -39,18 +29,12 @@ def test_bench_takes_plans_and_requests_and_returns_rows(tiny: Any, profile: Pro
     assert "3 layers" in found.configuration["Model"] and found.ended_by is None
     with pytest.raises(DataError, match="made from a profile"):
         bench(tiny(), plans, contexts=(16,), **options)
-
-
-def test_bench_refuses_a_context_beyond_the_models_and_another_models_profile(tiny: Any, profile: Profile) -> None:
-    with pytest.raises(DataError, match="do not fit into the model's context"):
-        bench(tiny(), contexts=(10**6,), running=RUNNING)
     with pytest.raises(ProfileMismatchError, match="another model"):
-        bench(tiny(seed=1), {"asked": PlanRequest(2)}, profile=profile, contexts=(16,), running=RUNNING)
+        bench(tiny(seed=1), plans, profile=profile, contexts=(16,), **options)
 
 
-def test_evaluate_returns_what_stands_in_the_folder(
-    tiny: Any, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate_returns_what_stands_in_the_folder(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tiny_profile(tiny())
     monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
     (tmp_path / "text.txt").write_text("A fox sleeps, and a dog looks at the fox. " * 20)
     options = EvaluationOptions(

@@ -12,26 +12,19 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import Any
 
 from ..errors import AdaSkipError
 from ..measuring.timing import N_SETTLE, in_turn
-from ..model.arrays import Flags
 from ..model.cost_model import CostSettings
 from ..model.frontier import Frontier
-from ..model.plan import Bulk, Phase, SkipPlan
-from ..model.skip_set import SkipSet
+from ..model.plan import SkipPlan
 from ..progress import OnProgress
 from .process import Usage, Worker
-from .table import KEPT, NO_PLAN, REST, STOCK, BenchTimes, Row, table
+from .table import NO_PLAN, STOCK, BenchTimes, Row, table
 
 _PAUSE_S = 0.03  # between two runs: the last contender's threads spin for some milliseconds before they sleep
 _N_WARM_UP = 512  # most tokens that a new process reads untimed: one ubatch touches all weights and buffers
-_IDEAL = "the ideal"  # name of the process that makes all runs for the ideals
-
-_Parts: TypeAlias = dict[str, dict[Phase, tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ class BenchResult:
             ],
             "times": [
                 {
-                    "run": name,
+                    "contender": name,
                     "context": context,
                     "first_token_s": [run.first_token_s for run in runs],
                     "token_s": [run.token_s for run in runs],
@@ -124,9 +117,7 @@ class BenchResult:
 class Bench:
     """A benchmark of plans and frontiers, by the names of their contenders, with or without stock.
 
-    ``tokens`` are repeated for longer contexts. ``skippable`` are the sublayers that can be skipped everywhere, and
-    those that can be skipped in the bulk, each bool ``[n_layer, 2]``. With them, the ideal of each plan is measured
-    too, but not of a frontier.
+    ``tokens`` are repeated for longer contexts.
     """
 
     def __init__(
@@ -135,23 +126,19 @@ class Bench:
         plans: Mapping[str, SkipPlan | Frontier],
         tokens: Sequence[int],
         *,
-        skippable: tuple[Flags, Flags] | None = None,
         stock: bool = True,
         on_progress: OnProgress = lambda fraction, words="": None,
     ) -> None:
         self._settings = settings
         self._on_progress = on_progress
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
-        fixed = {name: plan for name, plan in plans.items() if isinstance(plan, SkipPlan)}
-        parts, ideal = ({}, {}) if skippable is None else _ideal(fixed, *skippable)
         # Tokens that an online stage observes do not count, so that its choice is timed.
-        windows = {name: plan.online.window for name, plan in fixed.items() if plan.online is not None}
+        fixed = [(name, plan.online) for name, plan in plans.items() if isinstance(plan, SkipPlan)]
+        windows = {name: online.window for name, online in fixed if online is not None}
         settle = {name: window + N_SETTLE for name, window in windows.items() if window < settings.n_decode}
-        # The runs of a round. Each contender has its own process (value None); the runs for the ideals share one.
-        self._runs: dict[str, SkipPlan | None] = {**dict.fromkeys(contenders), **ideal}
         self._tokens = list(itertools.islice(itertools.cycle(tokens), max(settings.contexts)))
         self._n_read = 0
-        self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, parts=parts, settle=settle))
+        self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, settle=settle))
 
     def run(self) -> BenchResult:
         """Run all rounds. Ctrl-C or a failed contender ends them early, and is raised only in the first round."""
@@ -160,9 +147,9 @@ class Bench:
                 with ExitStack() as stack:
                     workers = self._start(stack, n_round)
                     for context in self._settings.contexts:
-                        for index in in_turn(len(self._runs), n_round):
-                            name = [*self._runs][index]
-                            self._time(workers[self._process(name)], name, context, n_round)
+                        for index in in_turn(len(workers), n_round):
+                            name = self.result.times.contenders[index]
+                            self._time(workers[name], name, context, n_round)
         except (KeyboardInterrupt, AdaSkipError) as error:
             if not self.result.rows:
                 raise
@@ -171,7 +158,7 @@ class Bench:
 
     def _start(self, stack: ExitStack, n_round: int) -> dict[str, Worker]:
         workers: dict[str, Worker] = {}
-        for name in dict.fromkeys(map(self._process, self._runs)):
+        for name in self.result.times.contenders:
             if n_round == 0:
                 self._on_progress(0.0, f"loading {name}")
             workers[name] = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
@@ -179,10 +166,10 @@ class Bench:
             if name == NO_PLAN:
                 self.result.machine = reply["settings"]
         prompt = self._tokens[: min(self._settings.contexts[0], _N_WARM_UP)]
-        for name, plan in self._runs.items():
+        for name, worker in workers.items():
             if n_round == 0:
                 self._on_progress(0.0, f"warming up: {name}")
-            workers[self._process(name)].time(prompt, N_SETTLE, plan)
+            worker.time(prompt, N_SETTLE)
         return workers
 
     def _options(self, name: str) -> dict[str, Any]:
@@ -192,44 +179,11 @@ class Bench:
         return {**options, **plan, "n_ctx": max(settings.contexts) + settings.n_decode}
 
     def _time(self, worker: Worker, name: str, context: int, n_round: int) -> None:
-        n_rounds, plan = self._settings.n_rounds, self._runs[name]
-        share = self._n_read / (n_rounds * len(self._runs) * sum(self._settings.contexts))
+        n_rounds, contenders = self._settings.n_rounds, self.result.times.contenders
+        share = self._n_read / (n_rounds * len(contenders) * sum(self._settings.contexts))
         self._on_progress(share, f"round {n_round + 1} of {n_rounds}, {context:,} tokens: {name}")
         time.sleep(_PAUSE_S)
-        result = worker.time(self._tokens[:context], self._settings.n_decode, plan)
+        result = worker.time(self._tokens[:context], self._settings.n_decode)
         self._n_read += context
         self.result.times.times.setdefault((name, context), []).append(result)
-        if plan is None:
-            self.result.usage[name] = worker.usage
-
-    def _process(self, name: str) -> str:
-        return name if self._runs[name] is None else _IDEAL
-
-
-def _ideal(plans: Mapping[str, SkipPlan], skippable: Flags, in_bulk: Flags) -> tuple[_Parts, dict[str, SkipPlan]]:
-    """Return the names of the two runs that give each plan's ideal, by phase, and the plans of these runs by name."""
-    names: dict[SkipPlan, str] = {}
-
-    def pair(may: Flags, skip: Flags, name: str, rest: str, bulk: Bulk | None = None) -> tuple[str, str]:
-        alone = names.setdefault(_skipping(may & ~skip, bulk), f"only what {name!r} skips")
-        return alone, names.setdefault(_skipping(may, bulk), rest)
-
-    parts: _Parts = {}
-    for name, plan in plans.items():
-        own: dict[Phase, tuple[str, str]] = {}
-        if plan.bulk is None and plan.prefill.n_skip:
-            own["prefill"] = pair(skippable, plan.prefill.skip, name, REST)
-        elif plan.bulk and plan.bulk.skip.n_skip and not (plan.prefill.n_skip or plan.bulk.windowed):
-            # A plan with another head or tail is compared with a run of its own.
-            rest = f"{KEPT}, for {name!r}" if KEPT in names.values() else KEPT
-            own["prefill"] = pair(in_bulk, plan.bulk.skip.skip, f"{name} in the bulk", rest, plan.bulk)
-        if plan.decode.n_skip and not plan.schedule and plan.online is None:  # else the set changes within a request
-            own["decode"] = pair(skippable, plan.decode.skip, f"{name} in decode" if own else name, REST)
-        if own:
-            parts[name] = own
-    return parts, {name: plan for plan, name in names.items()}
-
-
-def _skipping(skip: Flags, bulk: Bulk | None = None) -> SkipPlan:
-    chosen, none = SkipSet(skip, np.ones(skip.shape)), SkipSet.none(len(skip))
-    return SkipPlan(none, none, bulk=Bulk(chosen, head=bulk.head, tail=bulk.tail)) if bulk else SkipPlan(chosen, chosen)
+        self.result.usage[name] = worker.usage

@@ -4,8 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
-import numpy as np
-
 from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..files import StrPath
@@ -33,7 +31,6 @@ def bench(
     n_rounds: int = 12,
     n_decode: int = 32,
     stock: bool = True,
-    ideal: bool = True,
     running: Running | None = None,
     on_progress: OnProgress = lambda fraction, words="": None,
     tell: Callable[[str], None] = lambda note: None,
@@ -55,7 +52,6 @@ def bench(
         n_rounds: number of times that each contender reads each prompt.
         n_decode: tokens timed after each prompt.
         stock: whether stock llama-cpp-python is a contender.
-        ideal: whether the skipped sublayers are timed by themselves, for the ideal speed-up.
         running: threads and devices of all contenders.
         on_progress: called with the share of the work that is done, 0 to 1, and the name of the current contender.
         tell: called with sentences for the user, such as a warning of a busy machine.
@@ -97,13 +93,11 @@ def bench(
             for each in [point.plan for point in plan.points] if isinstance(plan, Frontier) else [plan]:
                 llm.set_plan(each)
         tokens = corpus.cut(llm, corpus.text(()), 1, max(longest, 2))[0]
-        may = np.array([(sublayer.skippable, sublayer.in_bulk) for sublayer in llm.sublayers]).reshape(-1, 2, 2)
     if warning := busy_warning(load):
         tell(warning)
     stock_options = {**running.given(), "n_gpu_layers": running.gpu_layers} if tuned else options
     settings = BenchSettings(model, fitting, n_rounds, n_decode, options, stock_options)
-    skippable = (may[..., 0], may[..., 1]) if ideal else None
-    run = Bench(settings, made, tokens, skippable=skippable, stock=stock, on_progress=on_progress)
+    run = Bench(settings, made, tokens, stock=stock, on_progress=on_progress)
     run.result.configuration, run.result.load_average = about, load
     return run.run()
 

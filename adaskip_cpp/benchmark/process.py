@@ -14,7 +14,6 @@ from typing import Any, Literal
 from .. import errors
 from ..errors import AdaSkipError, NativeError
 from ..measuring.timing import RequestTime
-from ..model.plan import SkipPlan
 
 # Sets sys.path before any import, so that the worker imports this process's packages and none of the working directory.
 _START = (
@@ -67,9 +66,9 @@ class Worker:
         self.usage = Usage(0, round(sum(map(float, sizes)) * 2**20))
         return reply
 
-    def time(self, prompt: Sequence[int], n_decode: int, plan: SkipPlan | None = None) -> RequestTime:
-        """Set a plan, if one is given, and time a request with :func:`adaskip_cpp.measuring.timing.time_request`."""
-        reply = self._ask("time", list(prompt), n_decode, plan)
+    def time(self, prompt: Sequence[int], n_decode: int) -> RequestTime:
+        """Time a request with :func:`adaskip_cpp.measuring.timing.time_request`."""
+        reply = self._ask("time", list(prompt), n_decode)
         self.usage = Usage(reply["peak_bytes"], reply.get("kv_bytes", self.usage.kv_bytes))
         return RequestTime(reply["first_token_s"], reply["token_s"])
 

@@ -46,9 +46,7 @@ class _Contender:
         settings = {"settings": cost_settings(self._llm)} if self._ours else {}
         return {"library": str(library), **settings}
 
-    def time(self, prompt: list[int], n_decode: int, plan: Any) -> dict[str, Any]:
-        if plan is not None:
-            self._llm.set_plan(plan)
+    def time(self, prompt: list[int], n_decode: int) -> dict[str, Any]:
         result = dataclasses.asdict(_TIMING["time_request"](self._llm, prompt, n_decode))
         kv = {"kv_bytes": self._llm.kv_bytes} if self._ours else {}
         return {**result, "peak_bytes": _peak_bytes(), **kv}

@@ -44,12 +44,11 @@ _measured = partial(option, group="What to measure")
 @_chosen("--mode", type=click.Choice(MODES), default="prompt", help="Phases that skip, see `generate --help`.")
 @_measured("--decode-tokens", type=click.IntRange(min=1), default=32, help="Tokens to decode after each prompt.")
 @_measured("--no-stock", is_flag=True, help="Do not measure stock llama-cpp-python.")
-@_measured("--no-ideal", is_flag=True, help="Do not time the skipped sublayers alone.")
 @model_options
 @option("--json", "as_json", group=OUTPUT, is_flag=True, help="Print JSON with all times instead of tables.")
 def bench(
     model: str, profile: str | None, skip: tuple[int, ...] | None, contexts: tuple[int, ...] | None, repeats: int,
-    layers: tuple[_Layers, ...], tuned: bool, mode: ModeName, decode_tokens: int, no_stock: bool, no_ideal: bool,
+    layers: tuple[_Layers, ...], tuned: bool, mode: ModeName, decode_tokens: int, no_stock: bool,
     running: Running, as_json: bool
 ) -> None:  # fmt: skip
     """Measure the time to the first token and per token of MODEL, a GGUF file.
@@ -85,7 +84,6 @@ def bench(
             n_rounds=repeats,
             n_decode=decode_tokens,
             stock=not no_stock,
-            ideal=not no_ideal,
             running=running,
             on_progress=on_progress,
             tell=partial(err.print, style="yellow", markup=False, soft_wrap=True),

@@ -1,7 +1,6 @@
 """Prints the results of `adaskip-cpp bench`: tables, then the model, the machine and the plans."""
 
 import itertools
-import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -9,7 +8,6 @@ from rich.table import Column
 
 from ..benchmark.bench import BenchResult
 from ..benchmark.table import NO_PLAN, STOCK, Row, verdict
-from ..intervals import Interval
 from ..model.plan import SkipPlan
 from .report import megabytes, seconds, skipped_words
 from .terminal import table
@@ -34,7 +32,6 @@ def print_report(out: Console, result: BenchResult) -> None:
 def _print_phase(out: Console, rows: Sequence[Row]) -> None:
     references = [name for name in (STOCK, NO_PLAN) if any(name in row.against for row in rows)]
     columns = ["median\n(quartiles)", *(f"against {name}\n(95% interval)" for name in references)]
-    columns += ["ideal", "of the ideal\n(95% interval)"] if any(row.ideal is not None for row in rows) else []
     n_rounds = f"{rows[0].n_rounds} round{'s' if rows[0].n_rounds > 1 else ''}"
     # Not as the table's title, which rich wraps to the width of the table.
     out.print(f"{_TITLES[rows[0].phase]}, prompt of {rows[0].context:,} tokens, {n_rounds}", style="bold")
@@ -46,8 +43,6 @@ def _print_phase(out: Console, rows: Sequence[Row]) -> None:
         cells = [row.contender, f"{seconds(row.median_s)}\n({_range(row.low_s, row.high_s)})"]
         verdicts = [verdict(row.against[name]) if name in row.against else "" for name in references]
         cells += [words.replace(" (", "\n(").replace(", ", ",\n") for words in verdicts]  # the interval goes below
-        if row.ideal is not None and row.of_ideal is not None:
-            cells += [f"{row.ideal.value:.2f} x", _percent(row.of_ideal)]
         shown.add_row(*cells)
     out.print(shown)
 
@@ -55,11 +50,6 @@ def _print_phase(out: Console, rows: Sequence[Row]) -> None:
 def _range(low: float, high: float) -> str:
     first, last = seconds(low).split(), seconds(high).split()
     return f"{first[0]} to {' '.join(last)}" if first[1] == last[1] else f"{' '.join(first)} to {' '.join(last)}"
-
-
-def _percent(interval: Interval) -> str:
-    ends = f"\n({interval.low * 100:.1f} to {interval.high:.1%})" if math.isfinite(interval.low) else ""
-    return f"{interval.value:.1%}{ends}"
 
 
 def _words(plan: SkipPlan | None) -> str:

@@ -37,10 +37,10 @@ def measure_speed(
     with ExitStack() as stack:
         workers = {}
         for name in names:
-            side = "stock" if name == "stock" else "ours"
-            workers[name] = stack.enter_context(Worker(name, side))  # type: ignore[arg-type]
-            workers[name].open(model_path, options if name == "stock" else {**options, **settings.to_kwargs()})
-            workers[name].time(prompt[:_WARM_UP], 0, plan if name == "plan" else None)
+            workers[name] = stack.enter_context(Worker(name, "stock" if name == "stock" else "ours"))
+            ours = {} if name == "stock" else settings.to_kwargs()
+            workers[name].open(model_path, {**options, **ours, **({"plan": plan} if name == "plan" else {})})
+            workers[name].time(prompt[:_WARM_UP], 0)
         for n_round in range(n_rounds):
             for index in in_turn(len(names), n_round):
                 name = names[index]

@@ -5,7 +5,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,18 @@ from adaskip_cpp.benchmark import bench
 from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings
 from adaskip_cpp.benchmark.measure import fit_contexts
 from adaskip_cpp.benchmark.process import Usage, Worker
-from adaskip_cpp.benchmark.table import NO_PLAN, REST, STOCK, BenchTimes, Row, table, verdict
+from adaskip_cpp.benchmark.table import NO_PLAN, STOCK, BenchTimes, Row, table, verdict
 from adaskip_cpp.errors import DataError, NativeError, PlanError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.timing import RequestTime
-from adaskip_cpp.model.plan import Bulk, OnlineStage
-from adaskip_cpp.model.skip_set import SkipSet
+from adaskip_cpp.model.plan import OnlineStage
 
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 
 # --- from times to a table --------------------------------------------------------------------------------------------
 
 
-def measured(
-    prompt_s: dict[str, float], n_rounds: int = 20, noise: float = 0.0, seed: int = 0, **options: Any
-) -> BenchTimes:
+def measured(prompt_s: dict[str, float], n_rounds: int = 20, noise: float = 0.0, seed: int = 0) -> BenchTimes:
     """Runs at one context of 512, of which decode takes a hundredth per token; all share the noise of their round."""
     rng = np.random.default_rng(seed)
     common = np.exp(rng.normal(0, 0.3, n_rounds))
@@ -40,8 +37,7 @@ def measured(
     for name, seconds in prompt_s.items():
         own = seconds * common * np.exp(rng.normal(0, noise, n_rounds))
         times[name, 512] = [RequestTime(s, (9.0, 9.0, s / 100, s / 100)) for s in own.tolist()]
-    names = [name for name in prompt_s if not name.startswith("only") and name != REST]
-    return BenchTimes(names, times, **options)
+    return BenchTimes([*prompt_s], times)
 
 
 def row(rows: list[Row], contender: str, phase: str = "prefill", context: int = 512) -> Row:
@@ -64,44 +60,13 @@ def test_medians_and_quartiles_are_those_of_the_runs() -> None:
     assert (found.low_s, found.median_s, found.high_s, found.n_rounds) == (2.0, 3.0, 4.0, 5)
 
 
-def test_the_ideal_is_the_full_time_over_what_the_skipped_sublayers_leave_of_it() -> None:
-    # The skipped sublayers alone take 0.9 - 0.4 = 0.5 of 2.0 s: ideal 2 / 1.5. The plan takes 1.6: 1.5 / 1.6 of it.
-    parts = {"plan": {"prefill": ("only", REST), "decode": ("only", REST)}}
-    rows = table(measured({NO_PLAN: 2.0, "plan": 1.6, "only": 0.9, REST: 0.4}, parts=parts))
-    for phase in ("prefill", "decode"):
-        found = row(rows, "plan", phase)
-        assert found.ideal is not None and found.of_ideal is not None
-        assert found.ideal.value == pytest.approx(2 / 1.5)
-        assert found.of_ideal.value == pytest.approx(1.5 / 1.6)
-    assert row(rows, NO_PLAN).ideal is None
-
-
-def test_with_noise_the_share_of_the_ideal_is_still_found() -> None:
-    parts = {"plan": {"prefill": ("only", REST)}}
-    rows = table(
-        measured({NO_PLAN: 2.0, "plan": 1.5, "only": 0.9, REST: 0.4}, n_rounds=60, noise=0.02, seed=3, parts=parts)
-    )
-    share = row(rows, "plan").of_ideal
-    assert share is not None and share.low < 1 < share.high and share.high - share.low < 0.03
-    assert row(rows, "plan", "decode").ideal is None
-
-
-def test_parts_that_take_longer_than_the_whole_give_no_ideal() -> None:
-    parts = {"plan": {"prefill": ("only", REST), "decode": ("only", REST)}}
-    rows = table(measured({NO_PLAN: 1.0, "plan": 0.9, "only": 1.8, REST: 0.1}, parts=parts))
-    assert row(rows, "plan").ideal is None and row(rows, "plan").of_ideal is None
-
-
-def test_an_interrupted_round_does_not_count() -> None:
+def test_an_interrupted_round_does_not_count_and_without_any_there_are_no_rows() -> None:
     times = measured({STOCK: 2.0, NO_PLAN: 2.0, "plan": 1.0}, n_rounds=3)
     times.times[STOCK, 512].append(RequestTime(99.0, (99.0,) * 4))
     times.times[NO_PLAN, 2048] = [RequestTime(1.0, (1.0,))]
     rows = table(times)
     assert {each.context for each in rows} == {512} and {each.n_rounds for each in rows} == {3}
     assert row(rows, STOCK).high_s < 99
-
-
-def test_what_no_round_completed_gives_no_rows() -> None:
     assert table(BenchTimes([STOCK, NO_PLAN])) == []
     assert table(BenchTimes([STOCK, NO_PLAN], {(STOCK, 64): [RequestTime(1.0, (1.0,))]})) == []
 
@@ -128,11 +93,8 @@ def test_the_verdict_calls_a_difference_real_only_if_its_interval_leaves_1_out(i
 
 
 def test_a_row_is_written_as_plain_json() -> None:
-    rows = [
-        msgspec.json.decode(msgspec.json.encode(each.to_dict()))
-        for each in table(measured({NO_PLAN: 2.0, "plan": 1.0}, n_rounds=1))
-    ]
-    full, plan = rows[:2]
+    rows = table(measured({NO_PLAN: 2.0, "plan": 1.0}, n_rounds=1))
+    full, plan, *_ = (msgspec.json.decode(msgspec.json.encode(each.to_dict())) for each in rows)
     assert full["speed_against"] == {}
     assert plan["speed_against"][NO_PLAN]["low"] is None and not plan["speed_against"][NO_PLAN]["real"]
 
@@ -140,11 +102,8 @@ def test_a_row_is_written_as_plain_json() -> None:
 # --- contexts ---------------------------------------------------------------------------------------------------------
 
 
-def test_contexts_asked_for_are_measured_as_they_are() -> None:
+def test_contexts_asked_for_are_measured_as_they_are_and_by_default_those_that_the_model_has_room_for() -> None:
     assert fit_contexts([2048, 512, 512], 8192, 32) == (512, 2048)
-
-
-def test_default_contexts_are_those_that_the_model_has_room_for() -> None:
     assert fit_contexts(None, 8192, 32) == (512, 2048)
     assert fit_contexts(None, 400, 24) == (376,)
     assert fit_contexts(None, 131072, 32) == fit_contexts(None, 0, 32) == (512, 2048, 8192)
@@ -159,8 +118,6 @@ def test_a_context_without_room_is_refused(contexts: list[int] | None, n_ctx_tra
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 PLAN = SkipPlan.manual(3, attention=[1], ffn=[2])
-EVERY = np.ones((3, 2), bool)
-SKIPPABLE = EVERY, EVERY
 CONTEXTS = (600, 640)
 
 
@@ -174,7 +131,7 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def ran(tiny: Any) -> Ran:
-    """Two rounds of stock, no plan, a plan and its ideal on the tiny model."""
+    """Two rounds of stock, no plan, a plan on the tiny model."""
     asked: list[tuple[Any, ...]] = []
 
     class Noted(Worker):
@@ -186,26 +143,26 @@ def ran(tiny: Any) -> Ran:
             asked.append(("open", self.name, options))
             return super().open(model, options)
 
-        def time(self, prompt: Sequence[int], n_decode: int, plan: SkipPlan | None = None) -> RequestTime:
-            asked.append(("time", self.name, len(prompt), n_decode, plan))
-            return super().time(prompt, n_decode, plan)
+        def time(self, prompt: Sequence[int], n_decode: int) -> RequestTime:
+            asked.append(("time", self.name, len(prompt), n_decode))
+            return super().time(prompt, n_decode)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "Worker", Noted)
         settings = BenchSettings(str(tiny()), CONTEXTS, 2, 4, ONE_THREAD, ONE_THREAD)
-        return Ran(Bench(settings, {"plan": PLAN}, [1, 5, 6], skippable=SKIPPABLE).run(), asked)
+        return Ran(Bench(settings, {"plan": PLAN}, [1, 5, 6]).run(), asked)
 
 
 def test_rounds_are_outermost_and_every_second_one_is_reversed(ran: Ran) -> None:
     names = [call[1:3] for call in ran.asked if call[0] == "time" and call[2] in CONTEXTS]
-    turn = [STOCK, NO_PLAN, "plan", "the ideal", "the ideal"]
+    turn = [STOCK, NO_PLAN, "plan"]
     assert names == [(name, n) for order in (turn, turn[::-1]) for n in CONTEXTS for name in order]
     assert ran.result.ended_by is None and len(table(ran.result.times)) == 12
 
 
 def test_each_round_has_new_processes_and_only_that_of_a_plan_is_opened_with_one(ran: Ran) -> None:
     opened = [(name, call[0].get("plan")) for kind, name, *call in ran.asked if kind == "open"]
-    assert opened == 2 * [(STOCK, None), (NO_PLAN, None), ("plan", PLAN), ("the ideal", None)]
+    assert opened == 2 * [(STOCK, None), (NO_PLAN, None), ("plan", PLAN)]
     assert all(call[2]["n_ctx"] == max(CONTEXTS) + 4 for call in ran.asked if call[0] == "open")
     closed = [call[1] for call in ran.asked if call[0] == "close"]
     assert sorted(closed) == sorted(name for name, _ in opened)
@@ -217,68 +174,16 @@ def test_a_new_process_is_warmed_up_by_one_ubatch_at_most(ran: Ran) -> None:
     assert asked == [("time", 512, 2), *timed, ("time", 512, 2), *timed]
 
 
-def test_the_ideal_is_measured_by_running_only_what_the_plan_skips_and_by_running_nothing(ran: Ran) -> None:
-    plans = [call[4] for call in ran.asked if call[:3] == ("time", "the ideal", CONTEXTS[0])][:2]
-    only, rest = (plan.prefill.skip.tolist() for plan in plans)
-    assert only == [[True, True], [False, True], [True, False]]
-    assert rest == EVERY.tolist()
-    assert set(ran.result.times.parts) == {"plan"}
-
-
 def test_under_a_plan_it_has_less_kv(ran: Ran) -> None:
     stock, full, plan = (ran.result.usage[name] for name in (STOCK, NO_PLAN, "plan"))
     assert plan.kv_bytes * 3 == full.kv_bytes * 2
     assert stock.kv_bytes == pytest.approx(full.kv_bytes, abs=0.005 * 2**20)  # told as MiB with two decimals
 
 
-def bench_of(plans: dict[str, SkipPlan], **options: Any) -> BenchTimes:
-    """What a benchmark that is not run would measure."""
-    return Bench(
-        BenchSettings("m.gguf", (8, 16), 2, 4, {}, {}), plans, [1], skippable=SKIPPABLE, **options
-    ).result.times
-
-
-def test_stock_can_be_left_out() -> None:
-    assert list(bench_of({}, stock=False).contenders) == [NO_PLAN]
-
-
-def test_plans_that_skip_the_same_sublayers_share_the_run_of_their_ideal() -> None:
-    parts = bench_of({"a": PLAN, "b": SkipPlan.manual(3, attention=[1], ffn=[2], scale=1.1)}).parts
-    assert parts["a"] == parts["b"]
-
-
-def test_a_decode_set_that_changes_has_no_ideal() -> None:
-    online = SkipPlan(PLAN.prefill, PLAN.decode, online=OnlineStage(2))
-    later = SkipSet(np.array([[0, 0], [1, 1], [0, 1]], bool), np.ones((3, 2)))
-    growing = SkipPlan(PLAN.prefill, PLAN.decode, schedule=((0, PLAN.decode), (3, later)))
-    times = bench_of({"a": online, "b": growing})
-    assert [[*parts] for parts in times.parts.values()] == [["prefill"], ["prefill"]]
-    assert times.settle["a"] == 4
-
-
-def test_a_plan_for_decode_alone_has_an_ideal_there_alone() -> None:
-    parts = bench_of({"a": SkipPlan.manual(3, attention=[1], phase="decode")}).parts["a"]
-    assert [*parts] == ["decode"]
-
-
-def test_the_ideal_of_a_bulk_keeps_k_and_v_in_what_it_is_made_of() -> None:
-    none = SkipPlan.manual(3)
-    around = Bulk(SkipPlan.manual(3, attention=[1], ffn=[2]).prefill, head=1, tail=2)
-    bulk = replace(none, bulk=around)
-    bench = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, {}, {}), {"a": bulk}, [1], skippable=SKIPPABLE)
-    (parts,) = bench.result.times.parts.values()
-    assert [*parts] == ["prefill"]
-    only, rest = (bench._runs[name] for name in parts["prefill"])
-    for plan, skip in ((only, [[True, True], [False, True], [True, False]]), (rest, EVERY.tolist())):
-        assert plan is not None and plan.bulk is not None and plan.bulk.skip.skip.tolist() == skip
-        assert (plan.prefill.n_skip, plan.decode.n_skip, plan.bulk.head, plan.bulk.tail) == (0, 0, 1, 2)
-    others = bench_of({"a": bulk, "b": replace(none, bulk=replace(around, tail=3)), "c": PLAN, "d": bulk}).parts
-    assert others["a"] == others["d"]
-    assert len({pair for each in others.values() for pair in each.values()}) == 3, "the cut and K and V differ"
-
-
-def test_a_plan_that_skips_nothing_has_no_ideal() -> None:
-    assert bench_of({"a": SkipPlan.manual(3)}).parts == {}
+def test_tokens_that_an_online_stage_observes_settle_if_others_follow() -> None:
+    plans = {str(window): SkipPlan(PLAN.prefill, PLAN.decode, online=OnlineStage(window)) for window in (2, 4)}
+    never_run = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, {}, {}), {"a": PLAN, **plans}, [1])
+    assert never_run.result.times.settle == {"2": 4}
 
 
 class Clocked:
@@ -296,7 +201,7 @@ class Clocked:
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
         return {"settings": {}}
 
-    def time(self, prompt: list[int], n_decode: int, plan: SkipPlan | None) -> RequestTime:
+    def time(self, prompt: list[int], n_decode: int) -> RequestTime:
         return RequestTime(1.0, (1.0,) * n_decode)
 
 

@@ -16,7 +16,7 @@ class InventedWorker:
     """Stands in for a process: stock takes 6 s for a prompt, ours 3, and 2 with a plan. Notes what is asked of whom."""
 
     opened: ClassVar[list[tuple[str, str, dict[str, Any]]]] = []
-    asked: ClassVar[list[tuple[str, int, Any]]] = []
+    asked: ClassVar[list[tuple[str, int]]] = []
 
     def __init__(self, name: str, side: str) -> None:
         self.name, self.side = name, side
@@ -29,8 +29,8 @@ class InventedWorker:
     def open(self, path: str, options: dict[str, Any]) -> None:
         self.opened.append((self.name, self.side, options))
 
-    def time(self, prompt: Sequence[int], n_decode: int, *plan: Any) -> RequestTime:
-        self.asked.append((self.name, len(prompt), *(plan or ("as before",))))  # type: ignore[arg-type]
+    def time(self, prompt: Sequence[int], n_decode: int) -> RequestTime:
+        self.asked.append((self.name, len(prompt)))
         return RequestTime({"stock": 6.0, "settings": 3.0, "plan": 2.0}[self.name], ())
 
 
@@ -50,19 +50,15 @@ def test_stock_settings_and_plan_are_timed_in_turn_and_compared_pair_by_pair(inv
         ("plan", 70, pytest.approx(1.5), (3.0, 2.0)),
         ("both", 70, pytest.approx(3.0), (6.0, 2.0)),
     ]
-    assert invented.asked[:3] == [("stock", 8, None), ("settings", 8, None), ("plan", 8, plan)], "nobody times these"
-    timed = invented.asked[3:]
-    assert all(each[1:] == (70, "as before") for each in timed)
-    assert sorted(name for name, *_ in timed) == sorted(["stock", "settings", "plan"] * 2)
+    assert [options.get("plan") for *_, options in invented.opened] == [None, None, plan]
+    assert invented.asked[:3] == [("stock", 8), ("settings", 8), ("plan", 8)], "nobody times these"
+    assert sorted(invented.asked[3:]) == sorted([("stock", 70), ("settings", 70), ("plan", 70)] * 2)
 
 
-def test_stock_is_opened_with_its_own_defaults(invented: type[InventedWorker]) -> None:
-    measure_speed("m.gguf", Settings(flash_attn=True), None, [1] * 70, n_rounds=2, kwargs={"n_gpu_layers": 0})
+def test_without_a_plan_settings_alone_are_compared_with_stock_and_its_defaults(invented: type[InventedWorker]) -> None:
+    found, kwargs = Settings(flash_attn=True), {"n_gpu_layers": 0}
+    (only,) = measure_speed("m.gguf", found, None, [1] * 70, n_rounds=2, kwargs=kwargs)
+    assert only.of == "settings"
     (_, stock_side, stock), (_, our_side, ours) = invented.opened
     assert (stock_side, stock) == ("stock", {"n_ctx": 78, "n_gpu_layers": 0})
-    assert our_side == "ours" and ours == {**stock, **Settings(flash_attn=True).to_kwargs()}
-
-
-def test_without_a_plan_settings_alone_are_compared(invented: type[InventedWorker]) -> None:
-    (only,) = measure_speed("m.gguf", Settings(), None, [1] * 70, n_rounds=2)
-    assert only.of == "settings"
+    assert our_side == "ours" and ours == {**stock, **found.to_kwargs()}
