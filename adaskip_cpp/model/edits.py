@@ -7,7 +7,8 @@ from ..errors import RequestError
 
 WIDE = 32  # a move counts as so many moves if less than SAME of the text before the run stays the same
 SAME = 0.8
-FEW, MANY = 8, 8 + 4 * WIDE  # moves for small edits (changed lines, dropped messages); and for 4 orders of documents
+FEW = 16  # moves for small edits: changed lines, dropped messages
+MANY = FEW + 4 * WIDE  # moves for 4 orders of documents
 APART = 160  # of such a move from a saved prompt: documents that were read alone lose more than their new orders
 TOGETHER = APART + WIDE + FEW  # moves for documents that were read alone, put together, then in another order
 _MOST_MOVES = 255 - WIDE  # a cell counts to 255
@@ -27,7 +28,7 @@ class Edits:
         tail: tokens at the end of the prompt that are always read again, from 1 on.
         most_moves: a token with more moves than this is read again; from 1 to 223. A move counts as 32 if less than
             four fifths of the text before the run stay, else as 1. Such a move from a saved prompt counts as 160.
-            `tune` measures up to 200.
+            `tune` measures up to 208.
 
     Raises:
         RequestError: a number is impossible.

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
@@ -49,7 +49,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         forms = [_replaced(prompt, new, old)]
         if most_moves == FEW:
             cuts = [(line, len(line) - 3), (line, 0), ([], len(line)), (message, 0), ([], len(line)), (line, 0)]
-            for n, (older, n_newer) in enumerate([*cuts, cuts[0]]):
+            for n, (older, n_newer) in enumerate(islice(cycle(cuts), FEW - 1)):
                 at = _HEAD if older is message else draw.randrange(_HEAD, judged_at - _TAIL)
                 forms.append([*forms[n][:at], *older, *forms[n][at + n_newer :]])
         else:
