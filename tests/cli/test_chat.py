@@ -59,12 +59,6 @@ def statuses(result: Result) -> list[str]:
 # --- a conversation ---------------------------------------------------------------------------------------------------
 
 
-def test_every_piped_line_is_answered(chat: Chat) -> None:
-    result = chat("hello", "", "and now?")
-    assert len(statuses(result)) == 2
-    assert "/s" not in result.stdout and ">" not in result.stderr
-
-
 def test_the_answer_is_that_of_the_stock_chat(model: Path, open_model: Any, chat: Chat) -> None:
     stock = open_model(model, n_ctx=256).create_chat_completion(
         [{"role": "user", "content": "the hat"}], temperature=0, max_tokens=6
@@ -118,8 +112,10 @@ def test_the_time_to_the_first_token_is_told_and_what_it_would_have_been(chat: C
     assert taken == whole, "the second message is no more than a tail"
 
 
-def test_quit_leaves_and_reset_forgets(chat: Chat) -> None:
-    assert len(statuses(chat("hello", "/quit", "never read"))) == 1
+def test_every_piped_line_is_answered_quit_leaves_and_reset_forgets(chat: Chat) -> None:
+    result = chat("hello", "", "and now?", "/quit", "never read")
+    assert len(statuses(result)) == 2
+    assert "/s" not in result.stdout and ">" not in result.stderr
     first, again = statuses(chat("hello", "/reset", "hello"))
     assert first.split("context")[1] == again.split("context")[1]
 
@@ -133,14 +129,11 @@ def test_mistakes_are_told_and_the_chat_goes_on(chat: Chat) -> None:
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_context_is_told_and_reset_helps(chat: Chat) -> None:
+def test_a_full_context_is_told_and_reset_helps_and_an_answer_cut_off_by_it_says_so(chat: Chat) -> None:
     result = chat("hello", "x" * 100, "/reset", "hello", args=["--ctx", 64])
     assert len(statuses(result)) == 2
     assert "but the context has 64" in result.stderr and "/reset" in result.stderr
     assert "Traceback" not in result.output
-
-
-def test_an_answer_cut_off_by_the_context_says_so(chat: Chat) -> None:
     result = chat("x" * 20, args=["--ctx", 48, "--max-tokens", 40])
     (status,) = statuses(result)
     assert status.endswith("context 48/48")

@@ -44,9 +44,9 @@ def test_the_processor_is_named_as_the_kernel_names_it(tiny: Tiny, open_model: O
     assert cost_settings(open_model(tiny())).cpu in (names or {"CPU"})
 
 
-def test_a_prompt_answered_at_a_predicted_speed_tells_that_the_times_are_of_elsewhere(
-    tiny: Tiny, elsewhere: Path
-) -> None:
+def test_what_predicts_a_speed_tells_where_its_times_were_measured(tiny: Tiny, elsewhere: Path) -> None:
+    text = " ".join(run("plan", elsewhere, "--speedup", 1.25).stdout.split())
+    assert "times of a CPU, 2 and 4 threads, batches of 512, ubatches of 512, KV in F16 and Q8_0, flash" in text
     args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--profile", elsewhere]
     told = run(*args, "--speedup", 1.25)
     assert "measured elsewhere (cpu a CPU, here" in told.stderr and "measured elsewhere" not in told.stdout
@@ -77,8 +77,3 @@ def test_times_are_measured_for_a_profile_of_the_same_model_only(tiny: Tiny, els
     assert "there is no profile" in fails("calibrate", tiny(), "--cost-only", "-o", nowhere)
     assert "measures times alone" in fails("calibrate", tiny(), "--cost-only", "--no-cost", "-o", elsewhere, code=2)
     assert elsewhere.read_bytes() == content
-
-
-def test_plan_tells_where_the_times_come_from(elsewhere: Path) -> None:
-    text = " ".join(run("plan", elsewhere, "--speedup", 1.25).stdout.split())
-    assert "times of a CPU, 2 and 4 threads, batches of 512, ubatches of 512, KV in F16 and Q8_0, flash" in text

@@ -134,11 +134,6 @@ def test_generate_takes_a_frontier_from_elsewhere(tuned_model: Path, tmp_path: P
     assert "skipped: 1 of 6" in result.stderr
 
 
-def test_full_runs_the_whole_model_whatever_was_found(tuned_model: Path) -> None:
-    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2, "--full")
-    assert "skipped:" not in result.stderr and "Plans lose" not in result.stderr
-
-
 def test_a_promise_that_cannot_choose_is_a_usage_error(tuned_model: Path, tmp_path: Path) -> None:
     """Beside what else to skip, without what tune found, or because it is no loss."""
     save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))

@@ -1,6 +1,5 @@
 """The command line: its help, and that a user's error is one readable line."""
 
-import os
 import re
 import signal
 import subprocess
@@ -35,10 +34,12 @@ def test_the_help_of_every_verb_has_an_example_and_begins_with_the_few_options_t
     assert 1 <= len(groups(verb)["Options"]) <= 8
 
 
-def test_help_groups_the_other_options() -> None:
+def test_help_groups_the_other_options_and_without_a_verb_it_lists_the_verbs() -> None:
     shown = groups("calibrate")
     assert list(shown) == ["Example", "Options", "What to measure", "Running the model"]
     assert shown["Running the model"] == ["--threads", "--gpu-layers", "--flash-attn", "--rpc"]
+    listed = run().stdout
+    assert all(verb in listed for verb in main.commands)
 
 
 def test_rpc_servers_are_added_before_a_model_is_opened_but_by_bench(
@@ -49,11 +50,6 @@ def test_rpc_servers_are_added_before_a_model_is_opened_but_by_bench(
     run("inspect", tiny(), "--rpc", "there:1", "--rpc", "elsewhere:2")
     assert added == ["there:1", "elsewhere:2"]
     assert "an rpc-server serves one process" in fails("bench", tiny(), "--rpc", "there:1", code=2)
-
-
-def test_without_a_verb_it_lists_them() -> None:
-    result = run()
-    assert all(verb in result.stdout for verb in ("calibrate", "chat", "demo", "generate", "inspect", "plan"))
 
 
 def test_help_imports_neither_gguf_nor_matplotlib() -> None:
@@ -69,15 +65,19 @@ def test_help_imports_neither_gguf_nor_matplotlib() -> None:
 
 
 @pytest.mark.parametrize("verb", ["inspect", "calibrate", "generate", "chat", "bench", "evaluate"])
-def test_a_model_that_is_none_is_an_error_of_one_line(tmp_path: Path, verb: str) -> None:
-    output = ["-o", tmp_path / "p.json"]
+def test_a_model_that_is_none_is_an_error_of_one_line_that_says_why(tiny: Any, tmp_path: Path, verb: str) -> None:
+    output, whole = ["-o", tmp_path / "p.json"], tiny().read_bytes()
     rest = {"calibrate": output, "generate": ["-p", "hello"], "evaluate": output}.get(verb, [])
-    (tmp_path / "text.gguf").write_text("hello")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(40))
+    for name, content, why in (
+        ("text.gguf", b"hello", "not a GGUF"),
+        ("broken.gguf", b"GGUF\x03\x00\x00\x00" + bytes(40), "cannot open"),
+        ("cut.gguf", whole[: len(whole) // 2], "corrupted or incomplete"),
+        ("other.gguf", whole.replace(b"llama", b"lxxma"), "unknown model architecture: 'lxxma'"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert why in fails(verb, tmp_path / name, *rest)
     assert "no model file" in fails(verb, tmp_path / "nope.gguf", *rest)
-    assert "not a GGUF" in fails(verb, tmp_path / "text.gguf", *rest)
     assert "folder" in fails(verb, tmp_path, *rest)
-    assert "cannot open" in fails(verb, tmp_path / "broken.gguf", *rest)
     assert not (tmp_path / "p.json").exists()
 
 
@@ -120,10 +120,11 @@ def test_a_usage_error_is_one_line_and_names_the_help(args: list[str], message: 
     assert message in error and "--help)" in error
 
 
-def test_what_does_not_fit_the_model_or_the_profile_is_an_error_of_one_line(
+def test_what_does_not_fit_or_cannot_be_read_or_written_is_an_error_of_one_line(
     tiny: Any, profile_path: Path, tmp_path: Path
 ) -> None:
     generate, profile = ("generate", tiny(), "-p", "hello"), ("--profile", profile_path)
+    calibrate, before = ("calibrate", tiny(), "-o", tmp_path / "new.json"), {*tmp_path.iterdir()}
     for args, message in (
         ((*generate, *profile, "--skip", 7), "0 to 6"),
         ((*generate, "--chat"), "chat template"),
@@ -143,20 +144,15 @@ def test_what_does_not_fit_the_model_or_the_profile_is_an_error_of_one_line(
         (("bench", tiny(), "--contexts", 10**6), "do not fit into the model's context"),
         (("bench", tiny(), *profile, "--contexts", 16), "cannot skip 12"),  # a profile alone asks for this number
         (("bench", tiny(), "--tuned", "--contexts", 16), "adaskip-cpp tune"),
+        (("generate", tiny(), "-f", tmp_path / "nope"), "nope"),
+        (("generate", tiny(), "-f", tiny()), "not UTF-8"),
+        ((*calibrate, "--data", tmp_path / "nope"), "nope"),
+        ((*calibrate, "--data", tiny()), "not UTF-8"),
+        ((*calibrate[:3], tmp_path / "nope" / "p.json"), "no folder"),
+        ((*calibrate[:3], tmp_path), "cannot write"),
     ):
         assert re.search(message, fails(*args))
-    assert not (tmp_path / "out").exists()
-
-
-def test_files_that_cannot_be_used_are_errors_of_one_line(tiny: Any, tmp_path: Path) -> None:
-    output = ["-o", tmp_path / "p.json"]
-    assert "nope" in fails("generate", tiny(), "-f", tmp_path / "nope")
-    assert "not UTF-8" in fails("generate", tiny(), "-f", tiny())
-    assert "nope" in fails("calibrate", tiny(), *output, "--data", tmp_path / "nope")
-    assert "not UTF-8" in fails("calibrate", tiny(), *output, "--data", tiny())
-    assert "no folder" in fails("calibrate", tiny(), "-o", tmp_path / "nope" / "p.json")
-    assert "cannot write" in fails("calibrate", tiny(), "-o", tmp_path)
-    assert os.listdir(tmp_path) == []
+    assert {*tmp_path.iterdir()} == before
 
 
 def test_a_prompt_that_is_no_unicode_is_read_as_far_as_it_is(tiny: Any) -> None:
@@ -171,14 +167,6 @@ def test_what_llama_cpp_refuses_is_an_error_of_one_line(
         monkeypatch.setattr("llama_cpp.llama_cpp.llama_decode", lambda context, batch, code=code: code)
         assert f"returned {code}" in fails("generate", tiny(), "-p", "hello")
         assert f"returned {code}" in fails("calibrate", tiny(), "--no-cost", "-o", tmp_path / "p.json")
-
-
-def test_why_llama_cpp_cannot_load_a_model_is_told(tiny: Any, tmp_path: Path) -> None:
-    content = tiny().read_bytes()
-    (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
-    (tmp_path / "other.gguf").write_bytes(content.replace(b"llama", b"lxxma"))
-    assert "corrupted or incomplete" in fails("inspect", tmp_path / "cut.gguf")
-    assert "unknown model architecture: 'lxxma'" in fails("inspect", tmp_path / "other.gguf")
 
 
 def test_a_mistake_of_ours_shows_where_it_is(served_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,13 +53,15 @@ def test_plan_tells_what_skipping_saves(profile_path: Path) -> None:
         assert predicted and float(predicted[1]) >= 1.25 and f"mode {mode}" in text
 
 
-def test_plan_shows_phases_apart_where_they_differ(profile_path: Path) -> None:
+def test_plan_shows_phases_apart_where_they_differ_and_a_schedule(profile_path: Path) -> None:
     text = run("plan", profile_path, "--skip", 2, "--mode", "decode").stdout
     assert "0 of 6 sublayers skipped in prefill, 2 in decode" in text
     assert "attention skipped in prefill in layers: none" in text
     assert "attention skipped in decode in layers: 2" in text
     assert "KV memory is needed for all layers" in text
     assert "after 20 tokens of an answer" in text
+    text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4, "--mode", "e2e").stdout
+    assert "from token 1 of an answer: 4 skipped" in text
 
 
 def test_plan_tells_the_bulk_and_the_time_to_the_first_token(profile_path: Path, tmp_path: Path) -> None:
@@ -100,7 +102,7 @@ def test_windows_are_chosen_by_hand_and_told(tiny: Any, profile_path: Path, tmp_
     assert "3 attentions can use a window in the bulk" in run("inspect", tiny()).stdout
 
 
-def test_plan_shows_a_frontier_within_80_columns(tuned_model: Path) -> None:
+def test_a_plan_file_is_shown_as_it_is_with_its_frontier_within_80_columns(tuned_model: Path) -> None:
     result = run("plan", plan_path(tuned_model))
     told = " ".join(result.stdout.split())
     assert "Plans, judged after prompts of 2,048 tokens" in told
@@ -109,15 +111,7 @@ def test_plan_shows_a_frontier_within_80_columns(tuned_model: Path) -> None:
     assert "A promise of 0.05 nats per token (the default) gives 2.60 times the speed" in told
     assert "after 2,048 tokens comes 1.50 (1.40 to 1.60) times as fast with both as with stock llama-cpp-python" in told
     assert max(map(len, result.stdout.splitlines())) <= 80
-
-
-def test_a_plan_file_is_shown_as_it_is(tuned_model: Path) -> None:
     assert "leave out other options" in fails("plan", plan_path(tuned_model), "--skip", 2, code=2)
-
-
-def test_plan_shows_a_schedule(profile_path: Path) -> None:
-    text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4, "--mode", "e2e").stdout
-    assert "from token 1 of an answer: 4 skipped" in text
 
 
 @pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])

@@ -16,16 +16,21 @@ from adaskip_cpp.pictures import profile_plots
 pytest.importorskip("matplotlib")
 
 
-def drawn(path: Path) -> set[str]:
-    """The names of the pictures of a file, which the verb tells."""
-    result = run("plot", path, "-o", path.parent / "out")
-    found = [*(path.parent / "out").iterdir()]
-    assert set(result.stdout.split()) == set(map(str, found))
-    return {each.name for each in found}
+def found() -> Frontier:
+    mild, strong = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([1], [1, 2]))
+    return frontier([point(mild, 0.01, {2048: 1.25, 8192: 1.6}), point(strong, 0.04, {2048: 2.0, 8192: 2.5})])
 
 
-def test_a_profile_is_drawn_in_two_files_which_are_named(profile_path: Path) -> None:
-    assert drawn(profile_path) == {"similarity.png", "similarity.svg"}
+def test_a_profile_and_a_frontier_are_drawn_in_two_files_each_which_are_named(
+    profile_path: Path, tmp_path: Path
+) -> None:
+    save_plan(tmp_path / "a.adaskip-plan.json", found())
+    for path, name in ((profile_path, "similarity"), (tmp_path / "a.adaskip-plan.json", "frontier")):
+        told = run("plot", path, "-o", tmp_path / name).stdout.split()
+        files = {str(tmp_path / name / f"{name}.{form}") for form in ("png", "svg")}
+        assert {*told} == {*map(str, (tmp_path / name).iterdir())} == files
+    save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))
+    assert "has no frontier" in fails("plot", tmp_path / "one.json", "-o", tmp_path / "out", code=2)
 
 
 def test_the_lines_show_the_profiles_figures() -> None:
@@ -53,21 +58,6 @@ def test_every_similarity_lies_within_the_axes(extreme: list[list[float]]) -> No
 
 
 # -- a frontier ------------------------------------------------------------------------------------------------------
-
-
-def found() -> Frontier:
-    mild, strong = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([1], [1, 2]))
-    return frontier([point(mild, 0.01, {2048: 1.25, 8192: 1.6}), point(strong, 0.04, {2048: 2.0, 8192: 2.5})])
-
-
-def test_a_frontier_is_drawn(tmp_path: Path) -> None:
-    save_plan(tmp_path / "a.adaskip-plan.json", found())
-    assert drawn(tmp_path / "a.adaskip-plan.json") == {"frontier.png", "frontier.svg"}
-
-
-def test_a_plan_without_a_frontier_is_a_usage_error(tmp_path: Path) -> None:
-    save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))
-    assert "has no frontier" in fails("plot", tmp_path / "one.json", "-o", tmp_path / "out", code=2)
 
 
 def test_the_curves_begin_at_the_whole_model_and_show_time_and_loss_of_each_plan() -> None:

@@ -1,5 +1,6 @@
 """adaskip_cpp.cli.report: what verbs tell of an answer."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,18 +42,15 @@ def test_what_tune_predicted_is_told_where_there_is_no_profile() -> None:
     assert first_token_line(partly_cached, plan, point=found) == "first token after 250 ms", "that was not predicted"
 
 
-def test_a_list_of_layers_is_short() -> None:
-    assert layer_list(()) == "none"
-    assert layer_list((3,)) == "3"
-    assert layer_list((0, 1, 4, 5, 6, 9)) == "0, 1, 4-6, 9"
-
-
-def test_bytes_are_decimal() -> None:
-    assert [megabytes(n) for n in (32_768, 1_500_000, 188_743_680)] == ["33 kB", "1.5 MB", "189 MB"]
-
-
 @pytest.mark.parametrize(
-    ("value", "words"), [(0.012345, "12.3 ms"), (0.9, "900 ms"), (1.234, "1.23 s"), (123.4, "123 s")]
+    ("say", "values", "words"),
+    [
+        (layer_list, [(), (3,), (0, 1, 4, 5, 6, 9)], ["none", "3", "0, 1, 4-6, 9"]),
+        (megabytes, [32_768, 1_500_000, 188_743_680], ["33 kB", "1.5 MB", "189 MB"]),
+        (seconds, [0.012345, 0.9, 1.234, 123.4], ["12.3 ms", "900 ms", "1.23 s", "123 s"]),
+    ],
 )
-def test_times_are_told_to_three_digits(value: float, words: str) -> None:
-    assert seconds(value) == words
+def test_layers_decimal_bytes_and_times_of_three_digits_are_told_shortly(
+    say: Callable[[Any], str], values: list[Any], words: list[str]
+) -> None:
+    assert [say(each) for each in values] == words

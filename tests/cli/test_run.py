@@ -74,15 +74,6 @@ def test_it_uses_the_one_plan_of_a_file(model: Path, caplog: pytest.LogCaptureFi
     assert lines(caplog) == [f"INFO {model}: the plan of m.adaskip-plan.json is in force"]
 
 
-def test_without_a_plan_file_the_whole_model_runs(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    llm, whole = Llama(model, **OPTIONS), AdaSkipLlama(model, **OPTIONS)
-    answers = [each.create_completion(tokens(600), max_tokens=5, temperature=0) for each in (llm, whole)]
-    assert answers[0]["choices"] == answers[1]["choices"]
-    (told,) = lines(caplog)
-    assert told.startswith(f"WARNING {model}: the whole model runs: there is no plan ")
-    assert told.endswith(f"run `adaskip-cpp tune {model}`")
-
-
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -118,10 +109,15 @@ def test_plans_that_the_model_cannot_run_or_that_cannot_be_read_are_left_out(
     assert "the plan is for 4 layers" in other and "truncated or is not JSON" in broken
 
 
-def test_a_missing_model_is_an_error_as_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_model_is_an_error_as_ever_and_missing_plans_are_one_that_can_be_caught(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(ModelFileError, match="there is no model file"):
-        Llama(str(tmp_path / "none.gguf"))
+        Llama(str(model.with_name("none.gguf")))
+    with pytest.raises(PlanFileError, match="run `adaskip-cpp tune"):
+        AdaSkipLlama(model, plan="auto")
     assert lines(caplog) == []
+    assert plan_path(model) == str(model.with_name("m.adaskip-plan.json"))
 
 
 def test_what_libraries_leave_out_by_passing_none_is_as_tuned(model: Path) -> None:
@@ -141,15 +137,12 @@ def test_it_can_be_pickled(tuned: Path, caplog: pytest.LogCaptureFixture) -> Non
     assert stock.frontier == llm.frontier and len(lines(caplog)) == 2
 
 
-def test_every_model_of_ours_or_of_llama_cpp_python_is_one(model: Path) -> None:
+def test_every_model_of_ours_or_of_llama_cpp_python_is_one_with_the_names_of_its_arguments(model: Path) -> None:
     class Mine(Llama):
         pass
 
     assert isinstance(AdaSkipLlama(model, **OPTIONS), Llama) and issubclass(llama_cpp.Llama, Llama)
     assert not isinstance(Llama(model, **OPTIONS), Mine) and not isinstance(model, Llama)
-
-
-def test_programs_can_ask_for_the_names_of_its_arguments() -> None:
     assert "n_gpu_layers" in inspect.signature(Llama).parameters
 
 
@@ -162,12 +155,6 @@ def test_in_python_it_is_replaced_before_it_is_imported(tuned: Path, program: Pr
     assert done.stdout.startswith("Frontier("), done.stderr
     late = program("-c", f"import adaskip_cpp; from llama_cpp import Llama; {ours}")
     assert "ImportOrderError: __main__" in late.stderr and "imported llama_cpp.Llama already" in late.stderr
-
-
-def test_what_tells_that_nothing_was_tuned_can_be_caught(model: Path) -> None:
-    with pytest.raises(PlanFileError, match="run `adaskip-cpp tune"):
-        AdaSkipLlama(model, plan="auto")
-    assert plan_path(model) == str(model.with_name("m.adaskip-plan.json"))
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------

@@ -63,25 +63,23 @@ def files(folder: Path) -> dict[str, bytes]:
 # -- what it writes and prints ---------------------------------------------------------------------------------------
 
 
-def test_it_writes_what_the_model_opens_with_and_nothing_else(tune: Tune, folder: Path) -> None:
+def test_it_writes_what_the_model_opens_with_and_prints_what_it_found_within_80_columns(
+    tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before it works, how to stop it and how long it takes. Settings that are given are not varied."""
+    monkeypatch.setattr(tuning, "load_average", lambda: 2.5)
     before = files(folder)
-    tune()
+    result = tune()
     assert files(folder).keys() - before.keys() == {"m.adaskip-plan.json", "m.adaskip-plan.bin"}
     assert len(found(folder).points) == 2 and found(folder).n_read > 1000
     llm = AdaSkipLlama(str(folder / "m.gguf"), plan="auto", n_ctx=256, verbose=False)
     llm.eval([1, *range(3, 150)])
     assert llm.plan is not None and llm.plan.skipped("bulk").n_skip >= 1
     llm.close()
-
-
-def test_it_prints_what_it_found_within_80_columns(tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And before it works, how to stop it and how long it takes. Settings that are given are not varied."""
-    monkeypatch.setattr(tuning, "load_average", lambda: 2.5)
-    result = tune()
     assert all((each.settings.n_threads, each.settings.flash_attn) == (1, False) for each in found(folder).tried)
-    before = " ".join(result.stderr.split())
-    assert "run nothing else. After Ctrl-C, the same command continues." in before
-    assert "Warning: the load average is 2.50." in before and "The other stages take about" in before
+    early = " ".join(result.stderr.split())
+    assert "run nothing else. After Ctrl-C, the same command continues." in early
+    assert "Warning: the load average is 2.50." in early and "The other stages take about" in early
     told = " ".join(result.stdout.split())
     for words in (
         f"the first token after {JUDGED_AT} tokens comes 2.50 (2.40 to 2.60) times as fast",

@@ -57,17 +57,17 @@ def after(lines: Sequence[str], title: str) -> list[str]:
     return words[:5]
 
 
-def test_settings(lines: Sequence[str]) -> None:
+def test_settings_plans_and_speed_stand_below_their_headings(lines: Sequence[str]) -> None:
     first, second, default, changed, *_ = after(lines, "Settings, of the whole model")
     assert (first, second) == ("prompt, start prompt, end answer request", "tokens/s tokens/s tokens/s s")
     assert (default, changed) == ("default 100 50 10.0 9.0", "flash_attn True 200 100 5.0 8.0")
-
-
-def test_plans(lines: Sequence[str]) -> None:
     first, second, row, *_ = after(lines, "Plans, judged after prompts of 2,048 tokens")
     assert first.startswith("win- diver- added in in same pass speed")
     assert second.startswith("attn FFN dows gence loss copies keys token keys at 2k at 8k")
     assert row.startswith("2 3 1 .011±.002 .012±.002 .021±.002 .015±.002 83% 3/4 1.20 1.60")
+    told = " ".join(lines)
+    assert "comes 1.50 (1.40 to 1.60) times as fast with the plan of the default promise" in told
+    assert "(2.00 s instead of 3.00 s)" in told
 
 
 def test_edits(lines: Sequence[str]) -> None:
@@ -88,12 +88,6 @@ def test_the_widest_figures_of_edits_fit_into_80_columns() -> None:
     edited = EditPoint(2048, figures, figures, figures, Passkeys(2, 2, 2), (), Edits(most_moves=MANY))
     told = "\n".join(printed(Frontier((), edits=(edited,)), 80))
     assert "new order" in told and "promise of" in told and told.count("-.123±.333") == 4 and "…" not in told
-
-
-def test_speed(lines: Sequence[str]) -> None:
-    told = " ".join(lines)
-    assert "comes 1.50 (1.40 to 1.60) times as fast with the plan of the default promise" in told
-    assert "(2.00 s instead of 3.00 s)" in told
 
 
 @pytest.mark.parametrize(

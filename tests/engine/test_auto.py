@@ -58,10 +58,15 @@ def llm(open_tiny: Open) -> Any:
 
 
 @pytest.mark.parametrize(("n", "plan"), [(31, None), (32, MILD), (64, MILD), (65, STRONG), (128, STRONG)])
-def test_each_prompt_gets_the_fastest_plan_for_its_length(n: int, plan: SkipPlan | None, llm: Any) -> None:
-    llm.eval(tokens(n))
+def test_each_prompt_is_read_under_the_fastest_plan_for_its_length(
+    n: int, plan: SkipPlan | None, llm: Any, open_tiny: Open
+) -> None:
+    fresh = open_tiny(under=plan)
+    for each in (llm, fresh):
+        each.eval(tokens(n))
     assert llm.plan == plan
     assert (chosen := llm.point(n)) is None or chosen.plan == plan
+    np.testing.assert_array_equal(logits(llm), logits(fresh))
 
 
 def test_a_generated_answer_keeps_the_plan_of_its_prompt(llm: Any) -> None:
@@ -69,20 +74,6 @@ def test_a_generated_answer_keeps_the_plan_of_its_prompt(llm: Any) -> None:
     for _ in range(10):
         next(steps)
     assert llm.n_tokens > 64 and llm.plan == MILD
-
-
-def test_what_a_prompt_reads_is_what_its_plan_reads(llm: Any, open_tiny: Open) -> None:
-    fresh = open_tiny(under=STRONG)
-    for each in (llm, fresh):
-        each.eval(tokens(100))
-    np.testing.assert_array_equal(logits(llm), logits(fresh))
-
-
-def test_a_tighter_promise_picks_a_milder_plan(open_tiny: Open) -> None:
-    for max_loss, plan in ((0.05, STRONG), (0.02, MILD), (0.001, None)):
-        llm = open_tiny(plan=FOUND, max_loss=max_loss)
-        llm.eval(tokens(100))
-        assert llm.plan == plan
 
 
 # -- what is read again ----------------------------------------------------------------------------------------------
@@ -235,12 +226,22 @@ def test_settings_that_were_not_found_here_are_not_used(machine: Any, tiny: Tiny
 # -- promises that make no sense -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", [None, MILD], ids=["no plan", "a plan"])
-def test_a_promise_without_auto_is_refused(plan: SkipPlan | None, tiny: Tiny, llm: Any) -> None:
-    with pytest.raises(PlanError, match='pass it with plan="auto"'):
-        AdaSkipLlama(str(tiny()), plan=plan, max_loss=0.1, verbose=False)
-    with pytest.raises(PlanError, match='pass it with plan="auto"'):
-        llm.set_plan(plan, max_loss=0.1)
+@pytest.mark.parametrize(
+    ("plan", "promise", "why"),
+    [
+        (None, {"max_loss": 0.1}, 'pass it with plan="auto"'),
+        (MILD, {"max_loss": 0.1}, 'pass it with plan="auto"'),
+        ("best", {}, "unknown plan 'best'"),
+    ],
+    ids=["no plan", "a plan", "another name"],
+)
+def test_a_promise_without_auto_and_another_name_are_refused(
+    plan: Any, promise: Any, why: str, tiny: Tiny, llm: Any
+) -> None:
+    with pytest.raises(PlanError, match=why):
+        AdaSkipLlama(str(tiny()), plan=plan, verbose=False, **promise)
+    with pytest.raises(PlanError, match=why):
+        llm.set_plan(plan, **promise)
 
 
 @pytest.mark.parametrize("max_loss", [-0.1, float("nan"), float("inf"), "0.1", True])
@@ -254,13 +255,6 @@ def test_a_promise_that_is_no_loss_is_refused_and_the_one_before_stays(max_loss:
 def test_auto_on_a_model_without_a_frontier_is_refused(open_tiny: Open) -> None:
     with pytest.raises(PlanError, match='open the model with plan="auto"'):
         open_tiny().set_plan("auto")
-
-
-def test_a_plan_by_another_name_is_refused(tiny: Tiny, llm: Any) -> None:
-    with pytest.raises(PlanError, match="unknown plan 'best'"):
-        AdaSkipLlama(str(tiny()), plan="best", verbose=False)  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="unknown plan 'best'"):
-        llm.set_plan("best")
 
 
 # -- copies, and fewer tokens ----------------------------------------------------------------------------------------

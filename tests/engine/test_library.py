@@ -64,11 +64,6 @@ def copy(tmp_path: Path) -> Path:
     return target
 
 
-def test_llama_cpp_runs_on_our_library(tmp_path: Path) -> None:
-    code = "import adaskip_cpp, llama_cpp; print(llama_cpp.llama_cpp._lib._name)"
-    assert Path(output(code, tmp_path)).samefile(_library.path())
-
-
 @linux_only
 def test_server_and_multimodal_share_our_library(tmp_path: Path) -> None:
     code = (
@@ -203,10 +198,6 @@ def test_the_command_shows_where_a_mistake_of_ours_is(copy: Path) -> None:
 def test_all_import_failures_are_import_errors() -> None:
     names = ("LibraryError", "LibraryMissingError", "LibraryVersionError", "ImportOrderError")
     assert all(issubclass(getattr(adaskip_cpp.errors, name), ImportError) for name in names)
-
-
-def test_header_is_installed() -> None:
-    assert _library.header().read_text().count("adaskip_") > 0
 
 
 @pytest.mark.parametrize(

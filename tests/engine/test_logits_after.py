@@ -34,6 +34,7 @@ def test_they_are_stocks_bit_for_bit(name: str, n_batch: int, logits_all: bool, 
     found = llm.logits_after(pieces[1])
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, expected[N_PROMPT:])
+    assert llm.logits_after([]).shape == (0, N_VOCAB), "after no tokens there are none"
     assert llm.n_tokens == 60 and llm.input_ids[:60].tolist() == text
 
 
@@ -75,14 +76,16 @@ def test_they_count_in_the_online_stage(logits_all: bool, open_tiny: Open, numpy
     np.testing.assert_allclose(llm.online.similarity, stage.similarity, atol=1e-6)
 
 
-def test_generation_goes_on_right_after(logits_all: bool, open_tiny: Open) -> None:
+def test_generation_goes_on_right_after_and_they_stay_the_callers(logits_all: bool, open_tiny: Open) -> None:
     text = tokens(60)
     llm, fresh = open_tiny(logits_all=logits_all), open_tiny(logits_all=logits_all)
     llm.eval(text[:N_PROMPT])
     found = llm.logits_after(text[N_PROMPT:])
+    kept = found.copy()
     expected = next(fresh.generate(text, temp=0.0))
     assert next(llm.generate(text, temp=0.0)) == expected == found[-1].argmax()
     llm.logits_after([7, 8])
+    np.testing.assert_array_equal(found, kept)
     assert next(llm.generate([*text, 7, 8, 9], temp=0.0)) == next(fresh.generate([*text, 7, 8, 9], temp=0.0))
 
 
@@ -94,21 +97,6 @@ def test_where_all_logits_are_kept_their_rows_are_among_them(open_tiny: Open) ->
     other.eval_decode([7, 8, 9])
     np.testing.assert_array_equal(llm.scores[: llm.n_tokens], other.scores[: other.n_tokens])
     np.testing.assert_array_equal(llm.scores[N_PROMPT : llm.n_tokens], found)
-
-
-def test_they_are_the_callers_to_keep(logits_all: bool, open_tiny: Open) -> None:
-    llm = open_tiny(logits_all=logits_all)
-    llm.eval(tokens(N_PROMPT))
-    found = llm.logits_after([7, 8])
-    kept = found.copy()
-    llm.logits_after([9, 10])
-    np.testing.assert_array_equal(found, kept)
-
-
-def test_after_no_tokens_there_are_none(logits_all: bool, open_tiny: Open) -> None:
-    llm = open_tiny(logits_all=logits_all)
-    llm.eval(tokens(N_PROMPT))
-    assert llm.logits_after([]).shape == (0, N_VOCAB) and llm.n_tokens == N_PROMPT
 
 
 def test_while_statistics_of_all_tokens_are_collected_there_are_none(logits_all: bool, open_tiny: Open) -> None:

@@ -58,25 +58,19 @@ def test_a_plan_is_that_of_the_profile(profile: Profile) -> None:
     assert every[1].plan == profile.plan(4, compensation="paper", mode="e2e")
 
 
-def test_a_budget_out_of_a_strategys_reach_is_a_note(profile: Profile) -> None:
+def test_budgets_out_of_reach_and_those_that_skip_the_same_are_left_out_with_a_note(profile: Profile) -> None:
     every, notes = found(profile, n_skips=[30], modes=["prefill"])
     assert "unified_skipping-30-prefill" not in [each.name for each in every]
     (note,) = notes
     assert note.startswith("unified_skipping-30-prefill is left out: cannot skip 30 sublayers")
-
-
-def test_budgets_that_skip_the_same_are_measured_once(profile: Profile) -> None:
     every, notes = found(profile, strategies=["early_exit"], n_skips=[6, 7], modes=["prefill"])
     assert [each.name for each in every] == ["full", "early_exit-6-prefill"]
     assert notes == ["early_exit-7-prefill is left out: it skips the same as early_exit-6-prefill"]
 
 
-def test_nothing_but_the_full_model_is_an_error_with_the_reasons(profile: Profile) -> None:
+def test_what_gives_no_plan_to_compare_is_an_error_with_the_reasons(profile: Profile) -> None:
     with pytest.raises(DataError, match=r"nothing to compare.*early_exit-1-prefill.*the same as full"):
         found(profile, strategies=["early_exit"], n_skips=[1], modes=["prefill"])
-
-
-def test_an_unknown_strategy_or_a_speed_up_without_times_is_an_error(profile: Profile) -> None:
     with pytest.raises(PlanError, match="unknown strategy"):
         found(profile, strategies=["best"])
     with pytest.raises(PlanError, match="no cost model"):

@@ -4,20 +4,15 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from faults.preloaded import build
 from oracles.fixtures import Open, Tiny
 from oracles.gguf_files import changed_model
-from oracles.stock import EXACT
 from oracles.tiny_families import tokens
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.binding import ffi, lib
-from adaskip_cpp.engine.native import elide_kv
-from adaskip_cpp.errors import ElidedKVError, ModelFileError, NativeError, StateError
-
-ATTENTION_1 = SkipPlan.manual(3, attention=[1])
+from adaskip_cpp.errors import ModelFileError, NativeError, StateError
 
 
 @pytest.mark.parametrize(
@@ -37,26 +32,12 @@ def test_a_file_that_llama_cpp_asserts_against_is_refused(kv: dict[str, Any], ti
         AdaSkipLlama(str(path), n_ctx=128, verbose=False)
 
 
-def with_holes(llm: Any, tokens: list[int]) -> Any:
-    """The model with KV that the plan in force may not read."""
-    llm.set_plan(ATTENTION_1)
-    llm.eval(tokens)
-    llm.set_plan(None)
-    return llm
-
-
-def test_why_kv_may_not_be_read_reaches_the_caller(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = with_holes(open_tiny(), tokens(9))
-    with monkeypatch.context() as patch:  # as if AdaSkipLlama had overlooked the holes
-        patch.setattr(llm._adaskip, "kv_valid", lambda phase, n: n)
-        with pytest.raises(StateError, match=r"position 0 of sequence 0 .*; .* or call reset\(\)"):
-            llm.eval([7])
-    llm.eval([7])  # evaluates all again
-    assert llm.n_tokens == 10
-
-
-def test_a_reason_is_told_once_and_not_for_the_next_failure(open_tiny: Open) -> None:
-    llm = with_holes(open_tiny(n_ctx=256), tokens(9))
+def test_why_kv_may_not_be_read_is_told_once_and_reaches_the_caller(
+    open_tiny: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = open_tiny(under=SkipPlan.manual(3, attention=[1]))
+    llm.eval(tokens(9))
+    llm.set_plan(None)  # which may not read what lacks an attention
     llm._batch.set_batch(batch=[7], n_past=9, logits_all=True)
     with pytest.raises(RuntimeError) as bare:  # whoever decodes without AdaSkipLlama can ask for the reason
         llm._ctx.decode(llm._batch)
@@ -64,6 +45,12 @@ def test_a_reason_is_told_once_and_not_for_the_next_failure(open_tiny: Open) -> 
         llm._adaskip.raise_failure(bare.value)
     with pytest.raises(NativeError, match=r"llama\.cpp failed"):
         llm._adaskip.raise_failure(bare.value)
+    with monkeypatch.context() as patch:  # as if AdaSkipLlama had overlooked the holes
+        patch.setattr(llm._adaskip, "kv_valid", lambda phase, n: n)
+        with pytest.raises(StateError, match=r"position 0 of sequence 0 .*; .* or call reset\(\)"):
+            llm.eval([7])
+    llm.eval([7])  # evaluates all again
+    assert llm.n_tokens == 10
 
 
 def test_where_llama_cpp_has_no_room_the_error_says_what_to_do(
@@ -73,16 +60,6 @@ def test_where_llama_cpp_has_no_room_the_error_says_what_to_do(
     monkeypatch.setattr(type(llm), "context_size", 512)  # more than it has
     with pytest.raises(NativeError, match=r"llama_decode returned 1.*n_ctx"):
         llm.eval(tokens(257))
-
-
-def test_a_graph_that_does_not_fit_the_context_is_refused_with_its_layer(tiny: Tiny) -> None:
-    with elide_kv(np.array([False, True, False])):  # a context without KV for layer 1, and no plan that skips it
-        llm = AdaSkipLlama(str(tiny()), n_ctx=128, verbose=False, **EXACT)
-    try:
-        with pytest.raises(ElidedKVError, match=r"layer 1: .*open the model without plan="):
-            llm.eval(tokens(5))
-    finally:
-        llm.close()
 
 
 def test_an_exception_of_ggmls_own_runtime_is_taken_for_lack_of_memory(open_tiny: Open, tmp_path: Path) -> None:

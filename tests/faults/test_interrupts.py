@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner
 from faults.interrupt_trials import VERBS, interrupt, prepare
 from oracles.fixtures import Open
+from oracles.readable import logits
 from oracles.served import Nobody
 
 from adaskip_cpp import SkipPlan
@@ -174,10 +175,6 @@ def collect(llm: Any) -> None:
 
 
 CALLS = {"evaluate": lambda llm: llm.eval(MORE), "generate": generate, "change plan": change_plan, "collect": collect}
-
-
-def logits(llm: Any) -> Any:
-    return llm.scores[llm.n_tokens - 1].copy()
 
 
 def check(llm: Any, fresh: Any) -> None:

@@ -14,26 +14,20 @@ from adaskip_cpp.measuring import corpus
 from adaskip_cpp.measuring.tasks import licences, python_sources, readmes
 
 
-def test_no_paragraph_is_on_two_pages() -> None:
+def test_no_paragraph_is_on_two_pages_and_calibration_leaves_out_the_pages_that_it_is_judged_on() -> None:
     paragraphs = [paragraph for page in corpus.pages().values() for paragraph in page.split("\n\n")]
     assert len(paragraphs) == len(set(paragraphs)) > 1000
-
-
-def test_calibration_leaves_out_the_pages_that_it_is_judged_on() -> None:
     held_out = corpus.held_out()
     assert len(held_out) > 5
     assert not any(page in corpus.text() for page in held_out.values())
     assert corpus.text(exclude=()) == corpus.SEPARATOR.join(corpus.pages().values())
 
 
-def test_a_text_is_cut_into_requests_of_equal_length_spread_over_it() -> None:
+def test_a_text_is_cut_into_equal_requests_spread_over_it_and_a_short_one_into_fewer_or_shorter_ones() -> None:
     text = "".join(chr(33 + i) for i in range(90))
     requests = corpus.cut(LLM, text, 3, 11)
     assert [request[0] for request in requests] == [BOS] * 3
     assert [LLM.detokenize(request).decode() for request in requests] == [text[:10], text[30:40], text[60:70]]
-
-
-def test_a_short_text_gives_fewer_or_shorter_requests() -> None:
     assert [len(request) for request in corpus.cut(LLM, "x" * 25, 9, 11)] == [11, 11]
     assert [len(request) for request in corpus.cut(LLM, "x" * 5, 9, 11)] == [6]
     with pytest.raises(RequestError, match="empty"):

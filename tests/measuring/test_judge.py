@@ -71,17 +71,21 @@ def same(found: Scores, wanted: Scores) -> bool:
 # --- what is judged ---------------------------------------------------------------------------------------------------
 
 
-def test_the_figures_are_those_of_a_numpy_pass(probes: Any, open_tiny: Open, numpy_model: Open) -> None:
-    model = numpy_model()
-    for probe, found in zip(probes, Judge(open_tiny(), probes)(BULK), strict=True):
+def test_the_figures_and_the_whole_models_losses_are_those_of_a_numpy_pass(
+    probes: Any, open_tiny: Open, numpy_model: Open
+) -> None:
+    model, judge = numpy_model(), Judge(open_tiny(), probes)
+    for probe, whole_loss, found in zip(probes, judge.whole_losses, judge(BULK), strict=True):
         whole, own, begin = ReferenceRun(model), ReferenceRun(model), probe.n_prompt - 3
         whole.eval(probe.tokens[: probe.n_prompt])
         own.eval(probe.tokens[:2])
         own.eval(probe.tokens[2:begin], FIXED.skip, FIXED.scale, keeps_kv=True)
         own.eval(probe.tokens[begin : probe.n_prompt])
         rows = [run.eval(probe.answer[:-1]).logits[probe.n_cue - 1 :] for run in (whole, own)]
-        assert_scores(found, by_definition(*rows, probe.answer[probe.n_cue :]))
+        targets = probe.answer[probe.n_cue :]
+        assert_scores(found, by_definition(*rows, targets))
         assert found.divergence.max() > 1e-3
+        np.testing.assert_allclose(whole_loss, -log_probabilities(rows[0])[np.arange(len(targets)), targets], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "jamba", "lfm2", "mamba", "gemma4-per-layer"])
@@ -110,17 +114,6 @@ def test_a_plan_that_skips_nothing_changes_nothing_and_the_last_answer_is_in_the
     for each in Judge(llm, probes)(SkipPlan(NONE, NONE, bulk=Bulk(NONE))):
         assert not each.divergence.any() and not each.loss.any() and each.agrees.all()
     assert llm.input_ids[: llm.n_tokens].tolist() == [*last.tokens[: last.n_prompt], *last.answer[:-1]]
-
-
-def test_the_whole_models_losses_are_those_of_the_answers_tokens(
-    probes: Any, open_tiny: Open, numpy_model: Open
-) -> None:
-    model = numpy_model()
-    for probe, found in zip(probes, Judge(open_tiny(), probes).whole_losses, strict=True):
-        text = [*probe.tokens[: probe.n_prompt], *probe.answer]
-        log_p = log_probabilities(ReferenceRun(model).eval(text).logits)
-        at = np.arange(probe.n_prompt + probe.n_cue, len(text))
-        np.testing.assert_allclose(found, -log_p[at - 1, np.array(text)[at]], atol=1e-5)
 
 
 def test_what_is_lumped_together_hides_a_part_of_the_divergence(

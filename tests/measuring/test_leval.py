@@ -102,14 +102,10 @@ def test_a_long_document_loses_its_middle_and_no_question(tmp_path: Path) -> Non
     assert 680 <= len(item.prompt) + item.max_tokens <= 700
 
 
-def test_longbench_and_leval_may_be_in_one_file(tmp_path: Path) -> None:
-    items = read(tmp_path, line(), record("multi_news", answers=["News."]))
+def test_longbench_and_leval_may_be_in_one_file_and_multi_news_needs_no_json_file(tmp_path: Path) -> None:
+    items = read(tmp_path, line(), record("multi_news", answers=["News."], context="Two articles."))
     assert [item.task for item in items] == ["quality", "quality", "multi_news"]
-
-
-def test_multi_news_needs_neither_of_longbenchs_json_files(tmp_path: Path) -> None:
-    (item,) = read(tmp_path, record("multi_news", answers=["News."], context="Two articles."))
-    assert "\n\nTwo articles.\n\n" in text_of(item) and item.max_tokens == 512
+    assert "\n\nTwo articles.\n\n" in text_of(items[-1]) and items[-1].max_tokens == 512
     with pytest.raises(DataError, match=r"no prompt for 'qmsum'.*dataset2prompt\.json beside the data file"):
         read(tmp_path, record("qmsum"))
 

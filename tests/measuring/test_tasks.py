@@ -13,15 +13,12 @@ from adaskip_cpp.measuring.tasks import READMES, licences, python_sources, read_
 # --- items of text ----------------------------------------------------------------------------------------------------
 
 
-def test_items_are_dealt_out_over_the_texts_in_turn() -> None:
+def test_items_are_dealt_out_over_the_texts_in_turn_and_ids_tell_them_apart() -> None:
     items = text_items(LLM, {"a": "a" * 100, "b": "b" * 25, "c": "c" * 15}, n_items=7, n_tokens=11)
     texts = [LLM.detokenize(item.tokens).decode() for item in items]
     assert texts == [letter * 10 for letter in "abcabaa"] and {item.task for item in items} == {"text"}
-
-
-def test_ids_tell_items_apart_and_do_not_change() -> None:
-    texts = {"a": "a" * 100, "b": "b" * 100}
-    ids = [item.id for item in text_items(LLM, texts, n_items=4, n_tokens=11, task="prose")]
+    two = {"a": "a" * 100, "b": "b" * 100}
+    ids = [item.id for item in text_items(LLM, two, n_items=4, n_tokens=11, task="prose")]
     assert ids == ["prose/a/11/0", "prose/b/11/0", "prose/a/11/1", "prose/b/11/1"]
 
 
@@ -78,12 +75,6 @@ def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path, content: 
     assert "text.txt" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_python_brings_text_of_another_kind() -> None:
-    sources = python_sources()
-    assert len(sources) >= 15
-    assert all("def " in source and len(source) > 10_000 for source in sources.values())
-
-
 def test_required_packages_bring_prose(monkeypatch: pytest.MonkeyPatch) -> None:
     found = readmes()
     assert found.keys() == {*READMES} and all(len(text) > 20_000 for text in found.values())
@@ -100,7 +91,12 @@ def test_licences_are_those_of_numpy_and_python(monkeypatch: pytest.MonkeyPatch,
     assert licences() == {}
 
 
-def test_sources_that_a_python_lacks_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_brings_sources_and_those_that_it_lacks_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = python_sources()
+    assert len(sources) >= 15
+    assert all("def " in source and len(source) > 10_000 for source in sources.values())
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "argparse.py").write_text("import os\n", encoding="utf-8")
     (tmp_path / "shutil.py").write_bytes(b"\xff")

@@ -91,13 +91,6 @@ def test_a_token_reads_whole_blocks_of_cells() -> None:
     assert [model.seconds(None, context, "decode") for context in (0, 255, 256, 512)] == [256, 256, 512, 768]
 
 
-def test_the_speed_up_of_a_plan_is_that_of_its_phase() -> None:
-    model = cost_model(1, [1, 1], [1, 1])
-    plan = SkipPlan.manual(2, attention=[0], ffn=[0], phase="decode")
-    assert model.speedup(plan, 512, "prefill") == 1
-    assert model.speedup(plan, 512, "decode") == pytest.approx(5 / 3)
-
-
 def test_impossible_predictions_are_refused() -> None:
     model = cost_model(1, [1, 1], [1, 1])
     for context, phase in ((0, "prefill"), (-1, "decode"), (math.nan, "prefill")):

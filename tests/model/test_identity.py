@@ -75,11 +75,6 @@ def test_of_a_huge_file_six_mib_are_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(n_read) == 6 * MIB
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"nope\.gguf.*check the path"):
-        fingerprint(tmp_path / "nope.gguf")
-
-
 def test_check_gguf_tells_what_a_file_is_not(tmp_path: Path) -> None:
     text, empty = tmp_path / "text.gguf", tmp_path / "empty.gguf"
     text.write_text("hello")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.skip_sets import only
+from oracles.skip_sets import PARTS, only
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import CompensationError, PlanError, SublayerRangeError
@@ -61,17 +61,9 @@ def filled_set(*sublayers: tuple[int, int], rank: int = 2, **changes: Any) -> Sk
     return skip_set(*sublayers, **{**ones, **changes})
 
 
-PARTS = ("bias", "down", "up")
-
-
 def test_arrays_are_read_only_copies_and_scales_are_one_and_all_else_zero_where_nothing_is_skipped() -> None:
-    given = {
-        "skip": only((1, 1), n_layer=4),
-        "scale": np.full((4, 2), 0.5),
-        "bias": np.ones((4, 2, 3)),
-        "down": np.ones((4, 2, 2, 3)),
-        "up": np.ones((4, 2, 3, 2)),
-    }
+    given = {"skip": only((1, 1), n_layer=4), "scale": np.full((4, 2), 0.5)}
+    given |= {name: np.ones((4, 2, *shape)) for name, shape in zip(PARTS, ((3,), (2, 3), (3, 2)), strict=True)}
     chosen = SkipSet(**given)
     for array in given.values():
         array[:] = 7

@@ -1,19 +1,15 @@
 """adaskip_cpp.model.quality: the smallest promise that is kept, and how often the rule is wrong, by simulation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from oracles.frontiers import quality
 
-from adaskip_cpp.intervals import Interval, mean_error
-from adaskip_cpp.model.quality import Quality
+from adaskip_cpp.intervals import mean_error
 
 SIGMA, N_TEXTS, N_POINTS, STEP = 0.35, 4, 7, 1.5
-
-
-def quality(divergence: float, error: float = 0.0, excess: float = 0.0) -> Quality:
-    mean = Interval(divergence, divergence, divergence, N_TEXTS)
-    return Quality(mean, error, mean, excess, mean, (0.0, 0.0), N_TEXTS, 4)
 
 
 def broken(promise: float, by_mean_alone: bool) -> float:
@@ -35,7 +31,7 @@ def broken(promise: float, by_mean_alone: bool) -> float:
 
 def keeps(divergences: np.ndarray, promise: float, by_mean_alone: bool) -> bool:
     mean, error = mean_error(divergences)
-    return quality(mean, 0.0 if by_mean_alone else error).needs <= promise
+    return replace(quality(mean), error=0.0 if by_mean_alone else error).needs <= promise
 
 
 @pytest.mark.parametrize("promise", [0.02, 0.05, 0.1])
@@ -45,7 +41,7 @@ def test_of_20_choices_by_four_texts_at_most_one_breaks_the_promise(promise: flo
 
 
 def test_what_is_lost_beyond_chance_counts_and_a_mean_that_is_not_certain_keeps_less() -> None:
-    assert quality(0.04, excess=0.02).harm == pytest.approx(0.06)
-    assert quality(0.04, excess=0.02).needs == quality(0.06).needs
-    assert quality(0.03, error=0.01).needs == pytest.approx(0.046)
-    assert quality(0.03, error=math.nan).needs == math.inf, "of one text"
+    assert replace(quality(0.04), excess=0.02).harm == pytest.approx(0.06)
+    assert replace(quality(0.04), excess=0.02).needs == quality(0.06).needs
+    assert replace(quality(0.03), error=0.01).needs == pytest.approx(0.046)
+    assert replace(quality(0.03), error=math.nan).needs == math.inf, "of one text"

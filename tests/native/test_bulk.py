@@ -22,7 +22,7 @@ from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 F16 = 1  # GGML_TYPE_F16
-REFERENCED = ["llama", "llama-tied", "llama-bias", "gemma3"]
+REFERENCED = ["llama", "gemma3"]  # test_architectures.py has the others, bit for bit
 SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)]
 
 
@@ -122,7 +122,7 @@ def test_a_window_adds_so_many_nodes_whatever_the_context_and_no_split(
             seen.add((llm.counters.nodes, llm.counters.splits))
         counted.extend(seen)
     (nodes, splits), *others = counted
-    assert others == [(nodes + n_nodes, splits), (nodes + 2 * n_nodes, splits)]
+    assert splits > 0 and others == [(nodes + n_nodes, splits), (nodes + 2 * n_nodes, splits)]
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,13 @@ def test_a_map_whose_half_is_zero_is_no_map(open_tiny: Open) -> None:
     full, nodes = chosen((1, 0), (1, 1), bias=False), []
     up = full.up.copy()
     up[1, 1] = 0
-    none = SkipSet(full.skip, full.scale, None, np.zeros_like(full.down), np.zeros_like(full.up))
     llm = open_tiny(logits_all=False)
-    for each in (full, SkipSet(full.skip, full.scale, None, full.down, up), none, SkipSet(full.skip, full.scale)):
+    for each in (full, SkipSet(full.skip, full.scale, None, full.down, up), SkipSet(full.skip, full.scale)):
         of = plan(each)
         llm.set_plan(of)
         llm.eval_bulk(tokens(20))
         nodes.append(llm.counters.nodes)
     assert nodes[0] == nodes[1] + 3 == nodes[2] + 6  # two products and a sum each
-    assert nodes[2] == nodes[3]
 
 
 def test_a_bulk_has_fewer_nodes_and_more_than_where_k_and_v_are_not_kept(open_tiny: Open) -> None:

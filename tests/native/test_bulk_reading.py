@@ -64,12 +64,6 @@ def test_a_prompts_log_probabilities_are_those_of_the_prefill_set_after_its_bulk
         alone.reset()  # else it reads again what it computed, and a last token by itself differs by rounding
 
 
-@pytest.mark.parametrize("options", [{"echo": False}, {"logprobs": None}, {"echo": False, "logprobs": None}], ids=str)
-def test_who_does_not_ask_for_both_gets_a_bulk(options: dict[str, Any], open_tiny: Open) -> None:
-    llm = open_tiny(under=plan(BULK))
-    assert in_bulk(llm, lambda: told(llm, **options))
-
-
 def test_a_streamed_completion_reads_its_prompt_until_it_ends_or_is_left(open_tiny: Open) -> None:
     llm, whole = open_tiny(under=plan(BULK)), open_tiny()
 
@@ -85,7 +79,7 @@ def test_a_streamed_completion_reads_its_prompt_until_it_ends_or_is_left(open_ti
     steps.close()
 
 
-def test_what_fails_while_it_reads_a_prompt_leaves_bulks_as_they_were(open_tiny: Open) -> None:
+def test_who_asks_for_one_of_both_gets_a_bulk_also_after_a_reading_that_failed(open_tiny: Open) -> None:
     llm = open_tiny(under=plan(BULK))
 
     def fail(*_: Any) -> Any:
@@ -93,8 +87,9 @@ def test_what_fails_while_it_reads_a_prompt_leaves_bulks_as_they_were(open_tiny:
 
     with pytest.raises(LookupError):
         told(llm, stopping_criteria=llama_cpp.StoppingCriteriaList([fail]))
-    llm.reset()
-    assert in_bulk(llm, lambda: told(llm, echo=False))
+    for options in ({"echo": False}, {"logprobs": None}):
+        llm.reset()
+        assert in_bulk(llm, lambda options=options: told(llm, **options)), options
 
 
 def test_embeddings_have_no_bulk(open_tiny: Open) -> None:

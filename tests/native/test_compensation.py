@@ -5,7 +5,6 @@ misplaced changes the logits by more than 0.1.
 """
 
 import platform
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,6 @@ from oracles.skip_sets import PARTS, filled, only, same
 from oracles.tiny_families import FAMILIES, N_EMBD, N_LAYER, SKIPPABLE, tokens
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.errors import PlanError
 from adaskip_cpp.model.skip_set import SkipSet
 
 TOLERANCE = 5e-6
@@ -153,32 +151,6 @@ def test_a_scale_and_a_vector_are_a_node_each_and_a_map_is_three(sublayer: tuple
     assert {key: n - nodes[1.0, 0] for key, n in nodes.items()} == expected
 
 
-def test_a_plan_with_maps_adds_no_split(open_tiny: Open) -> None:
-    # A split is a part of the graph that runs on one device; maps are on that of their layer, whichever it is. For 32
-    # tokens and more llama.cpp computes on the GPU with weights of the CPU too, at several splits per layer.
-    llm, splits = open_tiny(n_gpu_layers=2), []
-    for plan in (None, same(random_set(1))):
-        llm.reset()
-        llm.set_plan(plan)
-        for n in (40, 1):
-            llm.eval(tokens(n))
-            splits.append(llm.counters.splits)
-    whole, planned = splits[:2], splits[2:]
-    assert 0 < planned[0] <= whole[0] and planned[1] == whole[1]
-
-
-def test_an_equal_plan_set_again_keeps_the_graph_and_another_map_does_not(
-    open_tiny: Open, reference: ReferenceModel
-) -> None:
-    # In ggml's view both are alike: only the contents of a map differ.
-    first, second = filled(only((1, 1))), filled(only((1, 1)), 7)
-    other = replace(first, up=second.up)
-    llm = open_tiny()
-    for chosen in (first, first, other, second, first):
-        llm.set_plan(same(chosen))
-        assert error_under(llm, reference, chosen, [tokens(6)]) < TOLERANCE
-
-
 def test_the_plan_owns_its_vectors_and_maps(open_tiny: Open, reference: ReferenceModel) -> None:
     """Of any dtype and order in memory, and whatever becomes of the caller's arrays; it reads what it needs alone."""
     chosen, llm = random_set(2), open_tiny()
@@ -192,29 +164,3 @@ def test_the_plan_owns_its_vectors_and_maps(open_tiny: Open, reference: Referenc
         for name in PARTS:
             getattr(given, name)[:] = np.nan
         assert error_under(llm, reference, chosen, [tokens(40)]) < TOLERANCE
-
-
-def test_they_outlive_two_hundred_changes_of_plan(open_tiny: Open, reference: ReferenceModel) -> None:
-    # Each plan frees the vectors and maps of the one before.
-    llm = open_tiny()
-    for i in range(200):
-        rng = np.random.default_rng(i)
-        skip, parts = only(*((int(rng.integers(3)), 1) for _ in range(2))), ((), *KINDS.values())[i % 4]
-        chosen = None if i % 7 == 0 else filled(skip, i, rng.uniform(0.8, 1.2), int(rng.integers(1, 9)), parts)
-        llm.set_plan(None if chosen is None else same(chosen))
-        assert error_under(llm, reference, chosen, [tokens(5)]) < TOLERANCE
-
-
-# -- refusals --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shapes", [{"bias": (32,)}, {"down": (4, 32), "up": (32, 4)}], ids=list)
-def test_a_plan_with_values_of_another_length_is_refused_as_a_plan(
-    shapes: dict[str, tuple[int, ...]], open_tiny: Open
-) -> None:
-    # It can be made without a model, so this is the user's mistake and no bug to report.
-    llm = open_tiny()
-    ones = {name: np.ones((N_LAYER, 2, *shape), np.float32) for name, shape in shapes.items()}
-    with pytest.raises(PlanError, match="32 values"):
-        llm.set_plan(same(SkipSet(only((1, 1)), np.ones((N_LAYER, 2)), **ones)))
-    assert llm.plan is None

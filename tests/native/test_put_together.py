@@ -4,7 +4,6 @@ Against the forward pass in NumPy of test_edits.py, with its tolerances: every t
 it is taken from.
 """
 
-import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -96,18 +95,6 @@ def test_documents_that_were_read_alone_are_put_together(
     for prompt in (head + c + a + b + question, head + b + c + question + a):
         assert read_both(llm, oracle, prompt, tolerance) < 0.5 * len(prompt)
         assert llm.n_moved > 0.2 * len(prompt)
-
-
-def test_an_answer_goes_on_and_the_next_prompt_is_edited(open_tiny: Open, reference: ReferenceModel) -> None:
-    llm, oracle = open_tiny(**OPTIONS, reuse=EDITS), Oracle(reference, edits=EDITS)
-    head, (a, b, c), question = documents()
-    read_alone(llm, oracle, [head + each for each in (a, b, c)])
-    prompt = head + a + b + c + question
-    for each in (prompt, prompt + question, head + question + a + b + c + question):
-        read_both(llm, oracle, each)
-    other = open_tiny(**OPTIONS, reuse=EDITS)
-    other.load_state(pickle.loads(pickle.dumps(llm.save_state())))
-    read_both(other, oracle, prompt + a)
 
 
 def test_a_saved_prompt_is_read_where_its_moves_or_its_plan_forbid_it(

@@ -9,7 +9,6 @@ import itertools
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -22,7 +21,6 @@ from oracles.stock import EXACT, environment
 from oracles.tiny_families import N_EMBD, tokens
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.engine.native import NativeContext
 from adaskip_cpp.errors import NativeError, NotSkippableError, PlanError, StateError
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
@@ -272,35 +270,8 @@ def test_a_refused_plan_leaves_the_one_in_force_and_the_logits_at_hand(open_tiny
     assert llm.plan is None
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_ctrl_c_around_the_native_call_leaves_one_plan_or_the_other(
-    moment: str, open_tiny: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = same(FFN), SkipPlan(NOTHING, ATTENTION)
-    llm, fresh = open_tiny(under=old), open_tiny()
-    llm.eval(tokens(9))
-    real = NativeContext.set_plan
-
-    def interrupted(self: NativeContext, *args: Any) -> None:
-        if moment == "after":
-            real(self, *args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(NativeContext, "set_plan", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.set_plan(new)
-    assert llm.plan == (old if moment == "before" else new)
-    fresh.set_plan(llm.plan)
-    for each in (llm, fresh):
-        next(each.generate(tokens(9), temp=0))
-    np.testing.assert_allclose(logits(llm), logits(fresh), rtol=1e-4, atol=1e-5)
-    llm.set_plan(None)
-    assert llm.plan is None and llm._adaskip.plan_tag() == 0
-
-
 def test_a_closed_model_has_no_plan_to_tell(open_tiny: Open) -> None:
     llm = open_tiny()
     llm.close()
-    with pytest.raises(NativeError, match="open it again"):
+    with pytest.raises(NativeError, match="the model is closed; open it again"):
         llm.plan  # noqa: B018

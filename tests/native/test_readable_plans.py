@@ -19,7 +19,7 @@ from oracles.skip_sets import arguments, same, skip_set
 from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError, ProfileMismatchError, StateError
+from adaskip_cpp.errors import NotSkippableError, PlanError, ProfileMismatchError, StateError
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
@@ -156,15 +156,6 @@ def test_what_cannot_be_read_is_refused_and_the_plan_in_force_stays(open_tiny: O
     assert (llm.plan, llm.readable) == (plan, (plan,))
 
 
-def test_a_model_without_kv_for_every_attention_reads_no_bulk(open_tiny: Open) -> None:
-    plan = same(ATTENTION)
-    llm = open_tiny(plan=plan)
-    with pytest.raises(ElidedKVError):
-        llm.set_plan(plan, readable=[BULKS["an FFN"]])
-    assert llm.readable == ()
-    llm.set_plan(plan, readable=[plan])  # which has no bulk
-
-
 def test_a_pickled_model_reads_what_it_read(open_tiny: Open) -> None:
     llm = open_tiny()
     llm.set_plan(None, readable=[BULKS["vectors and maps"]])
@@ -189,20 +180,15 @@ def test_the_id_of_a_bulk_is_what_its_cells_are_saved_with(open_tiny: Open) -> N
     assert len(ids) == len(BULKS)
 
 
-def test_the_id_of_a_bulk_that_leaves_the_whole_model_is_0(open_tiny: Open) -> None:
-    native = open_tiny()._adaskip
-    skipped = prompt_plan(ATTENTION, windowed=(1,))
-    assert native.bulk_set_id(prompt_plan(NOTHING)) == native.bulk_set_id(same(FFN)) == 0
-    assert native.bulk_set_id(skipped) == native.bulk_set_id(BULKS["an attention"]) != 0
-
-
 def test_the_id_tells_what_a_position_of_the_bulk_was_computed_with(open_tiny: Open) -> None:
-    # The head counts where windows begin with it; the tail never does.
+    # The head counts where windows begin with it; the tail never does, nor the window of what is skipped.
     id_of = open_tiny()._adaskip.bulk_set_id
     windows, ffn = BULKS["windows"], BULKS["an FFN"]
     assert id_of(prompt_plan(FFN, head=7, tail=9)) == id_of(ffn)
     assert id_of(replace(windows, bulk=replace(windows.bulk, head=7))) != id_of(windows)
     assert id_of(replace(windows, bulk=replace(windows.bulk, tail=9))) == id_of(windows)
+    assert id_of(prompt_plan(ATTENTION, windowed=(1,))) == id_of(BULKS["an attention"]) != 0
+    assert id_of(prompt_plan(NOTHING)) == id_of(same(FFN)) == 0, "the whole model"
 
 
 # -- saved states ----------------------------------------------------------------------------------------------------

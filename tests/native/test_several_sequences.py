@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition
 from oracles.drawn_plans import NOTHING, plans
 from oracles.drawn_sequences import rule
 from oracles.fixtures import Open, Tiny
+from oracles.readable import decode
 from oracles.reference import ReferenceModel, ReferenceRun, Windows, relative_error
 from oracles.sequence_oracle import Cell, is_readable
 from oracles.stock import EXACT
@@ -98,11 +99,9 @@ class Calls(RuleBasedStateMachine):
         self.llm.set_plan(self.plan)
         self.memory = llama_cpp.llama_get_memory(self.llm.ctx)
         llama_cpp.llama_memory_clear(self.memory, True)
-        self.batch = llama_cpp.llama_batch_init(self.llm.n_batch, 0, 1)
         self.sequences = [Sequence(ReferenceRun(model)) for _ in range(N_SEQ)]
 
     def teardown(self) -> None:
-        llama_cpp.llama_batch_free(self.batch)
         if not self.stays_open:
             self.llm.close()
 
@@ -130,15 +129,11 @@ class Calls(RuleBasedStateMachine):
             rows.sort(key=lambda row: row[1])
         if not rows:
             return
-        for at, (i, k, token) in enumerate(rows):
-            self.batch.token[at], self.batch.pos[at], self.batch.logits[at] = token, starts[i] + k, True
-            self.batch.n_seq_id[at], self.batch.seq_id[at][0] = 1, i
-        self.batch.n_tokens = len(rows)
         skip_set = self.plan.prefill
         if in_bulk := in_bulk and self.plan.bulk is not None:
             skip_set = self.plan.bulk.skip
             self.llm._adaskip.set_phase("bulk")
-        result = llama_cpp.llama_decode(self.llm.ctx, self.batch)
+        result = decode(self.llm.ctx, [(i, starts[i] + k, token, True) for i, k, token in rows])
         self.llm._adaskip.set_phase("prefill")
         if not all(
             is_readable(Cell(0, cell.skip_set, in_bulk=cell.in_bulk), self.plan, skip_set, self.readable)

@@ -31,6 +31,7 @@ def test_the_windows_are_the_architectures_and_shapes_are_shared_where_they_and_
     every = open_tiny(name).sublayers
     assert [row.window for row in every[::2]] == SLIDING.get(name, [0] * (len(every) // 2))
     assert not any(row.window for row in every[1::2])
+    assert all((row.shape >= 0) == row.in_bulk for row in every), "what is not found has no shape"
     rows = [row for row in every if row.skippable]
     for row in rows:
         for other in rows:
@@ -71,14 +72,3 @@ def test_layers_of_other_sizes_have_other_shapes(tmp_path: Path, open_model: Ope
 def test_attentions_that_read_the_kv_of_others_have_a_shape_of_their_own(name: str, open_tiny: Open) -> None:
     # Layers 0 and 2 slide, 1 and 3 do not; 2 and 3 compute no K and V, although the file has weights for them.
     assert len({row.shape for row in open_tiny(name).sublayers[::2]}) == 4
-
-
-def test_what_is_not_found_has_no_shape(open_tiny: Open) -> None:
-    rows = open_tiny("jamba").sublayers  # layers 0 and 2 have no attention
-    assert [row.shape >= 0 for row in rows[::2]] == [False, True, False]
-
-
-def test_all_are_found_where_devices_share_a_model(open_tiny: Open) -> None:
-    # On a build with one device this is the model as ever. With two the scheduler cuts the graph where they meet.
-    rows = open_tiny(n_gpu_layers=2).sublayers
-    assert rows == open_tiny().sublayers and all(row.skippable for row in rows)

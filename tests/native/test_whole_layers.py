@@ -88,15 +88,12 @@ def test_in_parallel_blocks_it_is_fitted_on_the_layers_output(
 ) -> None:
     """Of a layer that is skipped whole it leaves less error than keeping the stream, or its FFN's map, does."""
     _, profile = learned("gptneox-parallel")
-    assert profile.maps is not None
+    maps = profile.maps
+    assert maps is not None
     seen = ReferenceRun(numpy_model("gptneox-parallel")).eval(tokens(60, 1))
     assert seen.u is not None and seen.v is not None
     for layer in range(1, N_LAYER):
         u, v = seen.u[layer, 0, 1:], seen.v[layer, 1, 1:]
-
-        def error(kind: int, layer: int = layer, u: Any = u, v: Any = v) -> float:
-            maps = profile.maps
-            assert maps is not None
-            return float(np.linalg.norm(u + u @ maps.down[layer, kind].T @ maps.up[layer, kind].T - v))
-
-        assert error(WHOLE) < 0.95 * min(float(np.linalg.norm(u - v)), error(1))
+        mapped = {kind: u + u @ maps.down[layer, kind].T @ maps.up[layer, kind].T for kind in (WHOLE, 1)}
+        left = {kind: np.linalg.norm(each - v) for kind, each in mapped.items()}
+        assert left[WHOLE] < 0.95 * min(np.linalg.norm(u - v), left[1])

@@ -12,7 +12,7 @@ from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.skip_set import SkipSet
 
 NOTHING = SkipSet.none(N_LAYER)
-TOLERANCE = {"llama": 1e-5, "llama-tied": 1e-5, "llama-bias": 1e-5, "gemma3": 1e-3, "gptneox-parallel": 1e-3}
+TOLERANCE = {"llama": 1e-5, "gemma3": 1e-3, "gptneox-parallel": 1e-3}
 
 
 def chosen(*sublayers: tuple[int, int], seed: int = 0, scale: Any = None, bias: bool = True) -> SkipSet:

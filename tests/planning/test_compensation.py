@@ -54,16 +54,6 @@ def test_affine_leaves_no_mean_error_and_less_error_than_any_scalar(streams: Any
         assert ((error("affine") ** 2).sum(axis=(2, 3)) < (error(name) ** 2).sum(axis=(2, 3))).all()
 
 
-def test_only_what_is_skipped_is_compensated(statistics: PhaseStatistics) -> None:
-    skip = np.zeros((N_LAYER, 2), bool)
-    skip[1, 0] = True
-    chosen = COMPENSATIONS["affine"].skip_set(skip, statistics)
-    assert chosen.bias is not None
-    np.testing.assert_array_equal(chosen.bias.any(axis=2), skip)
-    assert (chosen.scale[~skip] == 1).all()
-    assert COMPENSATIONS["affine"].skip_set(skip & False, statistics).bias is None
-
-
 def maps(rank: int = 2, whole: bool = False) -> LinearMaps:
     """Random maps of all sublayers, and of whole layers if wanted."""
     rng = np.random.default_rng(5)
@@ -143,8 +133,9 @@ def test_where_no_skipped_sublayer_has_a_map_linear_is_affine(
     assert chosen.bias is not None and chosen.down is chosen.up is None
 
 
-def test_skipping_nothing_takes_no_maps(statistics: PhaseStatistics) -> None:
-    assert COMPENSATIONS["linear"].skip_set(EVERY & False, statistics, maps()) == SkipSet.none(N_LAYER)
+@pytest.mark.parametrize("name", ["affine", "linear"])
+def test_skipping_nothing_takes_no_vectors_and_maps(statistics: PhaseStatistics, name: str) -> None:
+    assert COMPENSATIONS[name].skip_set(EVERY & False, statistics, maps()) == SkipSet.none(N_LAYER)
 
 
 def test_what_was_not_observed_cannot_be_compensated(statistics: PhaseStatistics) -> None:
@@ -154,11 +145,6 @@ def test_what_was_not_observed_cannot_be_compensated(statistics: PhaseStatistics
         figures[name][2, 1] = np.nan
     with pytest.raises(CompensationError, match="FFN of layer 2"):
         COMPENSATIONS["median"].skip_set(EVERY, replace(statistics, **figures))
-
-
-def test_the_online_stage_has_no_vectors_so_that_affine_and_linear_are_the_median_there() -> None:
-    online = {name: each.online for name, each in COMPENSATIONS.items()}
-    assert online == {"none": "none", "paper": "paper", **dict.fromkeys(("median", "affine", "linear"), "median")}
 
 
 @pytest.mark.parametrize("name", ["best", None, []])

@@ -37,17 +37,13 @@ def test_the_choice_is_a_stable_sort(similarity: list[tuple[float, float]], data
     assert {(layer, 0) for layer in plan.prefill.attention} | {(layer, 1) for layer in plan.prefill.ffn} == expected
 
 
-def test_twelve_sublayers_end_to_end_with_the_best_compensation_by_default() -> None:
-    plan = profile(np.full((8, 2), 0.9)).plan(mode="e2e")
-    assert (plan.prefill.n_skip, plan.compensation, plan.mode) == (12, "affine", "e2e")
-
-
 @pytest.mark.parametrize(("name", "scale"), [("paper", 1.5), ("none", 1.0), ("median", 0.75), ("affine", 0.75)])
 def test_compensation(name: str, scale: float) -> None:
     plan = EXAMPLE.plan(2, compensation=name, mode="e2e")
     assert (plan.prefill.scale[plan.prefill.skip] == scale).all()
     assert plan.compensation == name
     assert (plan.prefill.bias is None) == (name != "affine")
+    assert plan.online is not None and plan.online.scale == ("median" if name == "affine" else name)
 
 
 def test_linear_takes_the_maps_of_the_profile_in_every_mode() -> None:

@@ -13,24 +13,6 @@ from adaskip_cpp.serving.middleware import Gate, is_loopback, network_of
 from adaskip_cpp.serving.queue import FairQueue
 
 
-def answered(app: Any, path: str, headers: dict[str, str]) -> tuple[int, str]:
-    """Status and body of what an application answers to a GET."""
-    sent: list[Any] = []
-
-    async def ask() -> None:
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        async def receive() -> Any:
-            return {"type": "http.request"}
-
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await app({"type": "http", "path": path, "method": "GET", "headers": raw}, receive, send)
-
-    asyncio.run(ask())
-    return sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:]).decode()
-
-
 def through_the_gate(
     send: Any, body: bytes, answer: Callable[[Any, Any], Any], queue: FairQueue | None = None
 ) -> Coroutine[Any, Any, None]:
@@ -108,10 +90,20 @@ def test_a_stream_that_says_nothing_gets_comments(monkeypatch: pytest.MonkeyPatc
 
 
 def admitted(headers: dict[str, str], keys: Collection[str] = (), names: Collection[str] = ("localhost",)) -> int:
-    """The status that a gate answers to a request for something that is not there: 404 where it may ask."""
+    """The status that a gate answers to a GET for something that is not there: 404 where it may ask."""
     nothing: Any = SimpleNamespace(answered=lambda *_: None)
     gate = Gate(nothing, {}, FairQueue(1), nothing, keys=keys, names=names, most_body=1)
-    return answered(gate, "/v1/none", headers)[0]
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    asyncio.run(gate({"type": "http", "path": "/v1/none", "method": "GET", "headers": raw}, receive, send))
+    return int(sent[0]["status"])
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +122,8 @@ def test_without_a_key_it_is_asked_by_an_address_or_a_listed_name() -> None:
     for host in ("127.0.0.1.example", "127.x.example", "example.com", f"{own}.local", own, "[::1", ""):
         assert admitted({"host": host}) == 403
     assert admitted({"host": "Box.lan:80"}, names=("localhost", "box.lan")) == 404
+    for origin, status in (("https://example.com", 403), ("http://127.0.0.1:8000", 404)):
+        assert admitted({"host": "127.0.0.1:8000", "origin": origin}) == status
     assert admitted({"host": "box.lan", "origin": "http://127.x.example"}, names=("box.lan",)) == 403
     assert admitted({"host": "box.lan", "origin": "http://box.lan"}, names=("box.lan",)) == 404
     assert not is_loopback("127.x.example") and is_loopback("127.0.0.2") and is_loopback("::1")

@@ -13,8 +13,7 @@ from adaskip_cpp.errors import RequestError
 from adaskip_cpp.model.edits import FEW
 from adaskip_cpp.model.frontier import Frontier
 from adaskip_cpp.model.quality import Passkeys
-from adaskip_cpp.serving.plans import Choice, Plans, plan_key
-from adaskip_cpp.serving.request import ServedRequest
+from adaskip_cpp.serving.plans import Choice, Plans
 
 CAREFUL, FAST = (point.plan for point in FRONTIER.points)
 
@@ -79,14 +78,6 @@ def test_without_a_frontier_a_promise_is_kept_by_the_whole_model_and_a_speed_up_
         chosen({"speedup": 1.5}, 10, None)
 
 
-def test_an_answer_tells_its_point_of_the_frontier() -> None:
-    told = ServedRequest(n_layer=3, choice=chosen("auto", 1025)).summary
-    assert told["plan"] == "promise 0.07" and told["max_loss"] == 0.07
-    assert (told["loss_measured"], told["speedup_predicted"]) == (0.03, pytest.approx(1.3))
-    told = ServedRequest(n_layer=3, choice=chosen("none", 1025)).summary
-    assert told["plan"] == "none" and told["max_loss"] is told["loss_measured"] is told["speedup_predicted"] is None
-
-
 def test_a_chat_keeps_its_plan_while_it_grows() -> None:
     asked = []
 
@@ -99,9 +90,3 @@ def test_a_chat_keeps_its_plan_while_it_grows() -> None:
     for n_tokens in (1, 1000, 1024, 1025, 2048, 4097):
         assert plans.choose({"speedup": 1.5}, n_tokens).plan is PLAN
     assert asked == [1024, 2048, 5000]
-
-
-def test_equal_plans_have_one_key() -> None:
-    again = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
-    assert plan_key(again) == plan_key(PLAN) != plan_key(SkipPlan.manual(3, ffn=[2], phase="bulk"))
-    assert plan_key(None) == "whole"

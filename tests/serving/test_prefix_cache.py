@@ -23,6 +23,15 @@ def states(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.adaskip-prefix"))
 
 
+def saved(folder: Path, state: bytes = b"state") -> Path:
+    """The file of a state of the tokens 1 and 2 that a process has left in a folder."""
+    cache = PrefixCache(10_000, folder)
+    cache.put("a", ids(1, 2), bytearray(state))
+    cache.close()
+    (path,) = states(folder)
+    return path
+
+
 def test_the_longest_common_beginning_of_the_right_key_is_found() -> None:
     cache = PrefixCache(100)
     cache.put("a", ids(1, 2, 3), bytearray(b"abc"))
@@ -98,10 +107,7 @@ def test_where_nothing_can_be_written_it_is_said_once(tmp_path: Path, caplog: py
 @pytest.mark.parametrize("damage", ["cut", "flip", "foreign", "empty", "header", "long", "gone", "link", "pipe"])
 def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: str) -> None:
     folder, other = tmp_path / "kept", tmp_path / "other"
-    cache = PrefixCache(10_000, folder)
-    cache.put("a", ids(1, 2), bytearray(b"state"))
-    cache.close()
-    (path,) = states(folder)
+    path = saved(folder)
     content = path.read_bytes()
     changed = {
         "cut": content[:-1],
@@ -138,11 +144,7 @@ def test_a_torn_or_foreign_file_is_ignored_and_removed(tmp_path: Path, damage: s
 
 def test_a_state_from_elsewhere_is_not_believed(tmp_path: Path) -> None:
     """Neither one that another folder's owner wrote, nor one with a digest that anyone can compute."""
-    for name in ("ours", "theirs"):
-        cache = PrefixCache(10_000, tmp_path / name)
-        cache.put("a", ids(1, 2), bytearray(name.encode()))
-        cache.close()
-    (theirs,), (ours,) = (states(tmp_path / name) for name in ("theirs", "ours"))
+    theirs, ours = (saved(tmp_path / name, name.encode()) for name in ("theirs", "ours"))
     assert theirs.name == ours.name
     shutil.copy(theirs, ours)
     cache = PrefixCache(10_000, tmp_path / "ours")
@@ -165,10 +167,7 @@ def test_a_folder_that_others_own_or_may_write_is_refused(tmp_path: Path, monkey
 
 
 def test_what_a_link_leads_to_is_not_overwritten(tmp_path: Path) -> None:
-    cache = PrefixCache(10_000, tmp_path / "kept")
-    cache.put("a", ids(1, 2), bytearray(b"state"))
-    cache.close()
-    (path,) = states(tmp_path / "kept")
+    path = saved(tmp_path / "kept")
     path.unlink()
     (tmp_path / "victim").write_text("mine")
     cache = PrefixCache(10_000, tmp_path / "kept")

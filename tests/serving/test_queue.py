@@ -11,41 +11,33 @@ from adaskip_cpp.serving.queue import FairQueue
 from adaskip_cpp.serving.request import Refused
 
 
-def test_clients_have_their_turns_one_by_one() -> None:
-    """Three requests of one client and one of another, all there at once: the other is second."""
+def order_of(asked: list[tuple[str, str]]) -> list[int]:
+    """The numbers of requests, each of a party and its user, in the order of their turns; all are there at once."""
 
-    async def scenario() -> list[str]:
-        queue, order = FairQueue(10), []
+    async def scenario() -> list[int]:
+        queue, order = FairQueue(64), []
 
-        async def one(client: str, name: str) -> None:
-            async with queue.turn(client):
-                order.append(name)
+        async def one(number: int) -> None:
+            async with queue.turn(*asked[number]):
+                order.append(number)
                 await asyncio.sleep(0)
 
-        await asyncio.gather(*(one(*each) for each in (("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"))))
+        await asyncio.gather(*map(one, range(len(asked))))
         assert not queue.is_busy and len(queue) == 0
         return order
 
-    assert asyncio.run(scenario()) == ["a1", "a2", "b1", "a3"]
+    return asyncio.run(scenario())
+
+
+def test_clients_have_their_turns_one_by_one() -> None:
+    """Three requests of one client and one of another: the other is third."""
+    assert order_of([("a", ""), ("a", ""), ("a", ""), ("b", "")]) == [0, 1, 3, 2]
 
 
 def test_names_that_a_client_gives_itself_earn_it_no_turns() -> None:
     """60 requests of one address, each under another name, then one of another address: that one is third."""
-
-    async def scenario() -> list[str]:
-        queue, order = FairQueue(64), []
-
-        async def one(party: str, user: str) -> None:
-            async with queue.turn(party, user):
-                order.append(party + user)
-                await asyncio.sleep(0)
-
-        names = [("a", str(i)) for i in range(60)]
-        await asyncio.gather(*(one(*each) for each in (*names, ("a", "1"), ("b", ""))))
-        return order
-
-    order = asyncio.run(scenario())
-    assert order.index("b") == 2 and order[-1] == "a1", "within an address its users have their turns one by one"
+    order = order_of([*(("a", str(i)) for i in range(60)), ("a", "1"), ("b", "")])
+    assert order.index(61) == 2 and order[-1] == 60, "within an address its users have their turns one by one"
 
 
 def test_one_client_cannot_take_every_place() -> None:

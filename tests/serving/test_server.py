@@ -18,7 +18,7 @@ import numpy as np
 import openai
 import pytest
 from oracles.grammars import FORK, WAYS
-from oracles.served import BULK_PLAN, END, Server, frontier_of, refusal, serving
+from oracles.served import END, Server, frontier_of, refusal, serving
 
 from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.engine.settings import cost_settings
@@ -58,32 +58,19 @@ def ask(server: Server, prompt: str = LONG, **more: Any) -> dict[str, Any]:
 
 
 def test_the_openai_client_chats(client: openai.OpenAI) -> None:
-    asked: Any = [{"role": "user", "content": "the to"}]
-    no_end = {"2": -100}
-    answer = client.chat.completions.create(
-        model="tiny", messages=asked, max_tokens=5, temperature=0, logit_bias=no_end
-    )
-    assert answer.choices[0].message.content and answer.usage and answer.usage.completion_tokens >= 5
-    assert answer.model == "tiny"
+    asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "the to"}], "max_tokens": 5}
+    asked |= {"temperature": 0, "logit_bias": {"2": -100}}
+    answer: Any = client.chat.completions.create(**asked)
+    assert answer.choices[0].message.content and answer.usage.completion_tokens >= 5 and answer.model == "tiny"
     parts: Any = [{"role": "developer", "content": [{"type": "text", "text": "the to"}]}]
     client.chat.completions.create(model="tiny", messages=parts, max_completion_tokens=1)
-    with client.chat.completions.create(
-        model="tiny",
-        messages=asked,
-        max_tokens=5,
-        temperature=0,
-        logit_bias=no_end,
-        stream=True,
-        stream_options={"include_usage": True},
-    ) as stream:
-        chunks = list(stream)
+    with client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}) as stream:
+        chunks: Any = list(stream)
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == answer.choices[0].message.content
-    assert chunks[-1].usage and chunks[-1].usage == answer.usage.model_copy(
-        update={"prompt_tokens_details": chunks[-1].usage.prompt_tokens_details}
-    )
-    assert not chunks[-1].choices
-    last: Any = chunks[-2]
+    *_, last, end = chunks
+    details = end.usage.prompt_tokens_details
+    assert not end.choices and end.usage == answer.usage.model_copy(update={"prompt_tokens_details": details})
     assert last.timings["predicted_n"] == answer.usage.completion_tokens and last.adaskip["plan"] == "auto"
 
 
@@ -100,25 +87,15 @@ def test_the_openai_client_completes_lists_and_embeds(client: openai.OpenAI, ser
 
 
 def test_tools_and_json_are_those_of_the_server_below(client: openai.OpenAI) -> None:
-    tool: Any = {"type": "function", "function": {"name": "go", "parameters": {"type": "object", "properties": {}}}}
-    asked: Any = [{"role": "user", "content": "the"}]
-    answer = client.chat.completions.create(
-        model="tiny",
-        messages=asked,
-        tools=[tool],
-        tool_choice={"type": "function", "function": {"name": "go"}},
-        max_tokens=30,
-    )
-    calls: Any = answer.choices[0].message.tool_calls
-    assert calls and calls[0].function.name == "go"
-    schema: Any = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
-    forms: Any = [
-        {"type": "json_object", "schema": schema},
-        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
-    ]
-    for form in forms:
-        answer = client.chat.completions.create(model="tiny", messages=asked, response_format=form, max_tokens=60)
-        assert json.loads(answer.choices[0].message.content or "")["a"] in (True, False)
+    asked: Any = with_tool({"type": "object", "properties": {}})
+    answer: Any = client.chat.completions.create(model="tiny", **asked, max_tokens=30)
+    assert answer.choices[0].message.tool_calls[0].function.name == "go"
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    older: Any = with_schema(schema)
+    newer = {**older, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+    for asked in (older, newer):
+        answer = client.chat.completions.create(model="tiny", **asked, max_tokens=60)
+        assert json.loads(answer.choices[0].message.content)["a"] in (True, False)
 
 
 # --- plans and prefixes ---------------------------------------------------------------------------------------------
@@ -155,51 +132,6 @@ def test_an_edited_prompt_is_read_where_it_was_edited(server: Server) -> None:
         assert edited["prompt_tokens_moved"] > whole["prompt_tokens_read"] - 100
 
 
-def test_an_answer_is_the_librarys(server: Server, served_model: Path) -> None:
-    """Against AdaSkipLlama in this process: the whole model, the plan, and after other plans and prompts.
-
-    A prompt that the whole model has read is read by it for any plan, so each has its own. Where the last bytes of an
-    answer may begin a character, the library goes on for more tokens than the server does.
-    """
-    llm = AdaSkipLlama(str(served_model), n_ctx=CTX, n_threads=1, n_threads_batch=1, verbose=False)
-    for index, (name, chosen) in enumerate(2 * (("none", None), ("auto", BULK_PLAN))):
-        llm.set_plan(chosen)
-        llm.reset()
-        expected = llm.create_completion(f"in{index} {LONG}", max_tokens=8, temperature=0)
-        answer = ask(server, f"in{index} {LONG}", max_tokens=8, adaskip={"plan": name})
-        text = answer["choices"][0]["text"]
-        assert text and expected["choices"][0]["text"].startswith(text)
-        ask(server, f"to {LONG}")
-    llm.close()
-
-
-def test_what_was_read_outlasts_a_restart(served_model: Path, served_plan: Path, tmp_path: Path) -> None:
-    options = ("--plan", str(served_plan), "--ctx", str(CTX), "--cache-dir", str(tmp_path / "kept"))
-    with serving(served_model, *options) as first:
-        before = ask(first)
-        assert first.stop() == 0
-    foreign = tmp_path / "kept" / "0.adaskip-prefix"
-    foreign.write_bytes(b"something else")
-    with serving(served_model, *options) as second:
-        assert not foreign.exists()
-        after = ask(second)
-        assert after["adaskip"]["prompt_tokens_read"] == 1
-        assert after["choices"][0]["text"] == before["choices"][0]["text"]
-        assert second.stop() == 0
-    (kept,) = foreign.parent.glob("*.adaskip-prefix")
-    kept.write_bytes(kept.read_bytes()[:-1])
-    with serving(served_model, *options) as third:
-        assert ask(third)["adaskip"]["prompt_tokens_reused"] == 0
-    with serving(served_model, "--plan", "none", *options[2:]) as other:
-        assert ask(other)["adaskip"]["prompt_tokens_reused"] == 0, "what a plan skipped is not read without it"
-
-
-def test_a_server_whose_cache_is_too_small_for_a_state_ends_well(served_model: Path) -> None:
-    with serving(served_model, "--plan", "none", "--cache-size", "1K") as small:
-        ask(small)
-        assert small.stop() == 0
-
-
 def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model: Path, tmp_path: Path) -> None:
     """And a chat that grows over a change of plan reads nothing again, nor after a restart."""
     model = Path(shutil.copy(served_model, tmp_path / "m.gguf"))
@@ -218,7 +150,8 @@ def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model:
         assert "Plans lose at most 0.07 nats per token" in " ".join(map(str.strip, first.lines))
         assert told(first, 100)["plan"] == "none"
         fast = told(first, 700)
-        assert (fast["plan"], fast["loss_measured"], fast["speedup_predicted"]) == ("promise 0.07", 0.06, 1.5)
+        assert (fast["plan"], fast["max_loss"]) == ("promise 0.07", 0.07)
+        assert (fast["loss_measured"], fast["speedup_predicted"]) == (0.06, 1.5)
         assert fast["skipped"]["bulk"] == {"attention": [1], "ffn": [2]} and fast["prompt_tokens_skipping"] > 500
         assert first.stop() == 0
     with serving(model, *options) as second:
@@ -231,7 +164,8 @@ def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model:
         refused = {"prompt": talk[1100], "adaskip": {"plan": {"speedup": 3}}}
         assert "ask for at most 1.6" in second.post("/v1/completions", refused).json()["error"]["message"]
         whole = told(second, 1100, "none")
-        assert whole["plan"] == "none" and whole["max_loss"] is None and whole["prompt_tokens_skipping"] == 0
+        assert whole["plan"] == "none" and whole["prompt_tokens_skipping"] == 0
+        assert whole["max_loss"] is whole["loss_measured"] is whole["speedup_predicted"] is None
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -342,9 +276,6 @@ def test_the_log_holds_what_clients_wrote_only_where_it_is_asked_for(served_mode
 
 
 def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
-    answer = server.post("/v1/completions", {"prompt": "the " * 500_000})
-    assert answer.status_code == 413 and "bytes" in answer.json()["error"]["message"]
-
     def endless() -> Iterator[bytes]:
         for _ in range(100):
             yield b" " * 65536
@@ -397,14 +328,6 @@ def test_embeddings_are_of_whole_texts(server: Server) -> None:
     assert answer.status_code == 200, answer.text
     one, other = (each["embedding"] for each in answer.json()["data"])
     assert one != other
-
-
-def test_pages_of_other_sites_cannot_ask(server: Server) -> None:
-    """Neither from their own name, nor by a name of theirs that leads here (DNS rebinding)."""
-    body = {"prompt": "the", "max_tokens": 1}
-    assert server.post("/v1/completions", body, headers={"origin": "https://example.com"}).status_code == 403
-    assert server.post("/v1/completions", body, headers={"host": "example.com"}).status_code == 403
-    assert server.post("/v1/completions", body, headers={"origin": server.url}).status_code == 200
 
 
 @pytest.mark.parametrize("chats", [False, True])

@@ -183,14 +183,10 @@ def test_what_is_on_disk_is_read_again_after_a_death(served_model: Path, tmp_pat
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def starting(model: Path, *options: str) -> Server:
     """A server that is not waited for."""
-    port = str(free_port())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     command = [sys.executable, "-c", "from adaskip_cpp.cli.main import main; main()", "serve", str(model)]
     process = subprocess.Popen(
         [*command, "--port", port, "--threads", "1", "--plan", "none", *options], stderr=subprocess.PIPE, text=True

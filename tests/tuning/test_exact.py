@@ -406,20 +406,17 @@ def test_a_candidate_that_fails_is_not_chosen(depth: int, error: Exception, sear
     assert not failed.chosen and failed.request_s == failed.token_s == failed.prompt_long_s == float("inf")
 
 
-def test_a_model_that_fails_with_its_defaults_is_the_callers_error(search: Search) -> None:
+@pytest.mark.parametrize(
+    ("error", "where"), [(ModelFileError("no such model"), (False, 0)), (KeyboardInterrupt(), (True, 100))], ids=repr
+)
+def test_what_the_defaults_fail_with_and_ctrl_c_reach_the_caller_and_the_model_is_closed(
+    error: BaseException, where: tuple[bool, int], search: Search
+) -> None:
     def fails(settings: Settings, at: int) -> None:
-        raise ModelFileError("no such model")
+        if (settings.flash_attn, at) == where:
+            raise error
 
-    with pytest.raises(ModelFileError):
-        search(Machine(fails=fails))
-
-
-def test_ctrl_c_ends_the_search_and_closes_the_model(search: Search) -> None:
-    def fails(settings: Settings, at: int) -> None:
-        if settings.flash_attn and at == 100:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(error)):
         search(Machine(fails=fails))
 
 

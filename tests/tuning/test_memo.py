@@ -47,18 +47,19 @@ def test_the_settings_that_were_found_are_kept_as_they_are(path: str) -> None:
     assert Memo(path, "key").get("settings", FoundSettings, Made(None)) == found
 
 
-def test_what_another_model_or_option_gave_is_ignored_and_written_over(path: str) -> None:
-    Memo(path, "key").get("lost", float, Made(1.0))
-    assert Memo(path, "other").get("lost", float, Made(2.0)) == 2.0
-    assert Memo(path, "other").get("lost", float, Made(3.0)) == 2.0
-    assert Memo(path, "key").get("lost", float, Made(4.0)) == 4.0
+OTHER = b'{"key": "other", "lost": 1.0}'
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"key"', b"\xff\xfe", b'{"lost": 1.0}', b'{"key": ["key"]}'])
-def test_a_broken_file_is_ignored_and_written_over(content: bytes, path: str) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'"key"', b"\xff\xfe", b'{"lost": 1.0}', b'{"key": ["key"]}', OTHER]
+)
+def test_a_file_that_is_broken_or_of_another_model_or_option_is_ignored_and_written_over(
+    content: bytes, path: str
+) -> None:
     Path(path).write_bytes(content)
     assert Memo(path, "key").get("lost", float, Made(2.0)) == 2.0
     assert Memo(path, "key").get("lost", float, Made(3.0)) == 2.0
+    assert Memo(path, "other").get("lost", float, Made(4.0)) == 4.0
 
 
 @pytest.mark.parametrize("value", [None, "much", [1.0, "much"], {"a": 1.0}])
@@ -79,14 +80,10 @@ def test_an_interrupted_value_is_not_kept(path: str) -> None:
     assert (again.get("first", float, Made(3.0)), again.get("second", float, Made(2.0))) == (1.0, 2.0)
 
 
-def test_a_profile_is_kept_beside_the_file(path: str) -> None:
-    Memo(path, "key").keep_profile(EXAMPLE)
-    assert Memo(path, "key").profile(MODEL) == EXAMPLE
-
-
-def test_a_profile_of_another_key_or_model_or_a_broken_one_is_none(path: str) -> None:
+def test_a_profile_is_kept_beside_the_file_and_one_of_another_key_or_model_or_a_broken_one_is_none(path: str) -> None:
     assert Memo(path, "key").profile(MODEL) is None
     Memo(path, "key").keep_profile(EXAMPLE)
+    assert Memo(path, "key").profile(MODEL) == EXAMPLE
     assert Memo(path, "other").profile(MODEL) is None
     assert Memo(path, "key").profile(replace(MODEL, fingerprint="cd" * 32)) is None
     next(each for each in Path(path).parent.iterdir() if "profile" in each.name).write_text("{")
