@@ -14,6 +14,7 @@ from .report import seconds
 from .terminal import table
 
 _PROMISES = (0.02, DEFAULT_LOSS, 0.1)
+_SLOWER = 1.1  # times as long for a token of an answer: users are told
 _EDITS = {FEW: "small", MANY: "new order", TOGETHER: "together"}
 _QUALITY = ("diver-\ngence", "added\nloss", "in\ncopies", "in\nkeys", "same\ntoken", "pass\nkeys")
 
@@ -52,7 +53,11 @@ def _print_settings(out: Console, frontier: Frontier) -> None:
         best = tried if tried.chosen else best
     out.print(rows)
     chosen = _difference(frontier.settings, base.settings)
-    out.print(f"Chosen: {chosen}. They change only the rounding.\n" if chosen else "Chosen: the defaults.\n")
+    words = f"Chosen: {chosen}. They change only the rounding." if chosen else "Chosen: the defaults."
+    if best.token_s > _SLOWER * base.token_s:
+        slower = f"{base.token_s / best.token_s:.2f} times as fast as by default"
+        words += f" Answers then come {slower}. If yours are long, tune with their tokens: `--answer N`."
+    out.print(f"{words}\n")
 
 
 def _difference(settings: Settings, before: Settings) -> str:

@@ -61,6 +61,7 @@ def test_settings_plans_and_speed_stand_below_their_headings(lines: Sequence[str
     first, second, default, changed, *_ = after(lines, "Settings, of the whole model")
     assert (first, second) == ("prompt, start prompt, end answer request", "tokens/s tokens/s tokens/s s")
     assert (default, changed) == ("default 100 50 10.0 9.0", "flash_attn True 200 100 5.0 8.0")
+    assert "Answers then come 0.50 times as fast" in " ".join(lines)
     first, second, row, *_ = after(lines, "Plans, judged after prompts of 2,048 tokens")
     assert first.startswith("win- diver- added in in same pass speed")
     assert second.startswith("attn FFN dows gence loss copies keys token keys at 2k at 8k")
