@@ -108,7 +108,7 @@ class Cells:
                 self._done += cells[start : start + 1]
                 continue
             each, in_bulk, windows = cells[start].skip_set, cells[start].in_bulk, cells[start].windows
-            under = [(c.skip_set, c.in_bulk, c.windows, c.n_moves) == (each, in_bulk, windows, 0) for c in cells]
+            under = [(c.skip_set, c.in_bulk, c.windows, c.computed) == (each, in_bulk, windows, None) for c in cells]
             end = next((i for i in range(start, len(cells)) if not under[i]), len(cells))
             tokens = [cell.token for cell in cells[start:end]]
             compensation = each.scale, each.bias, each.down, each.up
