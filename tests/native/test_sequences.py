@@ -446,3 +446,18 @@ def test_any_sequence_of_calls_gives_the_logits_of_a_fresh_model(
 ) -> None:
     path = tiny(KINDS[kind].family)
     explore(partial(Calls, path, ReferenceModel(path), KINDS[kind]))
+
+
+def test_a_saved_prompt_gives_what_stays_at_its_place_after_a_run_from_memory(tiny: Tiny) -> None:
+    """Drawn by chance in one of many runs. Such tokens count no move, but have K and V of the saved prompt."""
+    path = tiny()
+    calls = Calls(path, ReferenceModel(path), KINDS["edited"])
+    saved, in_memory = [4, 3, 3, 3, 4, 3, 3, 3, 3, 3], [3, 3, 4, 3, 3, 3, 3, 3]
+    calls.generate_from(saved, 1)
+    calls.save_the_prompt()
+    calls.generate_from(in_memory, 2)
+    calls.generate_from([*saved, *in_memory, 23, 3], 1)
+    cells = calls.history.cells
+    assert [each.n_moves for each in cells[:10]] == [0, 64, 64, 64, 0, 0, 0, 0, 0, 0] and cells[5].computed is not None
+    calls.the_logits_are_those_of_the_reference()
+    calls.teardown()
