@@ -65,6 +65,10 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
         assert metrics.rouge_l(prediction, answer) == 0.0, "where the package fails"
 
 
+def test_chinese_words_are_compared_without_spaces_between_them() -> None:
+    assert metrics.rouge_l_zh("北京上海", "北京广州") == pytest.approx(1 / 2, abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_both_rouges_agree_with_each_other_and_the_textbook(seed: int) -> None:
     """On sentences without repeated words or punctuation, where all definitions of Rouge-L agree."""

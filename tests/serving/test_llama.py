@@ -266,6 +266,10 @@ def test_an_answer_tells_that_its_prompt_was_forgotten(served: ServedLlama) -> N
     served.prefix_cache.most = kept.n_bytes + 10
     run(served, tokens(300, 3))
     assert run(served, tokens(300, 1))[1].reread_because == "evicted"
+    served.prefix_cache.most = 10  # too small for any state
+    for seed in (4, 5):
+        run(served, tokens(300, seed))
+    assert run(served, tokens(300, 4))[1].reread_because == "evicted"
     served.prefix_cache.most = 10
     run(served, tokens(300, 4))
     assert run(served, tokens(300, 1))[1].reread_because == "evicted", "it did not fit at all"
