@@ -89,7 +89,10 @@ def main() -> None:
             )
             least = whole - (skipped - rest)
             cells = [figure(ratio_interval(whole, own), ".3f")]
-            cells += [figure(ratio_interval(whole, least), ".3f"), figure(ratio_interval(least, own), ".1%")]
+            if (least > 0).all():
+                cells += [figure(ratio_interval(whole, least), ".3f"), figure(ratio_interval(least, own), ".1%")]
+            else:  # noise hides the ideal
+                cells += ["-", "-"]
             print(f"| {name} | {phase} | {' | '.join(cells)} |")
 
 
