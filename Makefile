@@ -14,11 +14,10 @@ BUILD   = build/$(1:.venv-%=%)# of an environment; pyproject.toml names that of 
 # The installation is editable, so only changes of libllama's sources and of dependencies install it again.
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard cmake/*.* native/*.cpp native/*.h patches/*) native patches
 # A build without isolation, in .venv, keeps its include paths, and so its compiled objects for the next build. Its
-# requirements are the strings of pyproject.toml's first table, one release (the newest by default), and setuptools for
-# jieba, which has no wheel.
+# requirements are the strings of pyproject.toml's first table, and one release (the newest by default).
 RELEASES       = $(shell sed -n 's/^llama-cpp-python==\([^ ]*\).*/\1/p' cmake/releases.txt)
 BUILD_REQUIRES = $(shell sed -n '/^\[build-system\]/,/^]/s/^ *\("[^"]*"\),$$/\1/p' pyproject.toml) cmake ninja \
-  "setuptools>=70.1" llama-cpp-python==$(or $(LLAMA_CPP_PYTHON),$(firstword $(RELEASES)))
+  llama-cpp-python==$(or $(LLAMA_CPP_PYTHON),$(firstword $(RELEASES)))
 
 SANITIZERS_asan := ADDRESS UNDEFINED
 SANITIZERS_tsan := THREAD
@@ -59,7 +58,7 @@ test-native: $(VENV)/installed-$(if $(LLAMA_CPP_PYTHON),test-native,dev)
 # Runs on two rpc-servers of this machine. ggml sees them as devices, so layers are divided between them.
 GGML_rpc := -DGGML_RPC=ON
 test-rpc: $(VENV)/installed-dev
-	@$(BIN)/python -m pytest -n 2 --rpc-servers=2 tests/native/test_backends.py tests/engine/test_rpc.py
+	@$(BIN)/python -m pytest -n 2 --rpc-servers=2 tests/native/test_backends.py
 
 # Needs Vulkan's headers, a shader compiler and a device (Debian: libvulkan-dev glslc spirv-headers, and
 # mesa-vulkan-drivers for a software device, which is number 0). llama-cpp-python with its shaders compiles for 10
@@ -88,12 +87,13 @@ test-asan: $(VENV)-asan/installed
 test-tsan: $(VENV)-tsan/installed
 	$(call sanitized,tsan,libtsan.so,tests/native/test_threads.py)
 
-# Libraries that take a llama_cpp.Llama or open one, at the releases that docs/libraries.md names. Those that require
-# llama-cpp-python are installed without what they require, so that it stays as it is.
-LIBRARIES       := guidance==0.3.1 instructor==1.17.0 langchain-community==0.4.2 outlines==1.3.3 "llama-index-core<0.15"
+# Libraries that take a llama_cpp.Llama or open one, at the releases that docs/libraries.md names, and lm-eval, a client of
+# the server. Those that require llama-cpp-python are installed without what they require, so that it stays as it is.
+LIBRARIES       := guidance==0.3.1 instructor==1.17.0 langchain-community==0.4.2 outlines==1.3.3 "llama-index-core<0.15" \
+  "lm-eval[api]==0.4.13"
 LIBRARIES_ALONE := llama-index-llms-llama-cpp==0.7.0 llm-gguf==0.2
 test-libraries: $(VENV)-libraries/installed
-	@$(VENV)-libraries/bin/python -m pytest tests/libraries
+	@$(VENV)-libraries/bin/python -m pytest tests/libraries tests/serving/test_clients.py
 
 # The random tests of `make test`, for hours instead of seconds: sequences of calls, Ctrl-C, processes that die. The
 # tests of Vulkan too, if there is a shader compiler.

@@ -30,7 +30,6 @@ try:
     from .calibration.calibrate import calibrate
     from .engine.dropin import replace_llama
     from .engine.llama import AdaSkipLlama
-    from .engine.rpc import add_rpc_server
     from .measuring.running import Running
     from .model.edits import Edits
     from .model.frontier import Frontier
@@ -80,7 +79,6 @@ __all__ = [
     "Running",
     "SkipPlan",
     "__version__",
-    "add_rpc_server",
     "bench",
     "calibrate",
     "evaluate",

@@ -119,15 +119,13 @@ def run(
 
 
 def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None]) -> Profile:
-    """Calibrate briefly, and measure on one text how much loss skipping in the bulk adds."""
+    """Calibrate briefly, and time the sublayers."""
 
     def stage(label: str) -> AbstractContextManager[OnProgress]:
         on_stage(f"{label}, on {_N_REQUESTS} requests of texts of Python and packages")
         return silent(label)
 
-    profile = calibrate(
-        llm, n_requests=_N_REQUESTS, n_decode=_N_DECODE, cost=False, n_judged=1, windows=False, on_stage=stage
-    )
+    profile = calibrate(llm, n_requests=_N_REQUESTS, n_decode=_N_DECODE, cost=False, on_stage=stage)
     on_stage("Timing the sublayers")
     return replace(profile, cost=measure_cost(llm, seconds=_COST_S))
 
@@ -141,7 +139,7 @@ def _contenders(profile: Profile, n_prompt: int) -> dict[str, Side]:
         return Side(plan, cost.speedup(plan, n_prompt, "prefill"))
 
     prompt = side(PlanRequest(speedup=SPEEDUP))
-    papers = side(PlanRequest(speedup=prompt.predicted, mode="e2e", ranking="similarity"))
+    papers = side(PlanRequest(speedup=prompt.predicted, mode="e2e"))
     return {WHOLE: Side(), PROMPT: prompt, PAPERS: papers}
 
 

@@ -9,23 +9,7 @@ class AdaSkipError(Exception):
 
 
 class LibraryError(AdaSkipError, ImportError):
-    """The native library cannot be used in this process."""
-
-
-class LibraryMissingError(LibraryError):
-    """This installation lacks the package's own libllama."""
-
-
-class LibraryVersionError(LibraryError):
-    """The installed llama-cpp-python is not the release that the package's libllama was built for."""
-
-
-class ImportOrderError(LibraryError):
-    """``llama_cpp``, or its class that is to be replaced, was imported too early."""
-
-
-class RPCServerError(AdaSkipError, ConnectionError):
-    """An rpc-server cannot be used, or ggml was built without RPC."""
+    """The native library is missing, is of another release, or cannot be used because llama_cpp was imported before."""
 
 
 class ModelFileError(AdaSkipError, ValueError):
@@ -36,20 +20,8 @@ class PlanError(AdaSkipError, ValueError):
     """A plan cannot be made, or cannot be used with this model."""
 
 
-class SublayerRangeError(PlanError):
-    """A plan names a layer that is not in the model."""
-
-
 class NotSkippableError(PlanError):
     """A plan names a sublayer that this model cannot skip."""
-
-
-class ElidedKVError(PlanError):
-    """A plan needs K and V of an attention, and the model was opened without memory for them."""
-
-
-class CompensationError(PlanError):
-    """A compensation is unknown, not finite, or not positive."""
 
 
 class BudgetError(PlanError):
@@ -61,19 +33,7 @@ class PlanFileError(PlanError):
 
 
 class ProfileError(AdaSkipError, ValueError):
-    """A profile cannot be used."""
-
-
-class ProfileFormatError(ProfileError):
-    """A profile file is truncated, malformed or incomplete."""
-
-
-class ProfileVersionError(ProfileError):
-    """A profile file has a format version that this release does not read."""
-
-
-class ProfileMissingError(ProfileError, FileNotFoundError):
-    """There is no profile file with this name."""
+    """A profile file is missing, truncated, malformed, of another version, or cannot be used."""
 
 
 class ProfileMismatchError(ProfileError):

@@ -112,13 +112,12 @@ class Checks:
 
 def plans_to_check(profile: Profile) -> dict[str, SkipPlan]:
     n = n_skipped(profile)
-    n_windows = 0 if profile.windows is None else len(profile.windows.layers)
     # With a threshold of -1 the stage adds every FFN, so rounding cannot decide about any.
     stage = OnlineStage(N_ANSWER // 2, -1.0, "paper")
     staged = replace(profile.plan(n, mode="e2e", compensation="paper"), online=stage)
     return {
         "prompt mode": profile.plan(n),
-        "prompt mode, windows": profile.plan(n, windowed=n_windows, window_size=64),
+        "prompt mode, windows": profile.plan(n, windowed=len(profile.windowable), window_size=64),
         "decode": profile.plan(n, mode="decode", online=False),
         "e2e, online stage": staged,
         "schedule": profile.plan(n, mode="e2e", strategy="skip_decode"),

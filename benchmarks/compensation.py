@@ -37,7 +37,7 @@ def token_losses(llm: AdaSkipLlama, tokens: list[int]) -> np.ndarray:
 def compare(path: Path) -> None:
     """Print one model's rows of the table."""
     llm = AdaSkipLlama(str(path), n_ctx=corpus.N_TOKENS + N_DECODE, logits_all=True, verbose=False)
-    profile = calibrate(llm, n_decode=N_DECODE, cost=False, n_judged=0)
+    profile = calibrate(llm, n_decode=N_DECODE, cost=False)
     pages = corpus.pages()
     texts = [corpus.cut(llm, pages[name], 1, corpus.N_TOKENS)[0] for name in PAGES]
 

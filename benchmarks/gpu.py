@@ -70,7 +70,11 @@ def plan_for(profile: Profile, speedup: float, context: int) -> tuple[SkipPlan, 
     for budget in (*wanted, {"n_skip": n}):
         try:
             plan, bare = (
-                profile.plan(**budget, decode=n, online=False, compensation=each) for each in ("linear", "none")
+                replace(
+                    profile.plan(**budget, compensation=each),
+                    decode=profile.plan(n, mode="decode", compensation=each).decode,
+                )
+                for each in ("linear", "none")
             )
         except BudgetError as error:
             print(f"{error}", file=sys.stderr)
@@ -123,10 +127,9 @@ def measure(path: str, args: argparse.Namespace, seconds: float) -> bool:
     assert profile.cost is not None
     predicted = profile.cost.speedup(plan, context, "prefill")
     print(
-        f"\nThe plan skips {plan.skipped('bulk').n_skip} of {2 * n_layer} sublayers in the bulk of a prompt, where "
-        f"{len(plan.narrowed)} attentions look back at a window, and {plan.decode.n_skip} in decode. The predicted "
-        f"speed-up of the first token is {predicted:.2f}. The table has medians of {result.settings.n_rounds} rounds, "
-        "and speed-ups with 95% intervals.\n"
+        f"\nThe plan skips {plan.skipped('bulk').n_skip} of {2 * n_layer} sublayers in the bulk of a prompt, and "
+        f"{plan.decode.n_skip} in decode. The predicted speed-up of the first token is {predicted:.2f}. The table has "
+        f"medians of {result.settings.n_rounds} rounds, and speed-ups with 95% intervals.\n"
     )
     print_times(result, context)
     return all(each.holds for each in itertools.chain(*found.values()))

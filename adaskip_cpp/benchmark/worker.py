@@ -6,7 +6,6 @@ stdin, replies go to stdout. The process ends when stdin does, with its parent, 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import pickle
@@ -39,7 +38,7 @@ class _Contender:
         stock = "adaskip_cpp" not in sys.modules and Path(llama_cpp.__file__).resolve().parent in library.parents
         if not self._ours and not stock:
             raise RuntimeError(f"{library} is not the libllama of llama-cpp-python; reinstall llama-cpp-python")
-        # verbose: sizes, and why a model cannot be loaded, are in llama.cpp's log alone.
+        # verbose: why a model cannot be loaded is in llama.cpp's log alone.
         self._llm = (AdaSkipLlama if self._ours else llama_cpp.Llama)(model, verbose=True, **options)
         self._llm.verbose = False
         _logger.set_verbose(False)
@@ -47,27 +46,7 @@ class _Contender:
         return {"library": str(library), **settings}
 
     def time(self, prompt: list[int], n_decode: int) -> dict[str, Any]:
-        result = dataclasses.asdict(_TIMING["time_request"](self._llm, prompt, n_decode))
-        kv = {"kv_bytes": self._llm.kv_bytes} if self._ours else {}
-        return {**result, "peak_bytes": _peak_bytes(), **kv}
-
-
-def _peak_bytes() -> int:
-    if sys.platform == "win32":
-        # struct PROCESS_MEMORY_COUNTERS: its own size and another number in 8 bytes, then the peak; -1 is this process.
-        counters = (ctypes.c_size_t * 9)(72)
-        ctypes.WinDLL("kernel32").K32GetProcessMemoryInfo(ctypes.c_void_p(-1), counters, ctypes.sizeof(counters))
-        return int(counters[1])
-    try:
-        # Linux keeps ru_maxrss across exec, so it may be the parent's; VmHWM is this program's.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return dataclasses.asdict(_TIMING["time_request"](self._llm, prompt, n_decode))
 
 
 def _read(parent: IO[bytes], requests: queue.SimpleQueue[bytes]) -> None:

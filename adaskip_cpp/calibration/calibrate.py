@@ -3,7 +3,6 @@
 import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import SupportsIndex, TypeAlias
@@ -15,12 +14,11 @@ from ..engine.statistics import StatisticsBatch
 from ..errors import NativeError, RequestError
 from ..measuring import corpus
 from ..model.arrays import Vectors
-from ..model.skip_set import KINDS
+from ..model.skip_set import KINDS, late_layers
 from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 from ..planning.profile import Profile
 from ..progress import Stage, progress_bar
 from .cost import measure_cost, set_aside
-from .divergence import N_ANSWER, N_PIECES, N_PROMPT, measure_divergence, measure_windows
 from .linear import DEFAULT_RANK, LinearFit
 from .similarity import RequestStatistics
 
@@ -37,8 +35,6 @@ def calibrate(
     n_decode: int = 32,
     rank: int = DEFAULT_RANK,
     cost: bool = True,
-    n_judged: int = N_PIECES,
-    windows: bool = True,
     on_stage: Stage = progress_bar,
     description: str | None = None,
 ) -> Profile:
@@ -58,9 +54,6 @@ def calibrate(
         rank: rank of the linear maps for compensation ``"linear"``, up to 4096; 0 for no maps. Sublayers of the first
             third of the layers get none.
         cost: whether the time of each sublayer is measured. ``Profile.plan(speedup=...)`` needs it.
-        n_judged: number of requests, at most a quarter, on which the divergence of skipping each sublayer is measured.
-            Mode ``"prompt"`` chooses by it. These requests are not used for maps.
-        windows: whether the divergence of windows is measured on these requests, for ``Profile.plan(speedup=...)``.
         on_stage: shows progress. The default one shows stages of more than 2 s on stderr, if that is a terminal.
             ``adaskip_cpp.progress.silent`` shows nothing.
         description: the text in words, stored in the profile.
@@ -89,8 +82,6 @@ def calibrate(
     prefill: list[PhaseStatistics] = []
     decode: list[PhaseStatistics] = []
     fit = LinearFit(_to_fit(llm) if rank else [])
-    judging = token_lists[len(token_lists) - min(n_judged, len(token_lists) // 4) :]
-    n_fitted = len(token_lists) - len(judging)
     n_decoded = min(len(token_lists), MAX_DECODED)
     decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
     n_text = sum(map(len, token_lists))
@@ -105,8 +96,7 @@ def calibrate(
         llm.set_plan(None)
         with on_stage("Calibrating") as on_progress:
             for index, tokens in enumerate(token_lists):
-                takes_part = index < n_fitted and fit.sublayers
-                prefill.append(_observe(llm, tokens, advance, fit=fit if takes_part else None))
+                prefill.append(_observe(llm, tokens, advance, fit=fit if fit.sublayers else None))
                 if index in decodes:
                     decode.append(_observe(llm, tokens, advance, n_decode=n_decode))
             mean = PhaseStatistics.mean(prefill)
@@ -116,7 +106,7 @@ def calibrate(
             with on_stage("Timing sublayers") as on_time:
                 cost_model = measure_cost(llm, on_progress=on_time)
 
-    profile = Profile(
+    return Profile(
         prefill=mean,
         decode=PhaseStatistics.mean(decode),
         n_requests=len(prefill),
@@ -127,22 +117,9 @@ def calibrate(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cost=cost_model,
         maps=_maps(llm, fitted),
+        windowable=tuple(row.layer for row in llm.sublayers if row.windowable),
         bulk_only=tuple(row.layer for row in llm.sublayers if row.in_bulk and not row.skippable),
     )
-    pieces = [tokens[: N_PROMPT + N_ANSWER] for tokens in judging if len(tokens) > 3]
-    if pieces:
-        with on_stage("Skipping each sublayer") as on_skipped:
-            lost = measure_divergence(llm, profile, pieces, layers=late_layers(llm), on_progress=on_skipped)
-            profile = replace(profile, divergence=lost[0], copying=lost[1])
-    if pieces and windows:
-        with on_stage("Narrowing attentions") as on_narrowed:
-            profile = replace(profile, windows=measure_windows(llm, judging, on_progress=on_narrowed))
-    return profile
-
-
-def late_layers(llm: AdaSkipLlama) -> range:
-    """Return the layers that prompts may skip: all but the first third, on which too many later layers depend."""
-    return range(llm.n_layer // 3, llm.n_layer)
 
 
 def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
@@ -212,7 +189,7 @@ def _observe(
 
 def _to_fit(llm: AdaSkipLlama) -> list[tuple[int, int]]:
     """Return what maps are fitted to: sublayers as (layer, kind), and whole layers as (layer, WHOLE)."""
-    late = late_layers(llm)
+    late = late_layers(llm.n_layer)
     found = [(row.layer, KINDS.index(row.kind)) for row in llm.sublayers if row.in_bulk and row.layer in late]
     whole = [(layer, WHOLE) for layer in late if {(layer, 0), (layer, 1)} <= {*found}]
     return sorted(found + whole)

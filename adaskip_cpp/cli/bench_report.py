@@ -9,7 +9,7 @@ from rich.table import Column
 from ..benchmark.bench import BenchResult
 from ..benchmark.table import NO_PLAN, STOCK, Row, verdict
 from ..model.plan import SkipPlan
-from .report import megabytes, seconds, skipped_words
+from .report import seconds, skipped_words
 from .terminal import table
 
 _TITLES = {"prefill": "Time to first token", "decode": "Time per token"}
@@ -21,11 +21,6 @@ def print_report(out: Console, result: BenchResult) -> None:
         out.width = max(out.width, 100)
     for _, of_phase in itertools.groupby(rows, lambda row: (row.phase, row.context)):
         _print_phase(out, [*of_phase])
-    if result.usage:
-        usage = table("", "at most", "KV", title="Memory", title_style="bold")
-        for name, each in result.usage.items():
-            usage.add_row(name, megabytes(each.peak_bytes), megabytes(each.kv_bytes))
-        out.print(usage)
     _print_configuration(out, result)
 
 

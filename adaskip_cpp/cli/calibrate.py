@@ -2,20 +2,16 @@
 
 import os
 import time
-from dataclasses import replace
 from functools import partial
 
 import click
 
 from ..calibration.calibrate import calibrate as run
-from ..calibration.cost import measure_cost
 from ..files import check_output, read_text
 from ..measuring import corpus
 from ..measuring.running import Running, open_quietly
 from ..model.stored import vectors_path
 from ..planning.profile import Profile
-from ..progress import progress_bar
-from .planning import load_profile
 from .terminal import console, model_options, option, verb
 
 _CTX_TIMED = 8192  # context for timing sublayers, in tokens: the default of `generate`, to cover its prompts
@@ -33,46 +29,31 @@ _learning = partial(option, group="What to measure")
 @_learning("--tokens", type=click.IntRange(2), default=corpus.N_TOKENS, help="Tokens in each request.")
 @_learning("--decode-tokens", "n_decode", type=click.IntRange(1), default=32,
            help="Tokens to decode after 20 of the requests.")  # fmt: skip
-@_learning("--cost-only", is_flag=True, help="Only time the sublayers again, here; keep the rest of PROFILE.")
 @_learning("--no-cost", is_flag=True, help="Do not time the sublayers. Then --speedup cannot be used.")
 @model_options
 def calibrate(
     model: str, output: str, files: tuple[str, ...], requests: int, tokens: int, n_decode: int,
-    no_cost: bool, cost_only: bool, running: Running
+    no_cost: bool, running: Running
 ) -> None:  # fmt: skip
     """Measure which sublayers of MODEL, a GGUF file, change their input least, and write a profile.
 
     The whole model reads requests, cut from the text at even distances. It answers some of them with a few tokens. The
     profile also gets linear maps, which replace skipped sublayers, and the time of each sublayer on this machine.
     """
-    if cost_only and (no_cost or files):
-        raise click.UsageError("--cost-only measures times alone; leave out --data and --no-cost")
     check_output(output)
     start = time.monotonic()
-    if cost_only:
-        profile = load_profile(model, output)
-        llm = open_quietly(model, _CTX_TIMED, running)
-        with progress_bar("Timing the sublayers", lines=True) as on_progress:
-            profile = replace(profile, cost=measure_cost(llm, on_progress=on_progress))
-    else:
-        n_ctx = max(tokens + n_decode, 0 if no_cost else _CTX_TIMED)
-        llm = open_quietly(model, n_ctx, running)
-        profile = run(
-            llm,
-            corpus.cut(llm, "\n\n".join(map(read_text, files)), requests, tokens) if files else None,
-            n_requests=requests,
-            n_tokens=tokens,
-            n_decode=n_decode,
-            cost=not no_cost,
-            description=", ".join(map(os.path.basename, files)) or None,
-        )
+    llm = open_quietly(model, max(tokens + n_decode, 0 if no_cost else _CTX_TIMED), running)
+    profile = run(
+        llm,
+        corpus.cut(llm, "\n\n".join(map(read_text, files)), requests, tokens) if files else None,
+        n_requests=requests,
+        n_tokens=tokens,
+        n_decode=n_decode,
+        cost=not no_cost,
+        description=", ".join(map(os.path.basename, files)) or None,
+    )
     profile.save(output)
-    elapsed_s = time.monotonic() - start
-    if cost_only:
-        told = f"The sublayers were timed again in {elapsed_s:.0f} s. The rest of {output} did not change."
-        console().print(told, soft_wrap=True, markup=False)
-    else:
-        _print(profile, output, requests, elapsed_s)
+    _print(profile, output, requests, time.monotonic() - start)
 
 
 def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:

@@ -13,7 +13,6 @@ from ..engine.generation import Generation, Message, Timing, chat_tokens, has_ch
 from ..engine.llama import AdaSkipLlama
 from ..errors import RequestError
 from ..measuring.running import Running
-from ..planning.profile import Profile
 from ..progress import progress_bar
 from .plan import print_plan
 from .planning import PlanSource, source_options
@@ -30,7 +29,7 @@ In the lines below an answer, "/s" means tokens per second. "12+3" means
 
 @verb(
     "Chat with a model.",
-    example="adaskip-cpp chat model.gguf\nadaskip-cpp chat model.gguf --profile model.adaskip.json --skip 8",
+    example="adaskip-cpp chat model.gguf\nadaskip-cpp chat model.gguf --max-loss 0.02",
 )
 @click.argument("model")
 @source_options
@@ -42,14 +41,13 @@ def chat(
 ) -> None:  # fmt: skip
     """Chat with MODEL, a GGUF file with a chat template; /help lists the commands.
 
-    The conversation stays in memory, so each turn reads only the new message. Piped input has one message per line.
-    --speedup is predicted for a conversation of half of --ctx. Without options for a plan, it uses the plans and
-    settings that `adaskip-cpp tune` wrote beside MODEL, or else the whole model.
+    The conversation stays in memory, so each turn reads only the new message. Piped input has one message per line. It
+    uses the plans and settings that `adaskip-cpp tune` wrote beside MODEL, or else the whole model.
     """
-    llm = source.open(model, ctx, running, max(ctx // 2, 1), seed)
+    llm = source.open(model, ctx, running, seed)
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
-    Conversation(llm, source.profile, max_tokens, temp, console(stderr=True), system).run()
+    Conversation(llm, max_tokens, temp, console(stderr=True), system).run()
 
 
 @dataclass
@@ -57,7 +55,6 @@ class Conversation:
     """Reads messages from stdin until its end. Answers go to stdout, all other text to stderr."""
 
     llm: AdaSkipLlama
-    profile: Profile | None
     max_tokens: int
     temperature: float
     err: Console
@@ -120,9 +117,8 @@ class Conversation:
         elif not said:
             self.tell("(the model ended its answer at once)")
         if generation.timing is not None:
-            llm, cost = self.llm, None if self.profile is None else self.profile.cost
-            self.tell(first_token_line(generation.timing, llm.plan, cost, llm.point(generation.timing.n_prompt)))
-            self.tell(_status(llm, generation.timing))
+            self.tell(first_token_line(self.llm, generation.timing))
+            self.tell(_status(self.llm, generation.timing))
             if generation.timing.is_cut:
                 self.tell("(the context is full; /reset begins a new conversation)")
 
@@ -133,7 +129,7 @@ class Conversation:
         elif name == "/plan" and (plan := self.llm.plan) is not None:
             print_plan(self.err, plan)
         elif name == "/plan":
-            self.tell("Nothing is skipped now. For plans, run `adaskip-cpp tune`, or start with --profile.", style="")
+            self.tell("Nothing is skipped now. For plans, run `adaskip-cpp tune`, or start with --plan.", style="")
         else:
             if name != "/help":
                 self.tell(f"There is no command {name}.", style="")

@@ -48,7 +48,7 @@ _speed = partial(option, group="Speed")
 @plan_file_option
 @_choosing("--mode", "modes", multiple=True, type=click.Choice(MODES), help=f"A mode{_AGAIN}.  [default: all]")
 @_choosing("--compensation", "compensations", type=names(list(COMPENSATIONS)), help="For strategy adaskip: "
-           f"{', '.join(COMPENSATIONS)}; see `generate --help`.  [default: {DEFAULT_COMPENSATION}]")  # fmt: skip
+           f"{', '.join(COMPENSATIONS)}; see `plan --help`.  [default: {DEFAULT_COMPENSATION}]")  # fmt: skip
 @_text("--builtin", multiple=True, type=click.Choice(["pages", "sources"]), help="Pages of Python's documentation, or "
        f"sources of its library, without those of calibration{_AGAIN}.")  # fmt: skip
 @_text("--texts", "n_texts", type=click.IntRange(min=0), default=_DEFAULTS.n_texts,

@@ -1,26 +1,21 @@
 """``adaskip-cpp generate``: answers one prompt, with or without a plan."""
 
-from contextlib import closing
-
 import click
 
 from ..engine.generation import Generation, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
 from ..files import read_text
-from ..measuring.running import Running, open_quietly
-from ..model.mode import MODES
+from ..measuring.running import Running
 from ..progress import progress_bar
 from .planning import PlanSource, source_options
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
 from .terminal import RUNNING, answer_options, console, option, verb
 
-_LEAST_LENGTH = 512  # tokens; a shorter prompt has too little bulk for most speed-ups, so it gets the plan for 512
-
 
 @verb(
     "Answer one prompt.",
     example="adaskip-cpp generate model.gguf -f question.txt\n"
-    "adaskip-cpp generate model.gguf -f question.txt --profile model.adaskip.json --skip 12",
+    "adaskip-cpp generate model.gguf -f question.txt --max-loss 0.02",
 )
 @click.argument("model")
 @option("-p", "--prompt", help="The prompt. Give this or -f.")
@@ -35,20 +30,13 @@ def generate(
 ) -> None:  # fmt: skip
     """Answer a prompt with MODEL, a GGUF file. The answer goes to stdout, the speed to stderr.
 
-    A plan skips the sublayers that matter least. Without options for a plan, it uses the plans and settings that
-    `adaskip-cpp tune` wrote beside MODEL, or else the whole model.
+    A plan skips the sublayers that matter least. It uses the plans and settings that `adaskip-cpp tune` wrote beside
+    MODEL, or else the whole model.
     """
     if (prompt is None) == (file is None):
         raise click.UsageError("there must be one prompt; give it with -p, or a file with -f")
     text = prompt if prompt is not None else read_text(file or "")
-    length = 1
-    if source.asks_speedup:
-        # Opening the model needs the plan, and the plan needs the length. So the tokenizer is opened first, alone.
-        with closing(open_quietly(model, 256, Running(1, 0), vocab_only=True)) as tokenizer:
-            length = max(len(_tokens(tokenizer, text, chat)), 1)
-        if source.request is None or MODES[source.request.mode].in_bulk:
-            length = max(length, _LEAST_LENGTH)
-    llm = source.open(model, ctx, running, length, seed)
+    llm = source.open(model, ctx, running, seed)
     prompt_tokens = _tokens(llm, text, chat)
     answer = Generation(llm, prompt_tokens, max_tokens=max_tokens, temperature=temp, on_stage=progress_bar)
     for piece in answer:
@@ -56,9 +44,8 @@ def generate(
     click.echo()
     if answer.timing is None:
         return
-    cost = None if source.profile is None else source.profile.cost
     lines = [
-        first_token_line(answer.timing, llm.plan, cost, llm.point(answer.timing.n_prompt)),
+        first_token_line(llm, answer.timing),
         *speed_lines(answer.timing),
         *skipped_lines(llm, answer.timing.n_generated),
         kv_line(llm),

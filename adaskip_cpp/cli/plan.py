@@ -6,14 +6,13 @@ from rich.console import Console
 from rich.table import Column
 
 from ..files import check_output
-from ..model.mode import MODES
 from ..model.plan import PHASES, TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KIND_NAMES, SkipSet, ranked
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.speedup import seconds_saved
-from ..planning.strategies import make_plan, what_is_lost
+from ..planning.strategies import make_plan, ranking
 from .planning import plan_options
 from .report import PHASE_WORDS, layer_list, seconds, window_words
 from .terminal import OUTPUT, console, option, table, verb
@@ -31,28 +30,26 @@ from .tune_report import print_frontier
 @option("--context", type=click.IntRange(min=1), default=2048, help="Prompt length for predictions, in tokens.")
 @option("-o", "--output", metavar="PLAN", group=OUTPUT,
         help="Also write the plan to a file, for --plan of other verbs.")  # fmt: skip
-def plan(profile_path: str, request: PlanRequest | None, context: int, output: str | None) -> None:
+def plan(profile_path: str, request: PlanRequest, context: int, output: str | None) -> None:
     """Show the plan that PROFILE gives with these options: the sublayers that it skips, and the rank of each sublayer.
 
     PROFILE may also be a plan file, written by `tune` or with -o. Then its plans are shown, with the measurements of
     `tune`. No options go with it.
 
-    The table has these columns for each sublayer. "divergence": of next-token probabilities if the bulk skips it alone,
-    in thousandths of a nat per token. "rank": its place by divergence times the layers above it; rank 1 loses least.
-    Modes other than prompt rank by IO similarity, and show it. "ms": the predicted milliseconds that skipping it alone
-    saves for a whole prompt, or with --mode decode for one decoded token. "skip": b, p, d if bulk, prefill, decode skip
-    it. "scale": the factor of its input.
+    The table has these columns for each sublayer. "rank": rank 1 is skipped first. Mode prompt begins with the last
+    layer, the other modes with the largest IO similarity. "similarity": of its input and output in prompts. "ms": the
+    predicted milliseconds that skipping it alone saves for a whole prompt, or with --mode decode for one decoded token.
+    "skip": b, p, d if bulk, prefill, decode skip it. "scale": the factor of its input.
     """
     out = console()
     if is_plan_file(profile_path):
-        if request is not None or output is not None:
+        if request != PlanRequest() or output is not None:
             raise click.UsageError("PROFILE is a plan file, which is shown as it is; leave out other options")
         _print_plan_file(out, load_plan(profile_path))
         return
     if output is not None:
         check_output(output)
     profile = Profile.load(profile_path)
-    request = request or PlanRequest()
     chosen = make_plan(profile, request.at(context))
     if output is not None:
         save_plan(output, chosen)
@@ -60,7 +57,7 @@ def plan(profile_path: str, request: PlanRequest | None, context: int, output: s
     _print_ranks(out, profile, request, chosen, context)
     cost, phase = profile.cost, request.faster_phase
     if cost is None:
-        out.print("No speed-up is predicted, because the profile has no times; `calibrate --cost-only` adds them.")
+        out.print("No speed-up is predicted, because the profile has no times; calibrate again.")
     else:
         speedups = ", ".join(f"{name} {cost.speedup(chosen, context, name):.2f} x" for name in TIMED)
         first, first_whole = (seconds(cost.seconds(each, context, "prefill")) for each in (chosen, None))
@@ -120,22 +117,20 @@ def print_plan(out: Console, chosen: SkipPlan) -> None:
 
 def _print_ranks(out: Console, profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int) -> None:
     saved = None if profile.cost is None else 1e3 * seconds_saved(profile.cost, context, request.faster_phase)
-    divergence = profile.divergence if MODES[request.mode].in_bulk else None
-    lost = -profile.similarity if divergence is None else what_is_lost(profile, request)
-    ranks, phases = {divmod(index, 2): rank for rank, index in enumerate(ranked(lost), start=1)}, _phases(chosen)
+    values, phases = ranking(profile, request.mode), _phases(chosen)
+    ranks = {divmod(index, 2): str(rank) for rank, index in enumerate(ranked(values), start=1)}
 
     def cells(at: tuple[int, int]) -> list[str]:
         times = [] if saved is None else [f"{saved[at]:.1f}" if saved[at] >= 10 else f"{saved[at]:.2f}"]
         if not profile.in_bulk[at]:
             return ["-", "-", *("-" for _ in times), "", ""]
-        measured = f"{profile.similarity[at]:.4f}" if divergence is None else f"{1e3 * divergence[at]:.2f}"
         skipped = {name: each for name, each in phases if each.skip[at]}
         scale = next((f"{each.scale[at]:.3f}" for each in skipped.values()), "")
-        found = [str(ranks[at]), measured, *times, "".join(name[0] for name in skipped), scale]
+        rank = "-" if np.isnan(values[at]) else ranks[at]
+        found = [rank, f"{profile.similarity[at]:.4f}", *times, "".join(name[0] for name in skipped), scale]
         return [f"[bold]{cell}[/]" if cell and skipped else cell for cell in found]
 
-    measure = "simi-\nlarity" if divergence is None else "diver-\ngence"
-    of_each = ("rank", measure, *(["\nms"] if saved is not None else []), "\nskip", "\nscale")
+    of_each = ("rank", "simi-\nlarity", *(["\nms"] if saved is not None else []), "\nskip", "\nscale")
     columns = [f"{name}\nrank" if column == "rank" else column for name in KIND_NAMES for column in of_each]
     printed = table(Column("\nlayer", justify="right"), *columns, collapse_padding=True)
     for layer in range(profile.n_layer):

@@ -8,18 +8,16 @@ from typing import Any, TypeVar
 import click
 
 from ..engine.llama import AdaSkipLlama
-from ..engine.settings import cost_settings
 from ..errors import AdaSkipError
 from ..measuring.running import Running, open_quietly
 from ..model.frontier import DEFAULT_LOSS, Frontier
-from ..model.identity import check_model, plan_path, profile_path
+from ..model.identity import plan_path
 from ..model.mode import MODES
 from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, SkipPlan
 from ..model.plan_file import PlanFile, load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from ..planning.profile import Profile
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
-from ..planning.strategies import STRATEGIES, make_plan
+from ..planning.strategies import STRATEGIES
 from .report import skipped_words
 from .terminal import CHOOSING, console, made_of, option, options
 
@@ -31,13 +29,11 @@ CHOOSERS = [name for name in STRATEGIES if name != "manual"]
 
 @dataclass(frozen=True)
 class PlanSource:
-    """The source of the plan: a profile with a request, or a plan file; neither of them means the whole model.
+    """The source of the plan: a plan file, or None for the whole model.
 
     ``note``, if there is one, tells the user which source was chosen.
     """
 
-    profile: Profile | None = None
-    request: PlanRequest | None = None
     file: PlanFile | None = None
     max_loss: float | None = None
     note: str = ""
@@ -47,60 +43,38 @@ class PlanSource:
         return None if self.file is None else self.file.frontier
 
     @property
-    def asks_speedup(self) -> bool:
-        """Whether the request is a speed-up: its plan depends on the length of the prompt."""
-        return self.request is not None and self.request.speedup is not None
-
-    def plan(self, context: int) -> SkipPlan | None:
-        """Return the plan for a prompt of ``context`` tokens; None for the whole model, or if a frontier chooses."""
-        if self.profile is not None and self.request is not None:
-            return make_plan(self.profile, self.request.at(context))
+    def plan(self) -> SkipPlan | None:
+        """The one plan; None for the whole model, or if a frontier chooses for each prompt."""
         plan = None if self.file is None else self.file.plan
         return None if plan is None or plan.is_whole else plan
 
-    def open(self, model: str, n_ctx: int, running: Running, context: int, seed: int | None) -> AdaSkipLlama:
-        """Open a model with this plan, for prompts of ``context`` tokens.
-
-        Print which source was chosen. Warn if its times were measured with settings other than the model's.
-        """
+    def open(self, model: str, n_ctx: int, running: Running, seed: int | None) -> AdaSkipLlama:
+        """Open a model with this plan, and print which source was chosen."""
         promise = {} if self.frontier is None else {"max_loss": self.max_loss}
-        llm = open_quietly(model, n_ctx, running, plan=self.frontier or self.plan(context), **promise)
+        llm = open_quietly(model, n_ctx, running, plan=self.frontier or self.plan, **promise)
         if seed is not None:
             llm.set_seed(seed)
-        err = console(stderr=True)
         if self.note:
-            err.print(self.note, style="dim", markup=False)
-        cost = None if self.profile is None else self.profile.cost
-        if self.asks_speedup and cost is not None and (note := cost.settings.note(cost_settings(llm))):
-            err.print(note, style="yellow", markup=False, soft_wrap=True)
+            console(stderr=True).print(self.note, style="dim", markup=False)
         return llm
 
 
 def find_plan_source(
     model: str,
     *,
-    profile: str | None = None,
     plan_file: str | None = None,
     max_loss: float | None = None,
     full: bool = False,
-    request: PlanRequest | None = None,
     to_be_whole: str = "--full",
 ) -> PlanSource:
-    """Find the source of the plan: the first of these that there is.
+    """Find the source of the plan: the given plan file, or the one beside the model, or else the whole model.
 
-    1. The given plan file. 2. A profile, given or beside the model, if there is a ``profile`` or a ``request``. 3. The
-    plan file beside the model. 4. The whole model. ``to_be_whole`` is the option that runs the whole model instead.
+    ``to_be_whole`` is the option that runs the whole model instead.
     """
-    profiled = profile is not None or request is not None
-    if max_loss is not None and (full or profiled):
-        raise click.UsageError("--max-loss chooses a plan that `tune` found; leave out the other options for plans")
-    if full + profiled + (plan_file is not None) > 1:
-        raise click.UsageError("--full, --plan and the options that make a plan exclude each other; give one of them")
+    if full and (plan_file is not None or max_loss is not None):
+        raise click.UsageError("--full runs the whole model; leave out --plan and --max-loss, or --full")
     if full:
         return PlanSource()
-    if profiled:
-        found_profile, note = find_profile(model, profile)
-        return PlanSource(found_profile, request or PlanRequest(), note=note)
     found, note = None, ""
     if plan_file is not None:
         found = load_plan(plan_file, model=model)
@@ -118,29 +92,11 @@ def find_plan_source(
     if max_loss is not None and (found is None or found.frontier is None):
         why = f"run `adaskip-cpp tune {model}`" if found is None else "this file has one plan, so leave it out"
         raise click.UsageError(f"--max-loss chooses from the plans that `tune` found; {why}")
-    return PlanSource(file=found, max_loss=max_loss, note=note)
+    return PlanSource(found, max_loss, note)
 
 
-def find_profile(model: str, path: str | None) -> tuple[Profile, str]:
-    """Return the given profile, or the one beside the model with a note that names it."""
-    if path is not None:
-        return load_profile(model, path), ""
-    beside = profile_path(model)
-    if not os.path.exists(beside):
-        raise click.UsageError("a plan is made from a profile; give --profile, or run `adaskip-cpp calibrate`")
-    return load_profile(model, beside), f"The profile is {beside}."
-
-
-def load_profile(model: str, path: str) -> Profile:
-    profile = Profile.load(path)
-    check_model(profile.model, model, path)
-    return profile
-
-
-def _request(**given: Any) -> PlanRequest | None:
+def _request(**given: Any) -> PlanRequest:
     chosen = {name: value for name, value in given.items() if value is not None}
-    if not chosen:
-        return None
     if "n_skip" in chosen and "speedup" in chosen:
         raise click.UsageError("give either --skip or --speedup")
     return PlanRequest(**chosen)
@@ -165,18 +121,18 @@ _OPTIONS = {
     "tail": _choosing("--tail", click.IntRange(1), "Tokens at a prompt's end that skip nothing.", DEFAULT_TAIL),
     "windowed": _choosing("--windowed", click.IntRange(0),
                           "Number of attentions with a window in the bulk, an eighth of the prompt; the last layers'.",
-                          "the best number for --speedup, else 0"),
+                          0),
     "strategy": _choosing("--strategy", click.Choice(CHOOSERS), "How to choose sublayers.", "adaskip"),
     "compensation": _choosing("--compensation", click.Choice(list(COMPENSATIONS)), "What replaces the output of a "
                               "skipped sublayer. none: its input. paper: the input times the paper's norm ratio. "
                               "median: the input times the median ratio. affine: median plus the mean error. linear: "
                               "affine plus a low-rank map of the input.",
-                              f"{DEFAULT_COMPENSATION}; none with --strategy suffix"),
+                              DEFAULT_COMPENSATION),
 }  # fmt: skip
 """The options by the field of PlanRequest that each sets, in the order of the help; None if not given."""
 
 plan_options = options(*_OPTIONS.values(), made_of(_request, "request", *_OPTIONS))
-"""The options that describe a plan; the command gets them as ``request``, or None if none is given."""
+"""The options that describe a plan; the command gets them as ``request``."""
 
 plan_file_option = option("--plan", "plan_file", group=CHOOSING, metavar="PLAN", help="Plan file to use, written by "
                           "`tune` or `plan -o`.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
@@ -186,12 +142,9 @@ max_loss_option = option("--max-loss", type=click.FloatRange(min=0), help="The p
                          f"5%.  [default: {DEFAULT_LOSS}]")  # fmt: skip
 
 source_options = options(
-    option("--profile", metavar="PROFILE", help="Profile of this model, written by `calibrate`, to make a plan from.  "
-           "[default for --skip, --speedup and the like: X.adaskip.json beside MODEL, X.gguf]"),
     plan_file_option,
     max_loss_option,
     option("--full", group=CHOOSING, is_flag=True, help="Run the whole model, even if a plan file lies beside it."),
-    plan_options,
-    made_of(find_plan_source, "source", "profile", "plan_file", "max_loss", "full", "request", kept="model"),
-)  # fmt: skip
+    made_of(find_plan_source, "source", "plan_file", "max_loss", "full", kept="model"),
+)
 """The options that choose the plan of MODEL; the command gets them as ``source``, a :class:`PlanSource`."""

@@ -5,8 +5,6 @@ from itertools import groupby
 
 from ..engine.generation import Timing
 from ..engine.llama import AdaSkipLlama
-from ..model.cost_model import CostModel
-from ..model.frontier import Point
 from ..model.plan import Phase, SkipPlan
 
 PHASE_WORDS: dict[Phase, str] = {"bulk": "the bulk of a prompt", "prefill": "prefill", "decode": "decode"}
@@ -45,24 +43,15 @@ def speed_lines(timing: Timing) -> list[str]:
     return lines
 
 
-def first_token_line(
-    timing: Timing, plan: SkipPlan | None, cost: CostModel | None = None, point: Point | None = None
-) -> str:
-    """Return the time of the first token, and its predicted time without the plan.
+def first_token_line(llm: AdaSkipLlama, timing: Timing) -> str:
+    """Return the time of the first token, and its predicted time without the plan, if a frontier predicts it.
 
-    That is the measured time, times the speed-up that a cost model or a point of a frontier predicts. Its predicted
-    seconds are not used, because another machine may have been measured, or a less busy one.
+    That is the measured time, times the predicted speed-up. The machine may be busier than when it was measured.
     """
-    line = f"first token after {seconds(timing.first_token_s)}"
-    if plan is None or not (plan.skipped("bulk").n_skip or plan.narrowed):
+    line, point = f"first token after {seconds(timing.first_token_s)}", llm.point(timing.n_prompt)
+    if point is None or timing.n_evaluated < timing.n_prompt:
         return line
-    if cost is not None:
-        times = cost.speedup(plan, timing.n_prompt, "prefill", cached=timing.n_prompt - timing.n_evaluated)
-    elif point is not None and timing.n_evaluated == timing.n_prompt:
-        times = point.speedup(timing.n_prompt)
-    else:
-        return line
-    return f"{line}; predicted without the plan: {seconds(timing.first_token_s * times)}"
+    return f"{line}; predicted without the plan: {seconds(timing.first_token_s * point.speedup(timing.n_prompt))}"
 
 
 def skipped_words(plan: SkipPlan) -> str:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..engine.rpc import add_rpc_server
 from ..errors import NativeError, PackageMissingError
 from ..files import read_text
 from ..measuring.running import Running, quietly
 from ..model.edits import REUSES, Reuse, ReuseName
 from ..model.frontier import DEFAULT_LOSS
-from ..model.identity import check_gguf, plan_path, profile_path
-from .planning import PlanSource, find_plan_source, load_profile, max_loss_option
+from ..model.identity import check_gguf, plan_path
+from .planning import PlanSource, find_plan_source, max_loss_option
 from .terminal import RUNNING, console, model_options, option, users_error, verb
 
 if TYPE_CHECKING:
@@ -136,11 +135,8 @@ def _open(
     from ..serving.prefix_cache import PrefixCache
 
     try:
-        for endpoint in running.rpc_servers:
-            add_rpc_server(endpoint)
         source = _source(model, plan_file, max_loss)
-        profile = load_profile(model, profile_path(model)) if os.path.exists(profile_path(model)) else None
-        own, promise = source.plan(ctx), DEFAULT_LOSS if max_loss is None else max_loss
+        promise = DEFAULT_LOSS if max_loss is None else max_loss
         return quietly(
             ServedLlama,
             model,
@@ -149,7 +145,7 @@ def _open(
             name=name,
             reuse=reuse,
             plan=source.frontier,  # its settings are used to open the model
-            plans=Plans(own, source.frontier, promise, profile, ctx),
+            plans=Plans(source.plan, source.frontier, promise, ctx),
             cache=PrefixCache(cache_size, cache_dir),
         )
     except Exception as error:

@@ -17,7 +17,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from ..engine.rpc import add_rpc_server
 from ..errors import AdaSkipError
 from ..measuring.running import Running
 
@@ -214,25 +213,17 @@ def made_of(make: Callable[..., Any], name: str, *parts: str, kept: str = "") ->
     return wrap
 
 
-def _run_with(threads: int | None, gpu_layers: int, flash_attn: bool | None, rpc: tuple[str, ...]) -> Running:
-    for endpoint in rpc:
-        add_rpc_server(endpoint)
-    return Running(threads, gpu_layers, flash_attn, rpc)
-
-
 _running = functools.partial(option, group=RUNNING)
 
 
 def model_options_with(threads: str, flash_attn: str) -> Callable[[_Command], _Command]:
     """The options of a model, with the defaults that the help shows for two of them."""
     return options(
-        _running("--threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
+        _running("--threads", "n_threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
         _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there is one; -1: all."),
         _running("--flash-attn/--no-flash-attn", default=None, help=f"Use flash attention.  [default: {flash_attn}]"),
-        _running("--rpc", multiple=True, metavar="HOST:PORT", help="An rpc-server of llama.cpp that runs layers. It "
-                 "gets layers before local GPUs do. May be repeated."),
-        made_of(_run_with, "running", "threads", "gpu_layers", "flash_attn", "rpc"),
-    )  # fmt: skip
+        made_of(Running, "running", "n_threads", "gpu_layers", "flash_attn"),
+    )
 
 
 model_options = model_options_with("as tuned, else physical cores", "as tuned, else no")

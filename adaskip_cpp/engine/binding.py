@@ -6,7 +6,7 @@ from typing import Any
 
 from cffi import FFI
 
-from ..errors import LibraryVersionError
+from ..errors import LibraryError
 from . import library as _library
 
 
@@ -19,12 +19,12 @@ def _declarations(header: str) -> str:
 def check_build(lib: Any) -> None:
     """Refuse a libllama of another adaskip.h, and a ggml whose structures differ from those that libllama expects."""
     if lib.adaskip_abi_version() != lib.ADASKIP_ABI_VERSION:
-        raise LibraryVersionError(
+        raise LibraryError(
             f"{_library.path()} and {_library.header()} are of different builds; "
             "run 'pip install --force-reinstall --no-deps adaskip-cpp'."
         )
     if lib.ggml_tensor_overhead() != lib.adaskip_ggml_tensor_overhead():
-        raise LibraryVersionError(
+        raise LibraryError(
             f"the ggml in this process has tensors of {lib.ggml_tensor_overhead()} bytes, {_library.path()} was built "
             f"for {lib.adaskip_ggml_tensor_overhead()}; run 'pip install --force-reinstall --no-deps "
             f"llama-cpp-python=={_library.release()} adaskip-cpp', and see that LD_LIBRARY_PATH names no other ggml."

@@ -10,7 +10,7 @@ from typing import Any
 import llama_cpp
 import llama_cpp.llama
 
-from ..errors import AdaSkipError, ImportOrderError
+from ..errors import AdaSkipError, LibraryError
 from ..files import StrPath
 from ..model.frontier import LEAST_CONTEXT
 from ..model.identity import plan_path
@@ -85,7 +85,7 @@ def replace_llama() -> None:
     plan file in force, or why the whole model runs. Other processes have llama-cpp-python's own class.
 
     Raises:
-        ImportOrderError: a module has imported ``llama_cpp.Llama`` already, and would go on with it.
+        LibraryError: a module has imported ``llama_cpp.Llama`` already, and would go on with it.
     """
     modules = {name: vars(module) for name, module in list(sys.modules.items()) if hasattr(module, "__dict__")}
     ours = "llama_cpp", _PACKAGE
@@ -95,7 +95,7 @@ def replace_llama() -> None:
         if name.partition(".")[0] not in ours and any(each is _STOCK for each in list(names.values()))
     ]
     if late:
-        raise ImportOrderError(
+        raise LibraryError(
             f"{', '.join(late)} imported llama_cpp.Llama already; call adaskip_cpp.replace_llama() before that."
         )
     llama_cpp.Llama = llama_cpp.llama.Llama = Llama  # type: ignore[misc]

@@ -14,7 +14,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..errors import ImportOrderError, LibraryError, LibraryMissingError, LibraryVersionError
+from ..errors import LibraryError
 
 _REINSTALL = "pip install --force-reinstall --no-deps adaskip-cpp"
 _VARIABLE = "LLAMA_CPP_LIB_PATH"
@@ -23,7 +23,7 @@ _SEARCH_BESIDE = 8  # LOAD_WITH_ALTERED_SEARCH_PATH: Windows finds dependencies 
 
 
 def path() -> Path:
-    """Return the absolute path of our libllama; raise a LibraryMissingError if this installation has none."""
+    """Return the absolute path of our libllama; raise a LibraryError if this installation has none."""
     return _find("lib/" + _NAME.format("llama"))
 
 
@@ -38,7 +38,7 @@ def release() -> str:
     try:
         return str(json.loads(record.read_text(encoding="utf-8"))["llama_cpp_python"])
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise LibraryMissingError(f"{record} is damaged ({error}); run '{_REINSTALL}'.") from error
+        raise LibraryError(f"{record} is damaged ({error}); run '{_REINSTALL}'.") from error
 
 
 def _find(relative: str) -> Path:
@@ -47,7 +47,7 @@ def _find(relative: str) -> Path:
     for folder in folders:
         if (folder / relative).is_file():
             return folder / relative
-    raise LibraryMissingError(
+    raise LibraryError(
         f"adaskip_cpp in {folders[0]} has no {relative}; run '{_REINSTALL}', or in a source checkout "
         "'pip install -e .'. To use another installation, start Python outside the checkout."
     )
@@ -58,9 +58,9 @@ def _check_version(built_from: str) -> None:
     try:
         installed = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
-        raise LibraryVersionError(f"llama-cpp-python is not installed; {wanted}.") from None
+        raise LibraryError(f"llama-cpp-python is not installed; {wanted}.") from None
     if installed.partition("+")[0] != built_from:  # the part after + names the backend, such as cu124
-        raise LibraryVersionError(
+        raise LibraryError(
             f"llama-cpp-python {installed} is installed, but adaskip_cpp's libllama was built from {built_from}; "
             f"{wanted}, or build adaskip-cpp again for what is installed: 'pip install --force-reinstall --no-deps "
             "--no-cache-dir --no-binary adaskip-cpp adaskip-cpp'."
@@ -111,7 +111,7 @@ def _load() -> None:
                 os.environ[_VARIABLE] = previous
         loaded = _loaded()
     if loaded is None or not (os.path.exists(loaded) and library.samefile(loaded)):
-        raise ImportOrderError(
+        raise LibraryError(
             f"llama_cpp was imported before adaskip_cpp and runs on {loaded}; start a new Python process and "
             "import adaskip_cpp first, before llama_cpp and every package that imports it."
         )

@@ -190,7 +190,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         Raises:
             ProfileMismatchError: a plan was made for another model.
             NotSkippableError: a plan has a sublayer that this model cannot skip.
-            ElidedKVError: the model was opened without memory for K and V that a plan needs.
+            PlanError: the model was opened without memory for K and V that a plan needs.
             PlanError: a plan is for another number of layers, or counts tokens in a context of several sequences; or
                 ``"auto"`` is given without a frontier.
         """

@@ -18,8 +18,8 @@ from .statistics import StatisticsSink, batch_of
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
     "NOT_SKIPPABLE": (errors.NotSkippableError, "leave it out of the plan ('adaskip-cpp inspect' lists what can be)."),
-    "COMPENSATION": (errors.CompensationError, "give finite numbers, and scales above 0 (1 for no compensation)."),
-    "KV_ELIDED": (errors.ElidedKVError, "open the model without plan=, then set_plan() takes any plan."),
+    "COMPENSATION": (errors.PlanError, "give finite numbers, and scales above 0 (1 for no compensation)."),
+    "KV_ELIDED": (errors.PlanError, "open the model without plan=, then set_plan() takes any plan."),
     "KV_STALE": (errors.StateError, "evaluate the tokens from there on again, or call reset()."),
     "MEMORY": (errors.NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of the maps."),
     "SAMPLER": (errors.RequestError, "change the grammar, or settings such as temperature and repeat_penalty."),

@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import BudgetError, CompensationError, DataError, NotSkippableError
+from ..errors import BudgetError, DataError, NotSkippableError
 from ..model.frontier import Frontier
 from ..model.plan import SkipPlan
 from ..model.plan_file import PlanFile
-from ..planning.compensation import DEFAULT_COMPENSATION
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan
@@ -67,12 +66,12 @@ def contenders(
     for request in requests:
         if profile is None:
             raise DataError("these options need plans made from a profile; give one (profile, --profile)")
-        strategy, compensation = request.strategy, request.compensation or DEFAULT_COMPENSATION
+        strategy, compensation = request.strategy, request.compensation
         budget = str(request.n_skip)
         name = "-".join([strategy, budget, request.mode, *([compensation] if strategy == COMPENSATED else [])])
         try:
             add(Contender(name, strategy, budget, request.mode, compensation, make_plan(profile, request)))
-        except (BudgetError, NotSkippableError, CompensationError) as error:
+        except (BudgetError, NotSkippableError) as error:
             notes.append(f"{name} is left out: {error}")
     if saved is not None and saved.frontier is not None:
         for loss in max_losses:

@@ -1,7 +1,6 @@
 """Runs an evaluation, for ``measure.py``: each contender on each item. Start at :func:`run`.
 
-A text is judged by its last tokens (:mod:`adaskip_cpp.measuring.judge`). What a contender writes in their place is
-compared with the whole model's text (Rouge-L). A question is judged by the score of the greedy answer.
+A text is judged by its last tokens (:mod:`adaskip_cpp.measuring.judge`), a question by the score of the greedy answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,11 +12,10 @@ import numpy as np
 from ..engine.llama import AdaSkipLlama
 from ..files import content_hash
 from ..measuring.judge import Judge
-from ..measuring.metrics import continuation_rouge_l
 from ..measuring.probes import Probe
 from ..measuring.tasks import QuestionItem, TextItem, greedy_text
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn, time_request
-from .contenders import FULL, Contender
+from .contenders import Contender
 from .store import Key, Record, Store
 
 CONTINUATION, ANSWER, SPEED = "continuation", "answer", "speed"
@@ -55,10 +53,10 @@ class Work:
 
     @property
     def hash(self) -> str:
-        """A hash of everything that results depend on, and of their format (number 3)."""
+        """A hash of everything that results depend on, and of their format (number 4)."""
         contenders = [(each.name, each.key) for each in self.contenders]
         items = self.texts, self.questions, self.n_continuation, self.speed_prompt, self.n_rounds
-        return content_hash((contenders, items, 3))
+        return content_hash((contenders, items, 4))
 
 
 def run(work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None] = lambda _: None) -> None:
@@ -95,22 +93,18 @@ class _Rest:
                 self._keep(record)
 
     def go_on(self, item: TextItem) -> None:
-        """Judge the end of a text, and compare the contender's own text there with the whole model's."""
+        """Judge the end of a text."""
         split = self._work.n_prompt(item)
-        prompt, answer = item.tokens[:split], item.tokens[split:]
-        judge = Judge(self._llm, [Probe(item.id, "continuation", item.tokens, split, answer)])
+        judge = Judge(self._llm, [Probe(item.id, "continuation", item.tokens, split, item.tokens[split:])])
         for contender in self._lacking(item.id, CONTINUATION):
             [scores] = judge(contender.plan_for(split))
-            text = greedy_text(self._llm, prompt, self._work.n_continuation)  # the judge leaves the prompt in the cache
-            reference = text if contender is FULL else self._store.records[item.id, FULL.name, CONTINUATION].text
             values: dict[str, float | None] = {
                 "loss": float(np.mean(judge.whole_losses[0] + scores.loss)),
                 "kl": float(scores.divergence.mean()),
                 "agreement": float(scores.agrees.mean()),
-                "rouge_l": continuation_rouge_l(reference, text),
             }
             divergences = tuple(float(f"{each:.4g}") for each in scores.divergence)
-            self._keep(Record(item.id, contender.name, CONTINUATION, values, text, divergences))
+            self._keep(Record(item.id, contender.name, CONTINUATION, values, divergences=divergences))
 
     def answer(self, item: QuestionItem, contender: Contender) -> None:
         """Score an answer. A prefix shared with the previous question, such as a document, is not read again."""

@@ -11,7 +11,6 @@ from importlib import metadata
 from ..engine.settings import cost_settings
 from ..files import StrPath, content_hash
 from ..measuring.cores import busy_warning, load_average
-from ..measuring.metrics import continuation_rouge_l
 from ..measuring.running import Running, described, open_quietly
 from ..planning.profile import Profile
 from .evaluate import Work, run
@@ -66,7 +65,6 @@ def evaluate(
     """
     options, running, model = options or EvaluationOptions(), running or Running(), os.fspath(model)
     known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
-    continuation_rouge_l("", "")  # fails now, and not after hours, if its package is missing
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     command = (
         command

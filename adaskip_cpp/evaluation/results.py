@@ -18,7 +18,6 @@ _STRATEGY_NAMES = {
     "full": "whole model",
     "adaskip": "AdaSkip",
     "early_exit": "Early Exit",
-    "suffix": "suffix of layers",
     "skip_decode": "SkipDecode",
     "unified_skipping": "Unified Skipping",
     "tuned": "tuned plan",
@@ -114,8 +113,7 @@ class Row(Named):
         speed: speeds of ``"first_token"``, ``"per_token"`` and ``"request"``; {} if nothing was timed.
         text: figures by kind of text (``"all"`` for all kinds) and by name: ``loss`` and ``added_loss`` in nats per
             token, ``perplexity``, divergence ``kl`` in nats per token, its quantiles ``kl_99`` and ``kl_99.9`` over all
-            tokens, ``agreement``, and ``rouge_l`` with the whole model's text. A figure is missing if it was not
-            measured or is not a number.
+            tokens, ``agreement``. A figure is missing if it was not measured or is not a number.
         questions: scores by task.
     """
 

@@ -59,7 +59,6 @@ def _mode_table(results: Results, mode: str, *, is_brief: bool = False) -> Table
         "KL, nats": _of_plan("kl", 3),
         **{f"KL {percent:g}%, nats": _of_plan(f"kl_{percent:g}", 2) for percent in TAILS},
         "agreement, %": _of_plan("agreement", 1, scale=100),
-        "Rouge-L": _of_plan("rouge_l", 3),
     }
     if is_brief:
         wanted = (f"{SPEED_NAMES[SPEEDS[mode]]}, times as fast", "added loss", "agreement, %")

@@ -16,20 +16,16 @@ DATASETS = {
     dataset: metric
     for metric, datasets in (
         ("qa_f1", "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique triviaqa"),
-        ("qa_f1_zh", "multifieldqa_zh"),
         ("rouge_l", "gov_report qmsum multi_news samsum"),
-        ("rouge_l_zh", "dureader vcsum"),
-        ("classification", "trec lsht"),
+        ("classification", "trec"),
         ("count", "passage_count"),
-        ("retrieval", "passage_retrieval_en passage_retrieval_zh"),
-        ("code_similarity", "lcc repobench-p"),
+        ("retrieval", "passage_retrieval_en"),
     )
     for dataset in datasets.split()
 }
-"""Metric by dataset. LongBench-E's names end in ``_e``, with the same metrics."""
+"""Metric by English dataset. LongBench-E's names end in ``_e``, with the same metrics."""
 
-_FIRST_LINE = frozenset({"trec", "triviaqa", "samsum", "lsht"})
-_NO_CHAT = frozenset({"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"})  # few-shot prompts and code
+_FEW_SHOT = frozenset({"trec", "triviaqa", "samsum"})  # without a chat template; only the first line is the answer
 
 _PROMPTS = {
     "multi_news": "Several news articles about one event follow.\n\n{context}\n\n"
@@ -82,9 +78,9 @@ class LongBench:
             max_tokens=max_tokens,
             metric=DATASETS[base],
             all_classes=line.all_classes or (),
-            first_line=base in _FIRST_LINE,
+            first_line=base in _FEW_SHOT,
         )
-        return [Asked(item, text, chat=base not in _NO_CHAT)]
+        return [Asked(item, text, chat=base not in _FEW_SHOT)]
 
 
 class _Table:

@@ -31,13 +31,11 @@ class Running:
         n_threads: CPU threads; None for all physical cores by default.
         gpu_layers: layers on a GPU, if llama-cpp-python was built for one; -1 for all.
         flash_attn: whether flash attention is used; None for False by default.
-        rpc_servers: endpoints that ``add_rpc_server`` was called with.
     """
 
     n_threads: int | None = None
     gpu_layers: int = -1
     flash_attn: bool | None = None
-    rpc_servers: tuple[str, ...] = ()
 
     def given(self) -> dict[str, Any]:
         """Return the settings that are not None, by the names of ``Settings``."""

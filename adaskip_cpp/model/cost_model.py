@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import PlanError, ProfileFormatError
+from ..errors import PlanError, ProfileError
 from .arrays import Count, Flags, Floats, LayerArrays, checked, freeze
 from .plan import CELLS, PHASES, Bulk, Phase, SkipPlan
 from .skip_set import SkipSet, marked
@@ -60,23 +60,10 @@ class CostSettings:
             f"{'on' if self.flash_attention else 'off'}, weights {'repacked' if self.repack else 'as in the file'}"
         )
 
-    def note(self, here: "CostSettings") -> str:
-        """Return a line that names the differences from the settings of an opened model; "" if there are none."""
-
-        def word(value: object) -> str:
-            return ", ".join(value) if isinstance(value, tuple) else str(value)
-
-        pairs = {name: (value, getattr(here, name)) for name, value in vars(self).items()}
-        words = "; ".join(f"{name} {word(a)}, here {word(b)}" for name, (a, b) in pairs.items() if a != b)
-        return words and (
-            f"The profile's times were measured elsewhere ({words}): a predicted speed-up may be wrong here; measure "
-            "them again with `adaskip-cpp calibrate MODEL --cost-only -o PROFILE`."
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class PhaseCost(LayerArrays):
-    """Seconds of a ubatch. The arrays are float64, finite, not negative, read-only; else a ProfileFormatError."""
+    """Seconds of a ubatch. The arrays are float64, finite, not negative, read-only; else a ProfileError."""
 
     n_tokens: Count  # 1 in decode
     fixed: float  # embedding, overhead of the graph, sublayers that cannot be skipped; in decode the output head too
@@ -87,10 +74,10 @@ class PhaseCost(LayerArrays):
 
     def __post_init__(self) -> None:
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
-        arrays = checked(self, ProfileFormatError, "the cost model is damaged; calibrate again", shapes)
+        arrays = checked(self, ProfileError, "the cost model is damaged; calibrate again", shapes)
         times = np.concatenate([[self.fixed, self.fixed_growth], *(each.ravel() for each in arrays.values())])
         if not ((times >= 0) & (times < _MOST_SECONDS)).all():
-            raise ProfileFormatError("the cost model has an impossible time; calibrate again")
+            raise ProfileError("the cost model has an impossible time; calibrate again")
         freeze(self, **arrays)
 
     def seconds(self, what: "Computed", cells: Floats, n_cells: Floats) -> Floats:
@@ -134,7 +121,7 @@ class CostModel(LayerArrays):
         deepest: longest context that was measured, in tokens. Times beyond it are extrapolated.
 
     Raises:
-        ProfileFormatError: a shape or value is impossible.
+        ProfileError: a shape or value is impossible.
     """
 
     settings: CostSettings
@@ -148,9 +135,9 @@ class CostModel(LayerArrays):
         limit = np.array(self.limit, np.float64)
         limit[np.isnan(limit)] = np.inf
         if self.prefill.base.shape != self.decode.base.shape or limit.shape != (len(self.prefill.base),):
-            raise ProfileFormatError("the cost model's phases differ in the number of layers; calibrate again")
+            raise ProfileError("the cost model's phases differ in the number of layers; calibrate again")
         if not (self.decode.n_tokens == 1 and self.n_layer_kv <= len(limit) and (limit > 0).all()):
-            raise ProfileFormatError("the cost model has an impossible window, batch or layer; calibrate again")
+            raise ProfileError("the cost model has an impossible window, batch or layer; calibrate again")
         freeze(self, limit=limit)
 
     def __repr__(self) -> str:
@@ -163,7 +150,6 @@ class CostModel(LayerArrays):
         phase: Phase,
         *,
         around: Bulk | None = None,
-        cached: int = 0,
     ) -> float:
         """Predict the seconds of a whole prompt or of one decoded token.
 
@@ -174,7 +160,6 @@ class CostModel(LayerArrays):
             phase: ``"prefill"`` for a prompt that skips them everywhere, ``"bulk"`` for a prompt that skips them in its
                 bulk, ``"decode"`` for a token.
             around: for phase ``"bulk"``: head, tail and windows; None for the defaults. Its set is ignored.
-            cached: tokens at the beginning of the prompt that are not read again.
 
         Raises:
             PlanError: an argument is impossible.
@@ -183,21 +168,19 @@ class CostModel(LayerArrays):
             raise PlanError(f"the context is {context!r} tokens; give the length of the prompt, 1 or more")
         if phase not in PHASES:
             raise PlanError(f"unknown phase {phase!r}; use one of: {', '.join(PHASES)}")
-        if phase != "decode" and not 0 <= cached < context:
-            raise PlanError(f"{cached} of {context} tokens are cached; give fewer: the last one is read in any case")
         if phase == "decode":
             runs = self._runs(skip.skipped("decode") if isinstance(skip, SkipPlan) else skip)
             return self._read(Computed(runs, np.zeros(self.n_layer, np.bool_)), context, context + 1)
         if isinstance(skip, SkipPlan):
-            return self._prompt(self._runs(skip.prefill), self._runs(skip.skipped("bulk")), skip.bulk, cached, context)
+            return self._prompt(self._runs(skip.prefill), self._runs(skip.skipped("bulk")), skip.bulk, context)
         if phase == "prefill":
-            return self._prompt(self._runs(skip), self._runs(skip), None, cached, context)
+            return self._prompt(self._runs(skip), self._runs(skip), None, context)
         around = around or Bulk(SkipSet.none(self.n_layer))
-        return self._prompt(self._runs(None), self._runs(skip), around, cached, context)
+        return self._prompt(self._runs(None), self._runs(skip), around, context)
 
-    def speedup(self, plan: SkipPlan, context: int, phase: Phase, *, cached: int = 0) -> float:
+    def speedup(self, plan: SkipPlan, context: int, phase: Phase) -> float:
         """Predict how many times as fast as the whole model a plan is. The arguments are those of ``seconds``."""
-        whole, less = (self.seconds(each, context, phase, cached=cached) for each in (None, plan))
+        whole, less = (self.seconds(each, context, phase) for each in (None, plan))
         return whole / less
 
     def _runs(self, skip: SkipSet | Flags | None) -> Flags:
@@ -214,14 +197,13 @@ class CostModel(LayerArrays):
         narrow = marked(self.n_layer, bulk.windowed, ())[:, 0]
         return Computed(runs, ~runs[:, 0], np.where(narrow, np.minimum(self.limit, blocks * CELLS), self.limit))
 
-    def _prompt(self, runs: Flags, in_bulk: Flags, bulk: Bulk | None, start: int, context: int) -> float:
-        """Predict the seconds of a prompt from position ``start`` on; its bulk runs ``in_bulk``, the rest ``runs``."""
-        whole, seconds = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0
-        begin, end = bulk.span(start, context - start) if bulk else (0, 0)
+    def _prompt(self, runs: Flags, in_bulk: Flags, bulk: Bulk | None, context: int) -> float:
+        """Predict the seconds of a prompt; its bulk runs ``in_bulk``, the rest ``runs``."""
+        whole, seconds, start = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0, 0
+        begin, end = bulk.span(0, context) if bulk else (0, 0)
         if bulk and end:
-            begin, end = start + begin, start + end
             first = begin + bulk.first_batch(begin, end - begin, self.prefill.n_tokens)
-            seconds = self._unread(whole, start, begin)
+            seconds = self._unread(whole, 0, begin)
             for piece in ((begin, first), (first, end)):
                 seconds += self._unread(self._in_bulk(in_bulk, bulk), *piece)
             start = end

@@ -126,10 +126,6 @@ def check_gguf(path: StrPath) -> None:
                 raise ModelFileError(f"{name!r} is not a GGUF file; download a .gguf or convert the model to GGUF")
 
 
-def profile_path(model: StrPath) -> str:
-    return _stem(model) + ".adaskip.json"
-
-
 def plan_path(model: StrPath) -> str:
     """Return the name of a model's plan file, whether it exists or not: ``X.adaskip-plan.json`` for ``X.gguf``."""
     return _stem(model) + PLAN_SUFFIX

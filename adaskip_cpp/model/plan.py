@@ -82,8 +82,7 @@ class Bulk:
         window_size: tokens that a windowed attention sees, from 1 on.
 
     Raises:
-        PlanError: ``head``, ``tail`` or ``window_size`` is impossible.
-        SublayerRangeError: a windowed layer is not in the model.
+        PlanError: ``head``, ``tail`` or ``window_size`` is impossible, or a windowed layer is not in the model.
 
     Examples:
         >>> from adaskip_cpp.model.skip_set import SkipSet
@@ -212,9 +211,7 @@ class SkipPlan:
                 prompt alone, with the default head and tail.
 
         Raises:
-            SublayerRangeError: a layer is not in ``range(n_layer)``.
-            CompensationError: a compensation is not finite or not positive.
-            PlanError: ``n_layer``, ``phase`` or the shape of ``scale`` is wrong.
+            PlanError: a layer is not in ``range(n_layer)``, or ``n_layer``, ``phase`` or a compensation is wrong.
 
         Examples:
             >>> plan = SkipPlan.manual(llm.n_layer, attention=[20, 21], ffn=[20, 21, 22], phase="bulk")

@@ -1,46 +1,23 @@
 """``ProfileData``: what calibration learned about one model's sublayers, for planning, and its file."""
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import ProfileFormatError, ProfileMissingError, ProfileVersionError
+from ..errors import ProfileError
 from ..files import StrPath
 from . import stored
-from .arrays import Count, Flags, Floats, LayerArrays, freeze
+from .arrays import Count, Flags, Floats, LayerArrays
 from .cost_model import CostModel
 from .identity import ModelInfo
 from .statistics import LinearMaps, PhaseStatistics
 
-FORMAT_VERSION = 11
+FORMAT_VERSION = 12
 _FORMAT = "adaskip-profile"
 
 _Self = TypeVar("_Self", bound="ProfileData")
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The cost of attentions that see only a window in the bulk of a prompt.
-
-    Attributes:
-        layers: layers whose attention can be windowed, ascending.
-        divergence: divergence of the answer in nats per token, if the last k of these layers are windowed: one value
-            for each k from 0 to all of them.
-
-    Raises:
-        ProfileFormatError: the numbers of values do not fit, or a value is impossible.
-    """
-
-    layers: tuple[int, ...]
-    divergence: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        finite = all(math.isfinite(each) and each >= 0 for each in self.divergence)
-        if list(self.layers) != sorted({*self.layers}) or len(self.divergence) != len(self.layers) + 1 or not finite:
-            raise ProfileFormatError("'windows' needs one divergence per number of layers; calibrate again")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +37,11 @@ class ProfileData(LayerArrays):
         created: time of the calibration, UTC, ISO 8601.
         cost: times of the sublayers, on the machine of the calibration; None if they were not measured.
         maps: linear maps, for compensation; None if they were not fitted.
-        divergence: float64 ``[n_layer, 2]``: divergence of an answer that continues the prompt, in nats per token, if
-            its bulk skips this sublayer alone. NaN for sublayers that prompts never skip. None if it was not measured.
-        copying: the same of an answer that repeats a part of the prompt.
-        windows: the cost of windows; None if it was not measured.
+        windowable: layers whose attention can look back at a window in the bulk of a prompt, ascending.
         bulk_only: layers whose attention only the bulk of a prompt can skip, because other layers read its K and V.
 
     Raises:
-        ProfileFormatError: a part has another number of layers or another length of vectors, or a value is impossible.
+        ProfileError: a part has another number of layers or another length of vectors, or a value is impossible.
     """
 
     prefill: PhaseStatistics
@@ -80,25 +54,14 @@ class ProfileData(LayerArrays):
     created: str = ""
     cost: CostModel | None = None
     maps: LinearMaps | None = None
-    divergence: Floats | None = None
-    copying: Floats | None = None
-    windows: Windows | None = None
+    windowable: tuple[int, ...] = ()
     bulk_only: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("divergence", "copying"):
-            if (values := getattr(self, name)) is not None:
-                lost = np.array(values, np.float64)
-                fits = lost.shape == self.similarity.shape and not (~np.isnan(lost) & ~self.in_bulk).any()
-                if not fits or (lost < 0).any() or np.isinf(lost).any():
-                    raise ProfileFormatError(f"{name!r} is not of this model's sublayers; calibrate again")
-                freeze(self, **{name: lost})
-        if (self.divergence is None) != (self.copying is None):
-            raise ProfileFormatError("one of 'divergence' and 'copying' is missing; calibrate again")
-        listed = {"bulk_only": self.bulk_only, "windows": () if self.windows is None else self.windows.layers}
-        for name, layers in listed.items():
-            if not all(0 <= layer < self.n_layer for layer in layers):
-                raise ProfileFormatError(f"{name!r} has a layer that the model lacks; calibrate again")
+        for name in ("windowable", "bulk_only"):
+            layers = getattr(self, name)
+            if list(layers) != sorted({*layers}) or not all(0 <= layer < self.n_layer for layer in layers):
+                raise ProfileError(f"{name!r} does not list layers of the model; calibrate again")
         parts = {
             "'similarity'": self.prefill,
             "'similarity' of decode": self.decode,
@@ -107,14 +70,12 @@ class ProfileData(LayerArrays):
         }
         for name, part in parts.items():
             if part is not None and part.n_layer != self.n_layer:
-                raise ProfileFormatError(
-                    f"{name} is of {part.n_layer} layers, the model has {self.n_layer}; calibrate again"
-                )
+                raise ProfileError(f"{name} is of {part.n_layer} layers, the model has {self.n_layer}; calibrate again")
         n_embd, of_decode = (phase.mean_u.shape[2] for phase in (self.prefill, self.decode))
         if of_decode != n_embd:
-            raise ProfileFormatError(f"vectors have {n_embd} values in prefill, {of_decode} in decode; calibrate again")
+            raise ProfileError(f"vectors have {n_embd} values in prefill, {of_decode} in decode; calibrate again")
         if self.maps is not None and self.maps.up.shape[2] != n_embd:
-            raise ProfileFormatError("the linear maps are not of this model's shape; calibrate again")
+            raise ProfileError("the linear maps are not of this model's shape; calibrate again")
 
     def __repr__(self) -> str:
         return (
@@ -131,11 +92,6 @@ class ProfileData(LayerArrays):
     def similarity(self) -> Floats:
         """Mean IO similarity in prefill, float64 ``[n_layer, 2]``; the paper ranks sublayers by it."""
         return self.prefill.similarity
-
-    @property
-    def lost(self) -> Floats | None:
-        """The larger of ``divergence`` and ``copying``, float64 ``[n_layer, 2]``; None if they were not measured."""
-        return None if self.divergence is None or self.copying is None else np.maximum(self.divergence, self.copying)
 
     @property
     def in_bulk(self) -> Flags:
@@ -166,26 +122,24 @@ class ProfileData(LayerArrays):
         """Read a profile that ``save`` or ``adaskip-cpp calibrate`` wrote, and the file beside it.
 
         Raises:
-            ProfileMissingError: there is no such file.
-            ProfileFormatError: a file is truncated or malformed, the vectors are missing, or the two do not belong
+            ProfileError: a file is missing, truncated, malformed or of another version, or the two do not belong
                 together.
-            ProfileVersionError: the file has a format version that this release does not read.
             OSError: a file cannot be read.
         """
         name = os.fspath(path)
         try:
             return stored.load(name, cls, _FORMAT, FORMAT_VERSION)
         except FileNotFoundError:
-            raise ProfileMissingError(
+            raise ProfileError(
                 f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
             ) from None
         except stored.ModelGivenError as error:
-            raise ProfileFormatError(
+            raise ProfileError(
                 f"{name!r} is a model; name its profile, which `adaskip-cpp calibrate {name} -o PROFILE` writes"
             ) from error
         except stored.VersionError as error:
             way_out = "calibrate again or install the release that wrote it"
-            raise ProfileVersionError(f"{name!r} cannot be used: {error}; {way_out}") from error
+            raise ProfileError(f"{name!r} cannot be used: {error}; {way_out}") from error
         except ValueError as error:  # this includes all errors of msgspec and our own
             words = str(error).removesuffix("; calibrate again")
-            raise ProfileFormatError(f"{name!r} cannot be used: {words}; calibrate again") from error
+            raise ProfileError(f"{name!r} cannot be used: {words}; calibrate again") from error

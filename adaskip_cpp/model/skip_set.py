@@ -7,7 +7,7 @@ from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 
-from ..errors import CompensationError, PlanError, SublayerRangeError
+from ..errors import PlanError
 from .arrays import Flags, Floats, LayerArrays, Vectors, checked, freeze
 
 Kind: TypeAlias = Literal["attention", "ffn"]
@@ -41,8 +41,7 @@ class SkipSet(LayerArrays):
         up: float32 ``[n_layer, 2, n_embd, rank]``: second matrix of the map, likewise.
 
     Raises:
-        PlanError: the arrays' shapes are not those above.
-        CompensationError: a skipped sublayer's scale is not finite or not positive, or its bias or map not finite.
+        PlanError: the arrays' shapes are not those above, or a skipped sublayer's scale, bias or map is impossible.
     """
 
     skip: Flags
@@ -62,10 +61,10 @@ class SkipSet(LayerArrays):
             mapped[layer, kind] = up is not None and up[layer, kind].any()
             name, s = sublayer_name(layer, kind), scale[layer, kind]
             if not (np.isfinite(s) and s > 0):
-                raise CompensationError(f'the scale of {name} is {s}; give one above 0, or use compensation="none"')
+                raise PlanError(f'the scale of {name} is {s}; give one above 0, or use compensation="none"')
             for part, what, other in _PARTS:
                 if arrays[part] is not None and not np.isfinite(arrays[part][layer, kind]).all():
-                    raise CompensationError(
+                    raise PlanError(
                         f'the {what} of {name} is not finite; calibrate again, or use compensation="{other}"'
                     )
         parts = {name: _rows(arrays[name], mapped if name in ("down", "up") else skip) for name, _, _ in _PARTS}
@@ -124,11 +123,16 @@ def marked(n_layer: int, attention: Iterable[SupportsIndex], ffn: Iterable[Suppo
             try:
                 index = operator.index(layer)
             except TypeError as error:
-                raise SublayerRangeError(f"{layer!r} is not a layer number; use whole numbers {layers}") from error
+                raise PlanError(f"{layer!r} is not a layer number; use whole numbers {layers}") from error
             if not 0 <= index < n_layer:
-                raise SublayerRangeError(f"the model has no {sublayer_name(index, kind)}; use layers {layers}")
+                raise PlanError(f"the model has no {sublayer_name(index, kind)}; use layers {layers}")
             skip[index, kind] = True
     return skip
+
+
+def late_layers(n_layer: int) -> range:
+    """Return the layers that prompts may skip: all but the first third, on which too many later layers depend."""
+    return range(n_layer // 3, n_layer)
 
 
 def ranked(values: Floats) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ProfileFormatError
+from ..errors import ProfileError
 from .arrays import Count, Flags, Floats, LayerArrays, Vectors, checked, freeze, from_bf16, to_bf16
 
 WHOLE = 2  # the column of a whole layer; attention and FFN are columns 0 and 1
@@ -34,7 +34,7 @@ class PhaseStatistics(LayerArrays):
         n_tokens: tokens of all requests together.
 
     Raises:
-        ProfileFormatError: the shapes or values of the arrays are impossible.
+        ProfileError: the shapes or values of the arrays are impossible.
     """
 
     similarity: Floats
@@ -46,7 +46,7 @@ class PhaseStatistics(LayerArrays):
     n_tokens: Count
 
     def __post_init__(self) -> None:
-        arrays = checked(self, ProfileFormatError, "calibrate again", _SHAPES)
+        arrays = checked(self, ProfileError, "calibrate again", _SHAPES)
         observed = ~np.isnan(arrays["similarity"])
         for name, array in arrays.items():
             if array.ndim == 3:
@@ -54,7 +54,7 @@ class PhaseStatistics(LayerArrays):
             else:
                 possible = not np.isinf(array).any() and (array.ndim == 1 or (np.isnan(array) != observed).all())
             if not possible:
-                raise ProfileFormatError(f"{name!r} has values that calibration cannot give; calibrate again")
+                raise ProfileError(f"{name!r} has values that calibration cannot give; calibrate again")
         freeze(self, **arrays)
 
     @classmethod
@@ -78,7 +78,7 @@ class LinearMaps(LayerArrays):
         up: float32 ``[n_layer, 3, n_embd, rank]``: the second matrices.
 
     Raises:
-        ProfileFormatError: the shapes do not fit each other, or a map has values that are not finite.
+        ProfileError: the shapes do not fit each other, or a map has values that are not finite.
     """
 
     down: Vectors
@@ -86,10 +86,10 @@ class LinearMaps(LayerArrays):
 
     def __post_init__(self) -> None:
         shapes = {"up": (np.float32, "n_layer 3 n_embd rank"), "down": (np.float32, "n_layer 3 rank n_embd")}
-        arrays = checked(self, ProfileFormatError, "these are no linear maps; calibrate again", shapes, copy=False)
+        arrays = checked(self, ProfileError, "these are no linear maps; calibrate again", shapes, copy=False)
         freeze(self, **{name: from_bf16(to_bf16(array)) for name, array in arrays.items()})
         if not all(np.isfinite(array[self.fitted]).all() for array in (self.down, self.up)):
-            raise ProfileFormatError("the linear maps have values that calibration cannot give; calibrate again")
+            raise ProfileError("the linear maps have values that calibration cannot give; calibrate again")
 
     @property
     def fitted(self) -> Flags:

@@ -61,7 +61,6 @@ STRATEGY = {
     "paper": _SKY,
     "manual": _GREEN,
     "early_exit": _VERMILION,
-    "suffix": Look("#999999", "X", _LONG),  # the grey that R adds to theirs
     "skip_decode": _PURPLE,
     "unified_skipping": _ORANGE,
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import CompensationError
+from ..errors import PlanError
 from ..model.arrays import Flags, Floats, Vectors
 from ..model.plan import OnlineScale
 from ..model.skip_set import SkipSet
@@ -69,5 +69,5 @@ COMPENSATIONS: dict[str, Compensation] = {
 
 def get_compensation(name: str) -> Compensation:
     if name not in list(COMPENSATIONS):  # a list takes names that cannot be hashed
-        raise CompensationError(f"unknown compensation {name!r}; use one of: {', '.join(COMPENSATIONS)}")
+        raise PlanError(f"unknown compensation {name!r}; use one of: {', '.join(COMPENSATIONS)}")
     return COMPENSATIONS[name]

@@ -12,8 +12,8 @@ from ..model.arrays import Flags
 from ..model.mode import MODES
 from ..model.plan import Bulk, OnlineStage, SkipPlan, window_size_for
 from ..model.profile import ProfileData
-from ..model.skip_set import SkipSet, first_ranked, sublayer_name
-from .compensation import DEFAULT_COMPENSATION, get_compensation
+from ..model.skip_set import SkipSet, sublayer_name
+from .compensation import get_compensation
 from .request import PlanRequest
 
 
@@ -30,24 +30,19 @@ def compensated_plan(
     if (wrong := np.any([skip, *(each for _, each in later)], axis=0) & ~may).any():
         names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(wrong))
         raise NotSkippableError(f"this model cannot skip {names}; use another budget, or strategy 'adaskip'")
-    of_decode = _of_decode(profile, request) if mode.in_bulk else skip
-    compensation = get_compensation(request.compensation or DEFAULT_COMPENSATION)
+    compensation = get_compensation(request.compensation)
     if compensation.uses_maps and profile.maps is None:
         compensation = get_compensation("affine")
     online = None
-    if request.online and mode.adapts and of_decode.any():
-        threshold = np.sort(profile.similarity[profile.skippable])[-of_decode.sum()]
+    if request.online and mode.adapts and mode.in_decode and skip.any():
+        threshold = np.sort(profile.similarity[profile.skippable])[-skip.sum()]
         online = OnlineStage(threshold=float(threshold), scale=compensation.online)
-
-    def skip_set(each: Flags, *, first_in_decode: bool) -> SkipSet:
-        from_decode = first_in_decode and not compensation.uses_maps
-        return compensation.skip_set(each, profile.decode if from_decode else profile.prefill, profile.maps)
-
-    in_turn = tuple((n, skip_set(each, first_in_decode=not mode.in_prompt)) for n, each in ((0, skip), *later))
+    statistics = profile.prefill if mode.in_prompt or compensation.uses_maps else profile.decode
+    in_turn = tuple((n, compensation.skip_set(each, statistics, profile.maps)) for n, each in ((0, skip), *later))
     chosen = in_turn[0][1]
     return SkipPlan(
         chosen if mode.in_prefill else none,
-        chosen if mode.in_decode else skip_set(of_decode, first_in_decode=True),
+        chosen if mode.in_decode else none,
         schedule=in_turn if later else (),
         online=online,
         bulk=bulk_of(profile, request, chosen),
@@ -62,18 +57,9 @@ def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk |
     """Return the bulk that a request asks for, which skips ``skip``; None if its mode has no bulk."""
     if not MODES[request.mode].in_bulk:
         return None
-    n = request.windowed or 0
-    layers = () if profile.windows is None else profile.windows.layers
+    n, layers = request.windowed, profile.windowable
     if n > len(layers):
         raise BudgetError(f"{len(layers)} attentions can look back at a window, not {n}; ask for at most {len(layers)}")
     windowed, size = layers[len(layers) - n :], request.window_size
     size = window_size_for(request.context or 1) if size is None else size
     return Bulk(skip, head=request.head, tail=request.tail, windowed=windowed, window_size=size)
-
-
-def _of_decode(profile: ProfileData, request: PlanRequest) -> Flags:
-    """Return the decode set of mode ``"prompt"``, bool ``[n_layer, 2]``: the first by the paper's ranking."""
-    n_max = int(profile.skippable.sum())
-    if request.decode > n_max:
-        raise BudgetError(f"decode cannot skip {request.decode} sublayers; use a number from 0 to {n_max}")
-    return first_ranked(np.where(profile.skippable, -profile.similarity, np.nan), request.decode)

@@ -28,10 +28,8 @@ class Profile(ProfileData):
 
         Raises:
             BudgetError: the model has fewer sublayers that can be skipped, or the speed-up is out of reach.
-            CompensationError: the compensation is unknown.
-            SublayerRangeError: a listed layer is not in the model.
             NotSkippableError: the strategy or the list names a sublayer that the model cannot skip.
-            PlanError: another field is impossible, or the profile lacks the measurements for it.
+            PlanError: a field is impossible, or the profile lacks the measurements for it.
         """
         wanted = replace(n_skip, **request) if isinstance(n_skip, PlanRequest) else PlanRequest(n_skip, **request)
         return make_plan(self, wanted)

@@ -7,42 +7,40 @@ compensation: ``k = n // 2`` layers for a budget of ``n`` sublayers, so budgets 
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial, wraps
+from functools import wraps
 from typing import TypeAlias
 
 import numpy as np
 
 from ..errors import BudgetError, PlanError
-from ..model.arrays import Flags, Floats
-from ..model.mode import MODES
+from ..model.arrays import Floats
+from ..model.mode import MODES, ModeName
 from ..model.plan import SkipPlan
 from ..model.profile import ProfileData
-from ..model.skip_set import first_ranked, marked
+from ..model.skip_set import first_ranked, late_layers, marked
 from .modes import compensated_plan
 from .request import DEFAULT_N_SKIP, PlanRequest
-from .speedup import Goal, cheapest_set, smallest_budget
+from .speedup import smallest_budget
 
 Strategy: TypeAlias = Callable[[ProfileData, PlanRequest], SkipPlan]
 
 LONGEST_GENERATION = 512  # SkipDecode's T: decoded tokens until it skips its whole budget; 512 as AdaSkip's authors
-_N_DEPTHS = 5  # numbers of windowed attentions to try for a speed-up, besides 0
 
 
-def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]], *, compensates: bool = False) -> Strategy:
+def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> Strategy:
     """Make a strategy that skips whole layers: ``choose`` takes the number of layers and a request with a budget.
 
     It returns the skipped layers by the number of decoded tokens from which on they are skipped, beginning with 0. For
-    a speed-up, growing budgets are tried until one reaches it. With ``compensates`` a request may ask to compensate.
+    a speed-up, growing budgets are tried until one reaches it.
     """
 
     @wraps(choose)
     def plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
         if request.speedup is not None:
-            return smallest_budget(plan, profile, request)
+            request = smallest_budget(plan, profile, request)
         chosen = choose(profile.n_layer, request).items()
         (_, first), *later = [(start, marked(profile.n_layer, layers, layers)) for start, layers in chosen]
-        compensation = (compensates and request.compensation) or "none"
-        request = replace(request, compensation=compensation, online=False)
+        request = replace(request, compensation="none", online=False)
         return compensated_plan(profile, first, request, choose.__name__, later)
 
     return plan
@@ -50,82 +48,42 @@ def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]], *, 
 
 def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     """Make the plan of a request from the model's profile; raise as :meth:`adaskip_cpp.Profile.plan`."""
-    if request.speedup is None and not (request.context is None and request.phase is None):
-        raise PlanError("context and phase say where a speed-up is wanted; give speedup too, or leave them out")
+    if request.speedup is None and request.context is not None:
+        raise PlanError("context is the length of prompts that a speed-up is for; give speedup too, or leave it out")
     if request.strategy not in STRATEGIES:
         raise PlanError(f"unknown strategy {request.strategy!r}; use one of: {', '.join(STRATEGIES)}")
     return STRATEGIES[request.strategy](profile, request)
 
 
 def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:
-    """The sublayers of least loss (:func:`what_is_lost`), all ranked together: the paper's offline rule.
-
-    A speed-up takes the set of :func:`adaskip_cpp.planning.speedup.cheapest_set`, and the number of windowed attentions
-    for which the losses of all sublayers and windows, each measured alone, add up to the least.
-    """
-    lost = what_is_lost(profile, request)
+    """The sublayers of the first ranks (:func:`ranking`), as many as the budget or the speed-up needs."""
     if request.speedup is not None:
-        skip, request = _fastest(profile, lost, request)
-    else:
-        n_max = int((~np.isnan(lost)).sum())
-        budget = _budget(request, n_max, f"{n_max} of this model's {2 * profile.n_layer} sublayers can be skipped")
-        skip = first_ranked(lost, budget)
-    return compensated_plan(profile, skip, request, "adaskip")
+        request = smallest_budget(adaskip, profile, request)
+    values = ranking(profile, request.mode)
+    n_max = int((~np.isnan(values)).sum())
+    budget = _budget(request, n_max, f"{n_max} of this model's {2 * profile.n_layer} sublayers can be skipped")
+    return compensated_plan(profile, first_ranked(values, budget), request, "adaskip")
 
 
-def _fastest(profile: ProfileData, lost: Floats, request: PlanRequest) -> tuple[Flags, PlanRequest]:
-    """Choose the sublayers for a speed-up; return them, and the request with a number of windowed attentions."""
-    windows, divergence = profile.windows, profile.divergence
-    numbers = {request.windowed or 0}
-    if request.windowed is None and MODES[request.mode].in_bulk and request.ranking == "efficiency":
-        most = 0 if windows is None or divergence is None else len(windows.layers)
-        numbers = {round(most * i / _N_DEPTHS) for i in range(_N_DEPTHS + 1)}
-    found, refused = [], None
-    for n in sorted(numbers):
-        this = replace(request, windowed=n) if MODES[request.mode].in_bulk else request
-        try:
-            skip = cheapest_set(lost, Goal.of(profile, this), request.ranking)
-        except BudgetError as error:
-            refused = error
-            continue
-        total = 0.0 if divergence is None or windows is None else divergence[skip].sum() + windows.divergence[n]
-        found.append((float(total), n, skip, this))
-    if not found and refused is not None:
-        raise refused  # this is the error of the most windows, which allow the largest speed-up
-    _, _, skip, this = min(found, key=lambda each: each[:2])
-    return skip, this
+def ranking(profile: ProfileData, mode: ModeName) -> Floats:
+    """Return the values by which a mode ranks sublayers, float64 ``[n_layer, 2]``: the smallest is skipped first.
 
-
-def what_is_lost(profile: ProfileData, request: PlanRequest) -> Floats:
-    """Return the loss from skipping each sublayer, float64 ``[n_layer, 2]``, NaN if it cannot be skipped.
-
-    It is 1 - similarity. In mode ``"prompt"`` with ranking ``"efficiency"`` it is the divergence that
-    :mod:`adaskip_cpp.calibration.divergence` measured, times the number of layers above.
+    In the paper's modes it is 1 - similarity. In mode ``"prompt"`` it is the number of layers above, because only their
+    K and V depend on what the bulk skips. NaN marks sublayers that the mode cannot skip, and for ``"prompt"`` those of
+    the first layers, which have no maps (:func:`adaskip_cpp.model.skip_set.late_layers`).
     """
-    if not MODES[request.mode].in_bulk:
+    if not MODES[mode].in_bulk:
         return np.where(profile.skippable, 1.0 - profile.similarity, np.nan)
-    if request.ranking == "similarity":
-        return 1.0 - profile.similarity
-    if (lost := profile.lost) is None:
-        raise PlanError(
-            "the profile has no losses from skipping in a prompt's bulk; calibrate again, on 4 requests or more, or "
-            "use mode='e2e' or ranking='similarity'"
-        )
-    # An error passes through the layers above. If they are many, a sublayer's cost measured alone is far from its cost
-    # inside a set. At 1.4 times the speed SmolLM2's divergence is 0.034 with this factor, 0.058 without.
-    return lost * np.arange(profile.n_layer)[::-1, None]
+    n_layer = profile.n_layer
+    layers = np.arange(n_layer)[:, None]
+    return np.where(profile.in_bulk & (layers >= late_layers(n_layer).start), n_layer - 1.0 - layers, np.nan)
 
 
 @baseline
 def early_exit(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
-    """Early Exit: the last k layers."""
-    return _last(n_layer, request)
-
-
-@partial(baseline, compensates=True)
-def suffix(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
-    """The rule of POP (arXiv 2602.03295): as ``early_exit``, but a request may ask for a compensation."""
-    return _last(n_layer, request)
+    """Early Exit: the last k layers. In mode ``"prompt"`` this is the rule of POP (arXiv 2602.03295)."""
+    k = _budget(request, 2 * n_layer, f"the model has {2 * n_layer} sublayers") // 2
+    return {0: range(n_layer - k, n_layer)}
 
 
 @baseline
@@ -164,11 +122,6 @@ def manual(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     return compensated_plan(profile, skip, replace(request, online=False), "manual")
 
 
-def _last(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
-    k = _budget(request, 2 * n_layer, f"the model has {2 * n_layer} sublayers") // 2
-    return {0: range(n_layer - k, n_layer)}
-
-
 def _budget(request: PlanRequest, n_max: int, reason: str) -> int:
     """Return the number of sublayers to skip, from 0 to ``n_max``."""
     try:
@@ -181,5 +134,5 @@ def _budget(request: PlanRequest, n_max: int, reason: str) -> int:
 
 
 STRATEGIES: dict[str, Strategy] = {
-    each.__name__: each for each in (adaskip, early_exit, suffix, skip_decode, unified_skipping, manual)
+    each.__name__: each for each in (adaskip, early_exit, skip_decode, unified_skipping, manual)
 }

@@ -132,9 +132,9 @@ def encoded(
     if isinstance(answer, dict):
         if dialect is not None:
             answer = dialect.answer([*pieces_of(answer["choices"][0]["message"])], request)
-        elif request.begun:
+        else:
             answer["usage"] = request.usage
-        return msgspec.json.encode({**answer, **(request.figures if request.begun else {})})
+        return msgspec.json.encode({**answer, **request.figures})
     if dialect is not None:
         for event in dialect.events(answer, request):
             tell(_event(event))

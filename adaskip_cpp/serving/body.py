@@ -3,7 +3,7 @@
 from typing import Any, TypeVar
 
 import msgspec
-from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest, CreateEmbeddingRequest
+from llama_cpp.server.types import CreateChatCompletionRequest, CreateCompletionRequest
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RequestError
@@ -19,7 +19,6 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": CreateChatCompletionRequest,
     "/v1/completions": CreateCompletionRequest,
     "/v1/engines/copilot-codex/completions": CreateCompletionRequest,
-    "/v1/embeddings": CreateEmbeddingRequest,
     "/v1/messages": CreateChatCompletionRequest,
     "/v1/responses": CreateChatCompletionRequest,
 }
@@ -73,8 +72,7 @@ def read_body(path: str, content: bytes) -> ServedRequest:
     if "max_completion_tokens" in body:
         body.setdefault("max_tokens", body.pop("max_completion_tokens"))
     _check_bounds(body)
-    if SCHEMAS[path] is not CreateEmbeddingRequest:
-        body.setdefault("repeat_penalty", 1.0)  # OpenAI's API has no such penalty; the stock server's default is 1.1
+    body.setdefault("repeat_penalty", 1.0)  # OpenAI's API has no such penalty; the stock server's default is 1.1
     if "messages" in body:
         body["messages"] = _messages(body["messages"])
     if body.get("logprobs") is True:
@@ -111,9 +109,6 @@ def _check_bounds(body: dict[str, Any]) -> None:
     # min_tokens forbids the only token that a finished grammar allows, which ends llama.cpp. Stock then drops a bias.
     if body.get("min_tokens") and (others := [name for name in _NOT_WITH_MIN_TOKENS if body.get(name)]):
         raise RequestError(f"min_tokens and {others[0]} exclude each other; leave one of them out")
-    texts = body.get("input")
-    if texts in ([], "") or (isinstance(texts, list) and "" in texts):
-        raise RequestError("input has no text, or an empty one; send at least one text, and no empty ones")
     for name in ("response_format", "tools", "functions"):
         check_depth(name, body.get(name))
 

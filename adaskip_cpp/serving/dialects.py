@@ -118,7 +118,8 @@ class Responses:
                 raise RequestError(f"{name} needs storage, and this server stores nothing; send everything as input")
         given, system = body.get("input"), body.get("instructions")
         messages: list[Json] = [{"role": "system", "content": system}] if system else []
-        for item in [{"role": "user", "content": given}] if isinstance(given, str) else _list(body, "input", 1):
+        alone = [{"role": "user", "content": given}] if given and isinstance(given, str) else []
+        for item in alone or _list(body, "input", 1):
             match item:
                 case {"type": "function_call", "call_id": id, "name": name, "arguments": arguments}:
                     if not (messages and messages[-1]["role"] == "assistant"):

@@ -13,7 +13,7 @@ from typing import Any, cast
 import llama_cpp
 import numpy as np
 from llama_cpp.llama_grammar import LlamaGrammar
-from llama_cpp.server.types import CreateChatCompletionRequest, CreateEmbeddingRequest
+from llama_cpp.server.types import CreateChatCompletionRequest
 
 from ..engine.edits import Saved, Tokens, n_common
 from ..engine.llama import AdaSkipLlama, Rows
@@ -21,7 +21,6 @@ from ..errors import RequestError
 from ..files import content_hash
 from ..model.edits import Reuse
 from ..model.plan import Phase
-from .embedding import Embedder
 from .logprobs import Logprobs
 from .plans import Plans, plan_key
 from .prefix_cache import Entry, PrefixCache
@@ -46,7 +45,6 @@ class ServedLlama(AdaSkipLlama):
         self.set_plan(of_model.plan, readable=of_model.readable)  # a wrong plan fails now, not at the first request
         self.prefix_cache, cache.can_rewind = cache, not self.has_state
         self._steps: Generator[Any, None, None] | None = None  # of the answer
-        self._embedder = Embedder({**kwargs, "model_path": model_path}, self.context_size)
         self._logprobs: Logprobs | None = None
         self._is_cut = False  # whether a limit ended the answer
         self._live_key, self._n_kept = "", 0  # of the memory: its key in the cache, and how many tokens are saved there
@@ -62,7 +60,6 @@ class ServedLlama(AdaSkipLlama):
             self._keep(0)
             self._live_key = ""  # garbage collection calls this again
             self.prefix_cache.close()
-            self._embedder.close()
         super().close()
 
     # -- one request -------------------------------------------------------------------------------------------------
@@ -71,8 +68,6 @@ class ServedLlama(AdaSkipLlama):
         """Return the answer in the form of llama-cpp-python's server, or for a stream an iterator of its chunks."""
         self.request, request.model, body = request, self.name, cast(Any, request.body)
         kwargs = body.model_dump(exclude={"n", "best_of", "user", "logit_bias_type", "min_tokens"})
-        if isinstance(body, CreateEmbeddingRequest):
-            return self._embedder.embed(kwargs["input"], self.name, request.check)
         if body.logit_bias and body.logit_bias_type == "tokens":
             texts = {text: self.tokenize(text.encode(), add_bos=False, special=True) for text in body.logit_bias}
             kwargs["logit_bias"] = {str(id): body.logit_bias[text] for text, ids in texts.items() for id in ids}

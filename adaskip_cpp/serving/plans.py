@@ -10,10 +10,6 @@ from ..files import content_hash
 from ..model.edits import Edits
 from ..model.frontier import LEAST_CONTEXT, Frontier, Point, context_for
 from ..model.plan import SkipPlan
-from ..planning.profile import Profile
-from ..planning.request import PlanRequest
-
-_LEAST_CONTEXT = 1024  # tokens; shorter prompts have too little bulk for most speed-ups, and get the plan for 1024
 
 WISHES = '"auto", "none", {"speedup": 1.5} or {"max_loss": 0.02}'
 
@@ -33,26 +29,20 @@ class Choice:
 
 @dataclass(eq=False)
 class Plans:
-    """The plans of a server: those of a frontier, or one plan and those that a profile gives for a speed-up."""
+    """The plans of a server: those of a frontier, or one plan."""
 
     own: SkipPlan | None  # the plan for "auto" without a frontier; None for the whole model
     frontier: Frontier | None  # the plans that `tune` found
     max_loss: float  # the promise for "auto" with a frontier, in nats per token
-    profile: Profile | None  # makes plans for a speed-up without a frontier
     most: int  # tokens in the context
-
-    def __post_init__(self) -> None:
-        self._for_speedup = lru_cache(32)(self._plan_for_speedup)
 
     def choose(self, wish: Any, n_tokens: int, *, edited: bool = False) -> Choice:
         """Return the plan for a prompt of ``n_tokens`` tokens and a ``wish`` that passed :func:`check_wish`.
 
-        A speed-up is planned for the next power of two of tokens, so that a growing chat keeps its plan. ``edited``
-        allows moving runs of an earlier prompt, if that keeps the promise.
+        ``edited`` allows moving runs of an earlier prompt, if that keeps the promise.
 
         Raises:
-            RequestError: no plan of the frontier meets the wish.
-            PlanError: no plan of the profile has the speed-up.
+            RequestError: no plan of a frontier meets the wish.
         """
         if wish == "none":
             return Choice()
@@ -62,8 +52,7 @@ class Plans:
             max_loss = self._least_promise(self.frontier, value, n_tokens) if asks_speedup else value
             return self._promised(self.frontier, max_loss, n_tokens, edited=edited and not asks_speedup)
         if asks_speedup:
-            context = min(max(context_for(n_tokens), _LEAST_CONTEXT), self.most)
-            return Choice(self._for_speedup(value, context), f"speedup {value:g} at {context} tokens")
+            raise RequestError("a speed-up needs the plans of `adaskip-cpp tune`; run it, and start the server again")
         # The loss of this one plan was not measured, so it cannot keep a promise.
         return Choice() if self.own is None or wish != "auto" else Choice(self.own, "auto")
 
@@ -98,15 +87,6 @@ class Plans:
             most = max((each.speedup(context) for each in points), default=1.0)
             raise RequestError(f"no plan is {speedup:g} times as fast at {context} tokens; ask for at most {most:.4g}")
         return min(kept)
-
-    def _plan_for_speedup(self, speedup: float, context: int) -> SkipPlan | None:
-        if self.profile is None:
-            raise RequestError(
-                "a speed-up needs a profile, and there is none beside the model; write one with "
-                "`adaskip-cpp calibrate X.gguf -o X.adaskip.json`, and start the server again"
-            )
-        plan = self.profile.plan(PlanRequest(mode="prompt", speedup=speedup, context=context))
-        return None if plan.is_whole else plan
 
 
 def check_wish(wish: Any) -> None:

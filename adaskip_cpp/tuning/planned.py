@@ -2,10 +2,8 @@
 
 from dataclasses import replace
 
-from ..calibration.calibrate import late_layers
-from ..engine.llama import AdaSkipLlama
 from ..model.plan import Bulk, SkipPlan, window_size_for
-from ..model.skip_set import SkipSet
+from ..model.skip_set import SkipSet, late_layers
 from ..planning.modes import compensated_plan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -13,16 +11,16 @@ from .losses import Candidate
 
 
 class Planned:
-    """The plans of candidates for a calibrated model, with ``orders``, in which its sublayers are left out."""
+    """The plans of candidates for a profile, with ``orders``, in which the model's sublayers are left out."""
 
-    def __init__(self, llm: AdaSkipLlama, profile: Profile) -> None:
+    def __init__(self, profile: Profile) -> None:
         assert profile.cost is not None
         self.profile, self.cost = profile, profile.cost
-        last = late_layers(llm)[::-1]
+        last = late_layers(profile.n_layer)[::-1]
         self.orders = {
             "attention": tuple(layer for layer in last if profile.in_bulk[layer, 0]),
             "ffn": tuple(layer for layer in last if profile.in_bulk[layer, 1]),
-            "windowed": tuple(row.layer for row in reversed(llm.sublayers) if row.windowable),
+            "windowed": profile.windowable[::-1],
         }
 
     def plan(self, candidate: Candidate, window_size: int) -> SkipPlan:

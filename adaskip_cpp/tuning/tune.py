@@ -190,7 +190,6 @@ class _Tuning:
             n_requests=_N_REQUESTS,
             n_decode=_N_DECODE,
             cost=False,
-            n_judged=0,
             description=", ".join(data) if data else None,
             on_stage=self.on_stage,
         )
@@ -206,7 +205,7 @@ class _Tuning:
         self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge, edits: Sequence[EditPoint]
     ) -> list[Point]:
         """Measure the losses of parts. While tokens last, judge the plans that are expected to keep :data:`_AIMS`."""
-        planned = Planned(llm, profile)
+        planned = Planned(profile)
         with self.on_stage("Searching") as on_progress:
             n_answer = _ANSWER[0], N_COPIED
             judges = [Judge(llm, text_probes(llm, held.search, [n], n_answer)) for n in _SEARCHED_AT]

@@ -17,7 +17,7 @@ from adaskip_cpp import SkipPlan
 from adaskip_cpp.benchmark import bench
 from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings
 from adaskip_cpp.benchmark.measure import fit_contexts
-from adaskip_cpp.benchmark.process import Usage, Worker
+from adaskip_cpp.benchmark.process import Worker
 from adaskip_cpp.benchmark.table import NO_PLAN, STOCK, BenchTimes, Row, table, verdict
 from adaskip_cpp.errors import DataError, NativeError, PlanError
 from adaskip_cpp.intervals import Interval
@@ -174,12 +174,6 @@ def test_a_new_process_is_warmed_up_by_one_ubatch_at_most(ran: Ran) -> None:
     assert asked == [("time", 512, 2), *timed, ("time", 512, 2), *timed]
 
 
-def test_under_a_plan_it_has_less_kv(ran: Ran) -> None:
-    stock, full, plan = (ran.result.usage[name] for name in (STOCK, NO_PLAN, "plan"))
-    assert plan.kv_bytes * 3 == full.kv_bytes * 2
-    assert stock.kv_bytes == pytest.approx(full.kv_bytes, abs=0.005 * 2**20)  # told as MiB with two decimals
-
-
 def test_tokens_that_an_online_stage_observes_settle_if_others_follow() -> None:
     plans = {str(window): SkipPlan(PLAN.prefill, PLAN.decode, online=OnlineStage(window)) for window in (2, 4)}
     never_run = Bench(BenchSettings("m.gguf", (8, 16), 2, 4, {}, {}), {"a": PLAN, **plans}, [1])
@@ -188,8 +182,6 @@ def test_tokens_that_an_online_stage_observes_settle_if_others_follow() -> None:
 
 class Clocked:
     """A contender that takes no time."""
-
-    usage = Usage(1, 1)
 
     def __init__(self, name: str, side: str) -> None: ...
 
@@ -228,8 +220,6 @@ def test_stock_runs_on_its_own_library_and_ours_on_ours(tiny: Any, monkeypatch: 
             library = worker.open(str(tiny()), OPTIONS)["library"]
             assert os.path.samefile(library, _library.path()) == ours
             assert len(worker.time([1, 5, 6], 3).token_s) == 3
-            usage = worker.usage
-            assert usage.peak_bytes and usage.kv_bytes
 
 
 def test_an_error_of_ours_keeps_its_class(tiny: Any) -> None:

@@ -26,8 +26,8 @@ N_DECODE = 4
 
 
 def calibrate(llm: Any, *args: Any, **options: Any) -> adaskip_cpp.Profile:
-    """Without timing and skipping sublayers, which a model without a library cannot do."""
-    return adaskip_cpp.calibrate(llm, *args, **{"n_decode": N_DECODE, "cost": False, "n_judged": 0, **options})
+    """Without timing sublayers, which a model without a library cannot do."""
+    return adaskip_cpp.calibrate(llm, *args, **{"n_decode": N_DECODE, "cost": False, **options})
 
 
 @pytest.fixture
@@ -208,11 +208,12 @@ def test_the_rank_is_at_most_the_length_of_the_stream(llm: Any) -> None:
 @pytest.mark.parametrize("name", ["gemma4", "gemma4-per-layer"])
 def test_a_profile_tells_what_the_bulk_alone_can_skip(name: str, open_tiny: Open) -> None:
     llm = open_tiny(name)
-    profile = calibrate(llm, [tokens(40, seed) for seed in range(4)], rank=2, n_judged=3)
+    profile = calibrate(llm, [tokens(40, seed) for seed in range(4)], rank=2)
     rows = [row for row in llm.sublayers if row.in_bulk and not row.skippable]
     assert rows and [(each, "attention") for each in profile.bulk_only] == [(row.layer, row.kind) for row in rows]
     assert profile.skippable.ravel().tolist() == [row.skippable for row in llm.sublayers]
     assert profile.in_bulk.all()
+    assert profile.windowable == tuple(row.layer for row in llm.sublayers if row.windowable) != ()
     for mode, may in (("prompt", profile.in_bulk[llm.n_layer // 3 :]), ("e2e", profile.skippable)):
         plan = profile.plan(int(may.sum()), mode=mode)
         assert mode == "e2e" or (plan.bulk.skip.skip[1:].all() and not plan.prefill.skip.any())
@@ -259,7 +260,9 @@ def test_a_sublayer_that_is_not_skippable_has_no_map_nor_has_its_layer() -> None
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
-def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(open_tiny: Open) -> None:
+def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: dict[str, list[float]] = {}
 
     @contextlib.contextmanager
@@ -267,7 +270,8 @@ def test_whoever_shows_progress_is_told_each_stage_and_what_is_done_of_it(open_t
         told[name] = []
         yield lambda fraction, words="": told[name].append(fraction)
 
-    requests = [tokens(40, seed) for seed in range(4)]
-    calibrate(open_tiny(), requests, n_judged=1, windows=False, on_stage=stage)
-    assert list(told) == ["Calibrating", "Skipping each sublayer"]
+    module = sys.modules["adaskip_cpp.calibration.calibrate"]
+    monkeypatch.setattr(module, "measure_cost", lambda llm, on_progress: on_progress(1.0))
+    calibrate(llm, ["hello", "world"], cost=True, on_stage=stage)
+    assert list(told) == ["Calibrating", "Timing sublayers"]
     assert all(fractions == sorted(fractions) and fractions[-1] == 1.0 for fractions in told.values())

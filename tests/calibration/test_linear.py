@@ -9,7 +9,7 @@ import pytest
 
 from adaskip_cpp.calibration import linear
 from adaskip_cpp.calibration.linear import RIDGE, LinearFit
-from adaskip_cpp.errors import ProfileFormatError
+from adaskip_cpp.errors import ProfileError
 from adaskip_cpp.model.statistics import WHOLE, LinearMaps, map_scale
 
 N_EMBD, N_TOKENS = 24, 400
@@ -283,7 +283,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes: Any) -> None:
-    with pytest.raises(ProfileFormatError, match="calibrate again"):
+    with pytest.raises(ProfileError, match="calibrate again"):
         LinearMaps(**{**arrays(), **changes})
 
 
@@ -291,7 +291,7 @@ def test_shapes_that_do_not_fit_are_refused(changes: Any) -> None:
 def test_a_map_with_a_value_that_is_not_finite_is_refused(name: str, value: float) -> None:
     parts = arrays()
     parts[name][1, 1].flat[0] = value
-    with pytest.raises(ProfileFormatError, match="calibration cannot give"):
+    with pytest.raises(ProfileError, match="calibration cannot give"):
         LinearMaps(**parts)
 
 

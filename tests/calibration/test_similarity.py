@@ -9,7 +9,7 @@ import pytest
 from oracles.profiles import FIGURES, measured
 
 from adaskip_cpp.calibration.similarity import RequestStatistics
-from adaskip_cpp.errors import ProfileFormatError
+from adaskip_cpp.errors import ProfileError
 from adaskip_cpp.model.statistics import PhaseStatistics
 
 N_LAYER, N_TOKENS, N_EMBD = 3, 41, 16
@@ -115,5 +115,5 @@ def test_a_sublayer_that_is_zero_throughout_is_not_observed_and_huge_norms_do_no
 )
 def test_impossible_statistics_are_refused(streams: tuple[np.ndarray, np.ndarray], changes: dict[str, Any]) -> None:
     statistics = accumulate(*streams, [N_TOKENS])
-    with pytest.raises(ProfileFormatError, match="calibrate again"):
+    with pytest.raises(ProfileError, match="calibrate again"):
         replace(statistics, **changes)

@@ -16,11 +16,11 @@ from oracles.costs import SETTINGS
 from oracles.frontiers import frontier, point
 from rich.console import Console
 
-from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp import SkipPlan
 from adaskip_cpp.benchmark import bench as bench_run
 from adaskip_cpp.benchmark import measure
 from adaskip_cpp.benchmark.bench import BenchResult, BenchSettings
-from adaskip_cpp.benchmark.process import Usage, Worker
+from adaskip_cpp.benchmark.process import Worker
 from adaskip_cpp.benchmark.table import NO_PLAN, STOCK, BenchTimes
 from adaskip_cpp.cli.bench_report import print_report
 from adaskip_cpp.measuring import running
@@ -48,96 +48,79 @@ def skipped(plan: dict[str, Any]) -> tuple[list[int], list[int]]:
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_budget_is_a_plan_and_every_list_of_layers_one_of_its_own(tiny: Any, profile_path: Path) -> None:
-    budgets = ("--skip", "1,2")
-    lists = ("--layers", "0-1/", "--layers", "/0,2", "--layers", "/1-2", "--layers", "2/0-1")
-    found = plans(run("bench", tiny(), "--profile", profile_path, *budgets, *lists, *QUICK))
-    assert {name: skipped(plan) for name, plan in found.items()} == {
-        "adaskip 1": ([2], []),  # the last layer loses nothing
-        "adaskip 2": ([2], [2]),
-        "2 attention": ([0, 1], []),
-        "2 FFN": ([], [0, 2]),
-        "2 FFN (2)": ([], [1, 2]),
-        "1 attention, 2 FFN": ([2], [0, 1]),
-    }
-    for plan in found.values():
+def test_every_file_is_a_plan_by_its_path_if_two_have_one_name(tiny: Any, profile_path: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a.json", tmp_path / "b.json", tmp_path / "other" / "b.json"]
+    files[2].parent.mkdir()
+    for path, options in zip(files, ((2,), (1,), (1, "--mode", "prefill")), strict=True):
+        run("plan", profile_path, "-o", path, "--skip", *options)
+    found = plans(run("bench", tiny(), *(word for path in files for word in ("--plan", path)), *QUICK))
+    assert [*found] == [*map(str, files)]
+    assert [skipped(plan) for plan in found.values()] == [([2], [2]), ([2], []), ([], [2])]
+    first, second, of_paper = found.values()
+    for plan in (first, second):
         assert (plan["mode"], plan["online"]) == ("prompt", None)
         assert not any(plan[phase]["skip"][kind] for phase in ("prefill", "decode") for kind in ("attention", "ffn"))
-    assert found["adaskip 1"]["bulk"]["skip"]["scale"][2][0] == 2.0  # the median ratio
-    of_paper = plans(run("bench", tiny(), "--profile", profile_path, "--mode", "prefill", "--skip", 1, *QUICK))[
-        "adaskip 1"
-    ]
-    assert skipped(of_paper) == ([], [2]) and of_paper["bulk"] is None
+    assert second["bulk"]["skip"]["scale"][2][0] == 2.0  # the median ratio
+    assert of_paper["bulk"] is None
 
 
-@pytest.fixture
-def tuned_model(model: Path, profile_path: Path) -> Path:
-    """A model with a profile and a plan beside it, which skips the FFN of layer 1."""
-    Profile.load(profile_path).save(model.with_name("m.adaskip.json"))
-    save_plan(plan_path(model), SkipPlan.manual(3, ffn=[1]))
-    return model
-
-
-def test_a_frontier_chooses_a_plan_for_each_context(tuned_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frontier_chooses_a_plan_for_each_context(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the default promise of 0.05. Longer prompts lose more."""
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
     careful, fast = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([2], [1, 2]))
     points = [point(careful, 0.035, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]
-    save_plan(plan_path(tuned_model), frontier(points))
-    result = run("bench", tuned_model, "--tuned", *QUICK, "--contexts", "16,32,64,128")
+    save_plan(plan_path(model), frontier(points))
+    result = run("bench", model, *QUICK, "--contexts", "16,32,64,128")
     (tuned,) = (each for each in json.loads(result.stdout)["contenders"] if each["name"] == "tuned")
     found = {n: plan and skipped(plan)[1] for n, plan in tuned["plans"].items()}
     assert found == {"16": [1, 2], "32": [1, 2], "64": [2], "128": None}
-    printed = run("bench", tuned_model, "--tuned", *ONCE, "--no-stock", "--contexts", "16,32,128").stdout
+    printed = run("bench", model, *ONCE, "--no-stock", "--contexts", "16,32,128").stdout
     assert "tuned for 16 and 32 tokens: " in printed and "tuned for 128 tokens: the whole model" in printed
 
 
-def test_the_plan_and_the_profile_beside_the_model_are_used(tuned_model: Path) -> None:
-    result = run("bench", tuned_model, "--tuned", "--skip", 1, *QUICK)
-    found = plans(result)
-    assert [*found] == ["tuned", "adaskip 1"] and skipped(found["tuned"]) == ([], [1])
-    assert "The profile is" in result.stderr
-    assert plans(run("bench", tuned_model, *QUICK)) == {}
+def test_the_plan_beside_the_model_is_measured_unless_another_is_named(model: Path, tmp_path: Path) -> None:
+    for path, layer in ((plan_path(model), 1), (tmp_path / "a.json", 2)):
+        save_plan(path, SkipPlan.manual(3, ffn=[layer]))
+    for options, name, layer in (((), "tuned", 1), (("--plan", tmp_path / "a.json"), "a.json", 2)):
+        found = plans(run("bench", model, *options, *QUICK))
+        assert [*found] == [name] and skipped(found[name]) == ([], [layer])
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def test_it_measures_a_tiny_model_against_stock(tiny: Any, profile_path: Path) -> None:
+def test_it_measures_a_tiny_model_against_stock(model: Path) -> None:
+    save_plan(plan_path(model), SkipPlan.manual(3, ffn=[1]))
     size = ("--contexts", "8,16", "--repeats", 2, "--decode-tokens", 4, "--threads", 1, "--flash-attn")
-    result = run("bench", tiny(), "--profile", profile_path, "--skip", 2, *size, "--json")
+    result = run("bench", model, *size, "--json")
     data = json.loads(result.stdout)
     assert data["complete"] and data["machine"]["llama_cpp_python"] == version("llama-cpp-python")
     assert f"llama-cpp-python {version('llama-cpp-python')}" in data["configuration"]["Versions"]
     assert data["machine"]["n_threads"] == 1 and data["machine"]["flash_attention"]
-    assert [contender["name"] for contender in data["contenders"]] == [STOCK, NO_PLAN, "adaskip 2"]
-    assert all(contender["peak_bytes"] > 10**7 for contender in data["contenders"])
+    assert [contender["name"] for contender in data["contenders"]] == [STOCK, NO_PLAN, "tuned"]
     rows = [(row["contender"], row["context"], row["phase"], row["n_rounds"]) for row in data["rows"]]
     assert sorted(rows) == sorted(
-        (name, n, phase, 2)
-        for name in (STOCK, NO_PLAN, "adaskip 2")
-        for n in (8, 16)
-        for phase in ("prefill", "decode")
+        (name, n, phase, 2) for name in (STOCK, NO_PLAN, "tuned") for n in (8, 16) for phase in ("prefill", "decode")
     )
-    assert {each["contender"] for each in data["times"]} == {STOCK, NO_PLAN, "adaskip 2"}
+    assert {each["contender"] for each in data["times"]} == {STOCK, NO_PLAN, "tuned"}
     assert all(len(each["first_token_s"]) == 2 and len(each["token_s"][1]) == 4 for each in data["times"])
     assert set(data["rows"][-1]["speed_against"][NO_PLAN]) == {"value", "low", "high", "n", "real", "verdict"}
 
 
 @pytest.mark.parametrize("here", [True, False])
 def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own(
-    here: bool, tuned_model: Path, monkeypatch: pytest.MonkeyPatch
+    here: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned = Settings(flash_attn=True, n_batch=16, n_ubatch=8)
-    save_plan(plan_path(tuned_model), frontier([], settings=tuned))
+    save_plan(plan_path(model), frontier([], settings=tuned))
     monkeypatch.setattr(running, "is_here", lambda machine: here)
-    result = run("bench", tuned_model, *ONCE, "--json")
+    result = run("bench", model, *ONCE, "--json")
     machine, settings = (json.loads(result.stdout)[part] for part in ("machine", "settings"))
     assert (machine["flash_attention"], machine["n_ubatch"]) == ((True, 8) if here else (False, 18))
     threads = {"n_threads": 1, "n_threads_batch": 1}  # they were given
     assert settings["stock_options"] == {**threads, "n_gpu_layers": -1}
     assert settings["options"] == {**settings["stock_options"], **(tuned.to_kwargs() if here else {}), **threads}
-    assert ("stock: with its own defaults" in run("bench", tuned_model, *ONCE).stdout) == here
+    assert ("stock: with its own defaults" in run("bench", model, *ONCE).stdout) == here
 
 
 @pytest.mark.parametrize("load", [2.5, 0.05, None])
@@ -204,14 +187,13 @@ def test_after_a_contender_died_it_prints_what_there_is_and_the_reason(
 # --- what is printed of times that are known --------------------------------------------------------------------------
 
 
-def test_it_prints_ratios_memory_and_the_configuration() -> None:
+def test_it_prints_ratios_and_the_configuration() -> None:
     """Stock and no plan take 2 s, a plan 1.6 s; a hundredth of it per token."""
-    seconds_of = {STOCK: 2.0, NO_PLAN: 2.0, "adaskip 2": 1.6}
+    seconds_of = {STOCK: 2.0, NO_PLAN: 2.0, "tuned": 1.6}
     runs = {(name, 16): [RequestTime(s, (s / 100,) * 32)] * 12 for name, s in seconds_of.items()}
     times = BenchTimes([*seconds_of], runs)
     settings = BenchSettings("m.gguf", (16,), 12, 32, {}, {})
-    result = BenchResult(settings, {"adaskip 2": SkipPlan.manual(3, [2], [2])}, times)
-    result.usage = {name: Usage(10**8, 10**6) for name in times.contenders}
+    result = BenchResult(settings, {"tuned": SkipPlan.manual(3, [2], [2])}, times)
     result.machine = replace(SETTINGS, devices=("CPU", "a GPU"), n_gpu_layers=-1, n_threads=1, n_threads_batch=1)
     result.configuration, result.load_average = {"Versions": "adaskip-cpp 0.1.0, llama-cpp-python 0.3.36"}, 0.1
     out = io.StringIO()
@@ -222,8 +204,6 @@ def test_it_prints_ratios_memory_and_the_configuration() -> None:
         "Time per token, prompt of 16 tokens",
         "1.25 x as fast",
         "no real difference",
-        "100 MB",
-        "1.0 MB",
         "all layers offloaded to: a GPU",
         "llama-cpp-python 0.3.36",
         "a CPU, 1 thread,",

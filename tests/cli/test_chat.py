@@ -1,9 +1,7 @@
 """The chat: what it prints, what it keeps, and that no mistake of the user ends it."""
 
-import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,12 @@ import llama_cpp
 import pytest
 from click.testing import Result
 from oracles import command_line
-from oracles.costs import cost_model
 from oracles.frontiers import frontier, point
 from oracles.profiles import tiny_profile
 from rich.console import Console
 
 import adaskip_cpp.model.frontier
-from adaskip_cpp import Profile, SkipPlan
+from adaskip_cpp import SkipPlan
 from adaskip_cpp.cli.chat import Conversation
 from adaskip_cpp.engine.generation import Generation
 from adaskip_cpp.errors import PlanError, RequestError
@@ -31,13 +28,6 @@ Chat = Callable[..., Result]
 def model(served_model: Path, tmp_path: Path) -> Path:
     """A tiny model with a chat template, in a folder of its own."""
     return Path(shutil.copy(served_model, tmp_path / "chat.gguf"))
-
-
-@pytest.fixture
-def profile(model: Path, tmp_path: Path) -> Path:
-    """A profile of it."""
-    tiny_profile(model).save(tmp_path / "p.json")
-    return tmp_path / "p.json"
 
 
 @pytest.fixture
@@ -83,33 +73,29 @@ def test_a_turn_reads_only_what_is_new(model: Path, open_model: Any) -> None:
 
 def test_the_system_text_and_all_turns_are_in_the_prompt(model: Path, open_model: Any) -> None:
     llm = open_model(model, n_ctx=256)
-    conversation = Conversation(llm, None, 4, 0.0, Console(), "be brief", [("user", "one"), ("assistant", "two")])
+    conversation = Conversation(llm, 4, 0.0, Console(), "be brief", [("user", "one"), ("assistant", "two")])
     prompt = llm.detokenize(conversation.ask("three").prompt).decode()
     assert "system: be brief\nuser: one\nassistant: two\nuser: three\nassistant:" in prompt
 
 
-def test_the_status_line_tells_both_phases_and_fits_the_terminal(chat: Chat, profile: Path) -> None:
-    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2]))
-    assert "skipped 2 bulk, 0 decode" in status and "/8192" in status
-    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--mode", "prefill"]))
-    assert "skipped 2 prefill, 2 decode" in status
-    (status,) = statuses(chat("hello", args=["--profile", profile, "--skip", 2, "--mode", "decode"]))
-    assert "skipped 0 prefill, 2+0 decode" in status
-    assert len(status) <= 80
+def test_the_status_line_tells_both_phases_and_fits_the_terminal(chat: Chat, model: Path) -> None:
+    told = {"prompt": "2 bulk, 0 decode", "prefill": "2 prefill, 2 decode", "decode": "0 prefill, 2+0 decode"}
+    for mode, words in told.items():
+        save_plan(plan_path(model), tiny_profile(model).plan(2, mode=mode))
+        (status,) = statuses(chat("hello"))
+        assert f"skipped {words}" in status and "/8192" in status
+        assert len(status) <= 80
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_time_to_the_first_token_is_told_and_what_it_would_have_been(chat: Chat, profile: Path) -> None:
-    replace(Profile.load(profile), cost=cost_model(0.1, [1] * 3, [1] * 3, size=64)).save(profile)
-    first = [text for text in chat("hello").stderr.splitlines() if text.startswith("first token after ")]
-    assert len(first) == 1 and "without" not in first[0]
-    told = chat("hello" * 20, "and?", args=["--profile", profile, "--skip", 2]).stderr
-    first = [text for text in told.splitlines() if text.startswith("first token after ")]
-    assert len(first) == 2 and all("; predicted without the plan: " in text for text in first)
-    taken, whole = (float(each) for each in re.findall(r"[\d.]+(?= m?s\b)", first[1]))
-    assert taken == whole, "the second message is no more than a tail"
+@pytest.mark.usefixtures("tuned_model")
+def test_the_time_to_the_first_token_is_told_and_of_a_whole_prompt_what_it_would_have_been(chat: Chat) -> None:
+    for options, predicted in (((), [True, False]), (("--full",), [False, False])):
+        told = chat("the of to in " * 12, "and?", args=[*options]).stderr.splitlines()
+        first = [text for text in told if text.startswith("first token after ")]
+        assert ["; predicted without the plan: " in text for text in first] == predicted
 
 
 def test_every_piped_line_is_answered_quit_leaves_and_reset_forgets(chat: Chat) -> None:
@@ -189,12 +175,12 @@ def test_a_template_that_fails_names_another_way(
     llm = open_model(model, n_ctx=256)
     llm.metadata["tokenizer.chat_template"] = "{{ raise_exception('no such role') }}"
     with pytest.raises(RequestError, match=way_out):
-        Conversation(llm, None, 4, 0.0, Console(), system).ask("hello")
+        Conversation(llm, 4, 0.0, Console(), system).ask("hello")
 
 
-def test_a_plan_beside_the_model_is_used_and_told(chat: Chat, model: Path, profile: Path) -> None:
+def test_a_plan_beside_the_model_is_used_and_told(chat: Chat, model: Path) -> None:
     chosen: Any = {"attention": (2,), "ffn": (0,), "compensation": "median", "mode": "e2e"}
-    save_plan(plan_path(model), Profile.load(profile).plan(strategy="manual", **chosen))
+    save_plan(plan_path(model), tiny_profile(model).plan(strategy="manual", **chosen))
     result = chat("hello", "/plan")
     assert statuses(result)[0].count("skipped 2 prefill, 2 decode") == 1
     assert "2 of 6 sublayers skipped (chat.adaskip-plan.json)" in " ".join(result.stderr.split())

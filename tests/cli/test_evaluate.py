@@ -144,16 +144,16 @@ def test_a_second_run_measures_nothing_again_and_one_with_another_setting_begins
 def test_ctrl_c_writes_what_is_there_and_the_same_command_goes_on(
     run: Run, results: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, whole = [], evaluate.greedy_text
+    calls, whole = [], evaluate.Judge
 
-    def interrupted(*args: Any, **options: Any) -> str:
+    def interrupted(*args: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(*args, **options)
+        return whole(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "greedy_text", interrupted)
+        patch.setattr(evaluate, "Judge", interrupted)
         result = run(*ONE, code=130)
     assert "the same command continues:\n  adaskip-cpp evaluate" in result.stderr
     found = results()

@@ -4,14 +4,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from oracles.command_line import fails, run
 
-from adaskip_cpp.cli import terminal
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.engine.generation import Generation
 from adaskip_cpp.model.identity import plan_path
@@ -37,19 +36,9 @@ def test_the_help_of_every_verb_has_an_example_and_begins_with_the_few_options_t
 def test_help_groups_the_other_options_and_without_a_verb_it_lists_the_verbs() -> None:
     shown = groups("calibrate")
     assert list(shown) == ["Example", "Options", "What to measure", "Running the model"]
-    assert shown["Running the model"] == ["--threads", "--gpu-layers", "--flash-attn", "--rpc"]
+    assert shown["Running the model"] == ["--threads", "--gpu-layers", "--flash-attn"]
     listed = run().stdout
     assert all(verb in listed for verb in main.commands)
-
-
-def test_rpc_servers_are_added_before_a_model_is_opened_but_by_bench(
-    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    added: list[str] = []
-    monkeypatch.setattr(terminal, "add_rpc_server", added.append)
-    run("inspect", tiny(), "--rpc", "there:1", "--rpc", "elsewhere:2")
-    assert added == ["there:1", "elsewhere:2"]
-    assert "an rpc-server serves one process" in fails("bench", tiny(), "--rpc", "there:1", code=2)
 
 
 def test_help_imports_neither_gguf_nor_matplotlib() -> None:
@@ -89,14 +78,12 @@ def test_a_model_that_is_none_is_an_error_of_one_line_that_says_why(tiny: Any, t
         (["inspect"], "MODEL"),
         (["generate", "m.gguf"], "give it with -p, or a file with -f"),
         (["generate", "m.gguf", "-p", "a", "-f", "b"], "give it with -p, or a file with -f"),
-        (["generate", "m.gguf", "-p", "a", "--skip", "3"], "made from a profile"),
-        (["chat", "m.gguf", "--mode", "decode"], "made from a profile"),
         (["plan", "p", "--skip", "3", "--speedup", "1.2"], "either --skip or --speedup"),
         (["plan", "p", "--strategy", "manual"], "--strategy"),
         (["plan", "p", "--strategy", "best"], "skip_decode"),
         (["plan", "p", "--speedup", "0.5"], "--speedup"),
         (["generate", "m.gguf", "-p", "a", "--temp", "-1"], "--temp"),
-        (["generate", "m.gguf", "-p", "a", "--compensation", "best"], "--compensation"),
+        (["plan", "p", "--compensation", "best"], "--compensation"),
         (["calibrate", "m.gguf"], "--output"),
         (["calibrate", "m.gguf", "-o", "p", "--tokens", "1"], "--tokens"),
         (["generate", "m.gguf", "-p", "a", "--ctx", str(2**40)], "--ctx"),  # llama.cpp would die of it
@@ -107,12 +94,6 @@ def test_a_model_that_is_none_is_an_error_of_one_line_that_says_why(tiny: Any, t
         (["evaluate", "m", "-o", "out", "--synthetic", "chess"], "'chess' is not a list of: passkey"),
         (["bench", "m", "--contexts", "512,x"], "not a list such as 512,2048"),
         (["bench", "m", "--contexts", "0"], "not a list"),
-        (["bench", "m", "--layers", "7-3/"], "not two lists of layers"),
-        (["bench", "m", "--layers", "/1,two"], "not two lists of layers"),
-        (["bench", "m", "--layers", "1,2"], "not two lists of layers"),
-        (["bench", "m", "--layers", "1/2/3"], "not two lists of layers"),
-        (["bench", "m", "--layers", "/"], "not two lists of layers"),
-        (["bench", "m", "--skip", "2"], "made from a profile"),
     ],
 )
 def test_a_usage_error_is_one_line_and_names_the_help(args: list[str], message: str) -> None:
@@ -123,27 +104,26 @@ def test_a_usage_error_is_one_line_and_names_the_help(args: list[str], message: 
 def test_what_does_not_fit_or_cannot_be_read_or_written_is_an_error_of_one_line(
     tiny: Any, profile_path: Path, tmp_path: Path
 ) -> None:
-    generate, profile = ("generate", tiny(), "-p", "hello"), ("--profile", profile_path)
+    generate, plan = ("generate", tiny(), "-p", "hello"), ("plan", profile_path)
     calibrate, before = ("calibrate", tiny(), "-o", tmp_path / "new.json"), {*tmp_path.iterdir()}
     for args, message in (
-        ((*generate, *profile, "--skip", 7), "0 to 6"),
+        (plan, "cannot skip 12 .* from 0 to 4"),  # the default; the first of three layers is left out
+        ((*plan, "--skip", 7, "--mode", "e2e"), "from 0 to 6"),
         ((*generate, "--chat"), "chat template"),
         ((*generate[:3], "", "--raw"), "empty"),
         ((*generate[:3], "hello " * 300, "--raw", "--ctx", 64), "--ctx"),
         ((*generate, "--plan", tiny()), "is a model; name its plan file"),
-        ((*generate, "--profile", tmp_path / "x.json"), "there is no profile.*calibrate"),
-        (("generate", tiny(seed=1), "-p", "hello", *profile, "--skip", 1), "another model"),
         (("chat", tiny()), "no chat template"),
-        (("plan", profile_path, "--head", 3, "--mode", "e2e"), "mode 'prompt'"),
-        (("plan", profile_path, "--tail", 3, "--mode", "e2e"), "mode 'prompt'"),
-        (("plan", profile_path, "--speedup", "1.2"), "no cost model"),
+        ((*plan, "--head", 3, "--mode", "e2e"), "mode 'prompt'"),
+        ((*plan, "--tail", 3, "--mode", "e2e"), "mode 'prompt'"),
+        ((*plan, "--speedup", "1.2"), "no cost model"),
+        (("plan", tmp_path / "x.json"), "there is no profile.*calibrate"),
         (("plan", tiny()), "is a model; name its profile, which `adaskip-cpp calibrate"),
         (("plan", plan_path(tmp_path / "x.gguf")), "there is no plan file.*tune"),
         (("plot", tmp_path / "x.json", "-o", tmp_path / "out"), "there is no profile"),
         (("tune", tmp_path / "nope.gguf"), "cannot read the model"),
         (("bench", tiny(), "--contexts", 10**6), "do not fit into the model's context"),
-        (("bench", tiny(), *profile, "--contexts", 16), "cannot skip 12"),  # a profile alone asks for this number
-        (("bench", tiny(), "--tuned", "--contexts", 16), "adaskip-cpp tune"),
+        (("bench", tiny(), "--plan", tmp_path / "x.json"), "there is no plan file.*adaskip-cpp tune"),
         (("generate", tiny(), "-f", tmp_path / "nope"), "nope"),
         (("generate", tiny(), "-f", tiny()), "not UTF-8"),
         ((*calibrate, "--data", tmp_path / "nope"), "nope"),

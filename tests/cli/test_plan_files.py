@@ -10,7 +10,6 @@ from oracles.command_line import line, run
 
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
-from adaskip_cpp.model.identity import profile_path as path_of_profile
 from adaskip_cpp.model.plan_file import load_plan, save_plan
 
 Generate = Callable[..., Result]
@@ -46,20 +45,7 @@ def test_generate_uses_the_plan_beside_the_model_and_says_so(
     assert named.stdout == tuned.stdout and "--full runs" not in said(named)
     full = generate("--full")
     assert full.stdout == whole.stdout and "skipped" not in full.stderr
-    named_plan, made_plan = ("--plan", plan_path(model)), ("--skip", 2)
-    for together in (("--full", *made_plan), ("--full", *named_plan), (*named_plan, *made_plan)):
-        generate(*together, code=2)
-
-
-def test_what_to_skip_is_taken_from_the_profile_beside_the_model(
-    generate: Generate, plan: SkipPlan, model: Path, profile_path: Path
-) -> None:
-    Profile.load(profile_path).save(path_of_profile(model))
-    assert "skipped" not in generate().stderr
-    save_plan(plan_path(model), plan)
-    assert "2 of 6" in said(generate("--skip", 2, "--mode", "prefill"))
-    Path(path_of_profile(model)).unlink()
-    generate("--skip", 2, code=2)
+    generate("--full", "--plan", plan_path(model), code=2)
 
 
 def test_a_plan_of_another_model_is_told_and_not_used_and_refused_where_it_is_named(
@@ -73,12 +59,9 @@ def test_a_plan_of_another_model_is_told_and_not_used_and_refused_where_it_is_na
     assert "another model" in line(generate("--plan", plan_path(model), code=1))
 
 
-def test_plan_writes_a_plan_that_generate_takes(
-    generate: Generate, model: Path, profile_path: Path, tmp_path: Path
-) -> None:
-    Profile.load(profile_path).save(path_of_profile(model))
-    for options, request in (((), {}), (("--mode", "prefill"), {"mode": "prefill"})):
-        written = run("plan", profile_path, "--skip", 2, *options, "-o", tmp_path / "two.json")
+def test_plan_writes_a_plan_that_generate_takes(generate: Generate, profile_path: Path, tmp_path: Path) -> None:
+    for mode, where in (("prompt", "the bulk of a prompt"), ("prefill", "prefill")):
+        written = run("plan", profile_path, "--skip", 2, "--mode", mode, "-o", tmp_path / "two.json")
         assert "two.json" in written.stdout
-        assert load_plan(tmp_path / "two.json").plan == Profile.load(profile_path).plan(2, **request)
-        assert generate("--plan", tmp_path / "two.json").stdout == generate("--skip", 2, *options).stdout
+        assert load_plan(tmp_path / "two.json").plan == Profile.load(profile_path).plan(2, mode=mode)
+        assert f"skipped: 2 of 6 sublayers in {where}" in said(generate("--plan", tmp_path / "two.json"))

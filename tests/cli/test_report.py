@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,15 +32,15 @@ def test_ffns_added_online_are_counted(tiny: Any, profile_path: Path) -> None:
     llm.close()
 
 
-def test_what_tune_predicted_is_told_where_there_is_no_profile() -> None:
+def test_what_tune_predicted_is_told_of_a_prompt_that_is_read_as_a_whole() -> None:
     timing = Timing(n_prompt=2000, n_evaluated=2000, n_generated=2, first_token_s=0.25, decode_s=0.1, is_cut=False)
-    plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
-    found = point(plan, 0.01, {1024: 1.2, 2048: 1.6})
-    told = first_token_line(timing, plan, point=found)
-    assert told == "first token after 250 ms; predicted without the plan: 400 ms"
-    assert first_token_line(timing, None, point=found) == "first token after 250 ms"
+    found = point(SkipPlan.manual(3, ffn=[1], phase="bulk"), 0.01, {1024: 1.2, 2048: 1.6})
+    tuned: Any = SimpleNamespace(point={2000: found}.get)
+    whole: Any = SimpleNamespace(point={}.get)
+    assert first_token_line(tuned, timing) == "first token after 250 ms; predicted without the plan: 400 ms"
+    assert first_token_line(whole, timing) == "first token after 250 ms"
     partly_cached = replace(timing, n_evaluated=100)
-    assert first_token_line(partly_cached, plan, point=found) == "first token after 250 ms", "that was not predicted"
+    assert first_token_line(tuned, partly_cached) == "first token after 250 ms", "that was not predicted"
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_in_python_it_is_replaced_before_it_is_imported(tuned: Path, program: Pr
     done = program("-c", ours + f"from llama_cpp import Llama; print(Llama({str(tuned)!r}, verbose=False).frontier)")
     assert done.stdout.startswith("Frontier("), done.stderr
     late = program("-c", f"import adaskip_cpp; from llama_cpp import Llama; {ours}")
-    assert "ImportOrderError: __main__" in late.stderr and "imported llama_cpp.Llama already" in late.stderr
+    assert "LibraryError: __main__" in late.stderr and "imported llama_cpp.Llama already" in late.stderr
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------

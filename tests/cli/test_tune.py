@@ -181,7 +181,7 @@ def test_a_real_model_is_tuned_with_the_built_in_text(
     for name, value in small.items():
         monkeypatch.setattr(tuning, name, value)
     for module in ("calibration.calibrate", "tuning.planned"):
-        monkeypatch.setattr(f"adaskip_cpp.{module}.late_layers", lambda llm: range(27, 30))
+        monkeypatch.setattr(f"adaskip_cpp.{module}.late_layers", lambda n_layer: range(27, n_layer))
     monkeypatch.setattr("adaskip_cpp.tuning.exact.MOST_TOKENS", 2000)
     command_line.run("tune", smollm2_path, "--context", 512, "-o", tmp_path / "p.json")
     frontier = load_plan(tmp_path / "p.json", model=smollm2_path).frontier

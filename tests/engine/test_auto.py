@@ -25,7 +25,7 @@ import adaskip_cpp.model.frontier
 from adaskip_cpp import AdaSkipLlama, Frontier, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
-from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path, profile_path
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.settings import Settings
 
@@ -180,7 +180,7 @@ def test_auto_uses_the_one_plan_of_a_file_and_reads_nothing_else(model: Path, op
     plan = replace(SkipPlan.manual(3, [2], [0], scale=0.9), model=ModelInfo(fingerprint(model), "llama", 3))
     assert Path(plan_path(model)).name == "m.Q4.adaskip-plan.json"
     save_plan(plan_path(model), plan)
-    Path(profile_path(model)).write_text("this is no profile")
+    model.with_suffix(".adaskip.json").write_text("this is no profile")
     llm, by_hand = open_model(model, plan="auto"), open_model(model, plan=plan)
     assert llm.plan == plan and llm.elided_kv == (2,)
     for each in (llm, by_hand):

@@ -4,6 +4,7 @@ Stock is the oracle of a skipped sublayer, too: of a model whose projection that
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -12,9 +13,10 @@ from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.stock import EXACT, Job, run_stock
 from oracles.tiny_families import ENCODERS, N_CTX_TRAIN, N_LAYER
+from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.errors import NotSkippableError
+from adaskip_cpp.errors import NotSkippableError, RequestError
 from adaskip_cpp.model.skip_set import SkipSet
 
 TEXTS = ["the other of the", "in an", "on the other"]
@@ -108,3 +110,10 @@ def test_a_text_beyond_the_learned_positions_is_cut(open_tiny: Open) -> None:
     same = open_tiny("bert", embedding=True, n_ctx=N_CTX_TRAIN, n_batch=N_CTX_TRAIN, n_ubatch=N_CTX_TRAIN)
     assert len(longer.tokenize(text.encode())) > N_CTX_TRAIN
     np.testing.assert_array_equal(longer.embed(text), same.embed(text))
+
+
+def test_a_text_without_tokens_is_not_embedded(open_model: Open, tmp_path: Path) -> None:
+    """Of a vocabulary that begins texts with no token. Stock writes out of bounds for it."""
+    llm = open_model(write_model(tmp_path / "bytes.gguf", pre="gpt-2"), embedding=True)
+    with pytest.raises(RequestError, match="a text to embed is empty"):
+        llm.embed(["the", ""])

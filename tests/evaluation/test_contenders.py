@@ -24,7 +24,7 @@ N_LAYER = 20
 @pytest.fixture
 def profile() -> Profile:
     similarity = np.linspace(0.5, 0.99, 2 * N_LAYER).reshape(N_LAYER, 2)
-    return profile_of(similarity, divergence=1 - similarity, copying=1 - similarity)
+    return profile_of(similarity)
 
 
 def every_request(n_layer: int, **lists: Any) -> tuple[PlanRequest, ...]:
@@ -44,11 +44,11 @@ def test_default_budgets_are_a_tenth_a_fifth_and_a_quarter_of_the_sublayers(n_la
 def test_by_default_all_strategies_but_that_by_hand_run_in_all_modes(profile: Profile) -> None:
     requests = every_request(N_LAYER)
     assert list(dict.fromkeys(request.strategy for request in requests)) == [
-        "adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping",
+        "adaskip", "early_exit", "skip_decode", "unified_skipping",
     ]  # fmt: skip
     every, notes = contenders(profile, requests)
     assert every[0] is FULL
-    assert len(every) == 1 + 4 * 4 * 3 + 3, "the suffix is Early Exit in all modes but prompt"
+    assert len(every) == 1 + 4 * 4 * 3
     assert notes == []
 
 

@@ -45,7 +45,7 @@ class Page(HTMLParser):
 
 def contender(strategy: str, mode: Any, loss: float) -> Row:
     figure, share = Figure(loss, 0.1, 4), Figure(0.5, 0.1, 4)
-    figures = {"loss": figure, "added_loss": figure, "kl": figure, "agreement": share, "rouge_l": figure}
+    figures = {"loss": figure, "added_loss": figure, "kl": figure, "agreement": share}
     return Row(
         name=f"{strategy}-{mode}",
         strategy=strategy,

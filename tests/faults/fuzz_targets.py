@@ -224,7 +224,7 @@ class Kept:
     """A model as the server has it, and the file of a prompt that it has read; ``llama`` has a plan with a bulk."""
 
     def __init__(self, family: str) -> None:
-        plans = Plans(BULK_PLAN if family == "llama" else None, None, 0.05, None, 256)
+        plans = Plans(BULK_PLAN if family == "llama" else None, None, 0.05, 256)
         self.folder = folder() / f"states-{family}"
         self.elsewhere = folder() / "elsewhere"
         self._llm = ServedLlama(str(source(family)), plans=plans, cache=PrefixCache(1 << 24), **SETTINGS)
@@ -330,7 +330,7 @@ class Served:
         def open_() -> ServedLlama:
             return ServedLlama(
                 str(path),
-                plans=Plans(BULK_PLAN, None, 0.05, None, 512),
+                plans=Plans(BULK_PLAN, None, 0.05, 512),
                 cache=PrefixCache(1 << 24),
                 **{**SETTINGS, "n_ctx": 512},
             )
@@ -388,7 +388,6 @@ PATHS = (
     "/v1/messages",
     "/v1/responses",
     "/v1/messages/count_tokens",
-    "/v1/embeddings",
     "/v1/engines/copilot-codex/completions",
     "/tokenize",
     "/detokenize",

@@ -22,7 +22,7 @@ import psutil
 from oracles.tiny_models import write_model
 
 import adaskip_cpp
-from adaskip_cpp import Profile, load_plan
+from adaskip_cpp import Profile, load_plan, save_plan
 from adaskip_cpp.evaluation.store import open_store
 
 __all__ = ["VERBS", "interrupt", "prepare"]
@@ -41,13 +41,15 @@ _MARK = "ADASKIP_TRIAL"
 
 
 def prepare(folder: Path) -> None:
-    """Write a tiny model, its profile, and three texts."""
+    """Write a tiny model, its profile, a plan, and three texts."""
     write_model(folder / "m.gguf")
     for i, name in enumerate(("0.txt", "1.txt", "data.txt")):
         (folder / name).write_text(" ".join(random.Random(i).choices(_WORDS, k=9000)))
     llm = adaskip_cpp.AdaSkipLlama(str(folder / "m.gguf"), n_ctx=64, verbose=False)
     requests = [[1, *range(3 + i, 30 + i)] for i in range(4)]
-    adaskip_cpp.calibrate(llm, requests, n_decode=4, cost=False).save(folder / "m.adaskip.json")
+    profile = adaskip_cpp.calibrate(llm, requests, n_decode=4, cost=False)
+    profile.save(folder / "m.adaskip.json")
+    save_plan(folder / "plan.json", profile.plan(2))
     llm.close()
 
 
@@ -73,17 +75,17 @@ def interrupt(verb: str, folder: Path, n: int) -> list[str]:
 def _command(verb: str) -> list[str]:
     """Quick enough to be run a thousand times, and long enough in every part to be hit there."""
     script = str(Path(sys.executable).with_name("adaskip-cpp"))
-    profile = ["--profile", "m.adaskip.json"]
     words = {
-        "generate": ["-p", "the to of", "--raw", "--max-tokens", "200", "--ctx", "512", "--skip", "2", *profile],
+        "generate": ["-p", "the to of", "--raw", "--max-tokens", "200", "--ctx", "512", "--plan", "plan.json"],
         "calibrate": ["-o", "out/p.json", "--data", "0.txt", "--no-cost", "--requests", "4", "--tokens", "64"],
         "tune": [
             *("-o", "out/plan.json", "--data", "data.txt", "--text", "0.txt", "--text", "1.txt"),
             *("--context", "64", "--answer", "4", "--no-flash-attn"),
         ],
-        "bench": ["--contexts", "16", "--repeats", "1", "--decode-tokens", "2", "--skip", "2", *profile],
+        "bench": ["--contexts", "16", "--repeats", "1", "--decode-tokens", "2", "--plan", "plan.json"],
         "evaluate": [
-            *("-o", "out/folder", "--text", "0.txt", "--skip", "2", "--mode", "e2e", "--strategy", "adaskip", *profile),
+            *("-o", "out/folder", "--text", "0.txt", "--profile", "m.adaskip.json"),
+            *("--skip", "2", "--mode", "e2e", "--strategy", "adaskip"),
             *("--texts", "2", "--tokens", "24", "--continuation", "6", "--rounds", "2", "--speed-context", "16"),
         ],
         "serve": ["--port", "0", "--ctx", "512", "--cache-dir", "out/cache"],

@@ -14,12 +14,11 @@ shift 2
 root=$PWD/build/platforms/$name
 mkdir -p build/platforms
 
-# What the tests read of a checkout. Its adaskip_cpp is not all there, so that Python takes the wheel's.
+# What the tests read of a checkout. Its adaskip_cpp is not there, so that Python takes the wheel's.
 copy_tests() {
     rm -rf "$1"
-    mkdir -p "$1/adaskip_cpp/engine"
+    mkdir -p "$1"
     cp -r tests cmake pyproject.toml "$1"
-    cp adaskip_cpp/engine/rpc.py "$1/adaskip_cpp/engine"
 }
 
 # fill FOLDER PYTHON TAG PACKAGE...

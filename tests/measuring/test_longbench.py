@@ -53,11 +53,11 @@ def test_a_line_becomes_a_question(files: Files) -> None:
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_few_shot_prompts_and_code_are_given_without_a_chat_template(files: Files, dataset: str) -> None:
-    (item,) = files.read(files.lines(record(dataset, answers=["Paragraph 1 段落1"], all_classes=["a"])))
-    plain = dataset in {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
-    assert text_of(item).startswith("Text: " if plain else "<user>")
-    assert item.first_line == (dataset in {"trec", "triviaqa", "samsum", "lsht"})
+def test_few_shot_prompts_are_given_without_a_chat_template_and_answered_in_a_line(files: Files, dataset: str) -> None:
+    (item,) = files.read(files.lines(record(dataset, answers=["Paragraph 1"], all_classes=["a"])))
+    few_shot = dataset in {"trec", "triviaqa", "samsum"}
+    assert text_of(item).startswith("Text: " if few_shot else "<user>")
+    assert item.first_line == few_shot
 
 
 def test_blank_lines_are_passed_over_and_counted(files: Files) -> None:
@@ -99,7 +99,7 @@ def test_a_prompt_that_fits_is_left_whole(files: Files) -> None:
     assert text_of(item) == f"<user>{context}</user>"
 
 
-@pytest.mark.parametrize("dataset", ["hotpotqa", "lcc"])
+@pytest.mark.parametrize("dataset", ["hotpotqa", "triviaqa"])
 def test_the_middle_of_a_long_prompt_is_cut_out(files: Files, dataset: str) -> None:
     files.prompts[dataset] = "{context}"
     context = "".join(f"{i:05}" for i in range(1000))
@@ -110,10 +110,10 @@ def test_the_middle_of_a_long_prompt_is_cut_out(files: Files, dataset: str) -> N
 
 
 def test_a_cut_within_a_character_leaves_that_character_out(files: Files) -> None:
-    files.prompts["multifieldqa_zh"] = "{context}"
+    files.prompts["hotpotqa"] = "{context}"
     for n_ctx in range(200, 206):
-        (item,) = files.read(files.lines(record("multifieldqa_zh", context="北京上海" * 100)), n_ctx=n_ctx)
-        assert re.fullmatch("<user>[北京上海]+</user>", text_of(item))
+        (item,) = files.read(files.lines(record(context="€" * 400)), n_ctx=n_ctx)
+        assert re.fullmatch("<user>€+</user>", text_of(item))
         assert n_ctx - 32 - 8 <= len(item.prompt) <= n_ctx - 32
 
 
@@ -132,25 +132,18 @@ def test_a_context_without_room_for_a_prompt_is_refused(files: Files) -> None:
         ("narrativeqa", {"answers": ["Ada Lovelace", "Ada"]}, "It was Ada.", 1 / 2),  # 1 of 3 and 1 of 1
         ("qasper", {"answers": ["unanswerable"]}, "Unanswerable", 1.0),
         ("multifieldqa_en", {}, "Bea", 0.0),
-        ("multifieldqa_zh", {"answers": ["上海"]}, "北京，上海", 2 / 3),
         ("hotpotqa", {}, "ada", 1.0),
         ("2wikimqa", {"answers": ["an Ada"]}, "the Ada", 1.0),
         ("musique", {}, "Ada Ada", 2 / 3),
-        ("dureader", {"answers": ["北京 上海"]}, "北京 广州", 1 / 2),
         ("gov_report", {"answers": ["one two three four"]}, "one three four five", 3 / 4),
         ("qmsum", {"answers": ["one two"]}, "", 0.0),
         ("multi_news", {"answers": ["one two"]}, "one two", 1.0),
-        ("vcsum", {"answers": ["上海"]}, "上海", 1.0),
         ("trec", {"answers": ["City"], "all_classes": ["City", "Food"]}, "\nCity\nType: Food", 1.0),
         ("trec", {"answers": ["City"], "all_classes": ["City", "Food"]}, "City Food", 1 / 2),
         ("triviaqa", {}, "Ada\nPassage: Bea", 1.0),
         ("samsum", {"answers": ["one two"]}, "one two\nDialogue: one", 1.0),
-        ("lsht", {"answers": ["体育"], "all_classes": ["体育", "军事"]}, "体育\n军事", 1.0),
         ("passage_count", {"answers": ["3"]}, "3 of 5", 1 / 2),
         ("passage_retrieval_en", {"answers": ["Paragraph 12"]}, "Paragraph 12", 1.0),
-        ("passage_retrieval_zh", {"answers": ["段落12"]}, "段落12、段落3", 1 / 2),
-        ("lcc", {"answers": ["return a"]}, "# so\nreturn b\nmore", 0.88),  # 7 of 8 characters: 87.5, to the even
-        ("repobench-p", {"answers": ["x = 1"]}, "x = 1\ny = 2", 1.0),
     ],
 )
 def test_each_dataset_is_scored_as_longbench_scores_it(

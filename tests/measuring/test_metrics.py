@@ -1,7 +1,6 @@
 """Metrics: cases counted by hand, and second libraries where there are any."""
 
 import sys
-from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -12,16 +11,12 @@ from adaskip_cpp.measuring import metrics
 from adaskip_cpp.measuring.longbench import DATASETS
 
 
-def lcs(a: str | list[str], b: str | list[str]) -> int:
+def lcs(a: list[str], b: list[str]) -> int:
     """Length of the longest common subsequence, by the textbook's table."""
     table = np.zeros((len(a) + 1, len(b) + 1), int)
     for i, j in product(range(len(a)), range(len(b))):
         table[i + 1, j + 1] = table[i, j] + 1 if a[i] == b[j] else max(table[i, j + 1], table[i + 1, j])
     return int(table[-1, -1])
-
-
-def f_measure(common: int, n_prediction: int, n_answer: int) -> float:
-    return 2 * common / (n_prediction + n_answer)
 
 
 # --- question answering -----------------------------------------------------------------------------------------------
@@ -45,15 +40,6 @@ def test_qa_f1_counts_words_in_common(prediction: str, answer: str, expected: fl
     assert metrics.qa_f1(prediction, answer) == pytest.approx(expected)
 
 
-def test_qa_f1_zh_counts_segmented_words_in_common() -> None:
-    assert metrics.qa_f1_zh("北京。", "北京") == 1.0
-    assert metrics.qa_f1_zh("「北京」，上海！", "上海") == pytest.approx(f_measure(1, 2, 1))
-    # LongBench's list of punctuation has the closing bracket only.
-    assert metrics.qa_f1_zh("《上海》", "上海") == pytest.approx(f_measure(1, 2, 1))
-    assert metrics.qa_f1_zh("广州", "上海") == 0.0
-    assert metrics.qa_f1_zh("，", "上海") == 0.0
-
-
 # --- Rouge-L ----------------------------------------------------------------------------------------------------------
 
 
@@ -65,35 +51,13 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
         assert metrics.rouge_l(prediction, answer) == 0.0, "where the package fails"
 
 
-def test_chinese_words_are_compared_without_spaces_between_them() -> None:
-    assert metrics.rouge_l_zh("北京上海", "北京广州") == pytest.approx(1 / 2, abs=1e-6)
-
-
 @pytest.mark.parametrize("seed", range(5))
-def test_both_rouges_agree_with_each_other_and_the_textbook(seed: int) -> None:
-    """On sentences without repeated words or punctuation, where all definitions of Rouge-L agree."""
+def test_rouge_l_agrees_with_the_textbook(seed: int) -> None:
+    """On sentences without repeated words or punctuation, where the package computes what the textbook says."""
     rng, words = np.random.default_rng(seed), [f"w{i}" for i in range(30)]
     a, b = (list(rng.permutation(words)[: rng.integers(5, 25)]) for _ in range(2))
-    expected = f_measure(lcs(a, b), len(a), len(b))
+    expected = 2 * lcs(a, b) / (len(a) + len(b))
     assert metrics.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(expected, abs=1e-6)
-    assert metrics.continuation_rouge_l(" ".join(a), " ".join(b)) == pytest.approx(expected, abs=1e-9)
-
-
-def test_a_continuation_is_compared_by_lower_case_words_without_stemming() -> None:
-    assert metrics.continuation_rouge_l("The cat, sat.", "the CAT sat") == 1.0
-    assert metrics.continuation_rouge_l("the cats sat", "the cat sat") == pytest.approx(2 / 3)
-    assert metrics.continuation_rouge_l("one two", "") == 0.0
-    assert metrics.continuation_rouge_l("北京上海", "北京广州") == pytest.approx(1 / 2), "in any script"
-    assert metrics.continuation_rouge_l("!!", "!!") == 1.0
-    assert metrics.continuation_rouge_l("!!", "??") == 0.0
-
-
-def test_a_continuation_has_the_words_of_rouge_score() -> None:
-    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
-    a, b = 'def f(x2):\n    return "x_2" + 10', "def f(y2): return 'x 2' + 11"
-    expected = rouge_scorer.RougeScorer(["rougeL"]).score(a, b)["rougeL"].fmeasure
-    assert 0 < expected < 1
-    assert metrics.continuation_rouge_l(a, b) == pytest.approx(expected)
 
 
 # --- classification, retrieval, count ---------------------------------------------------------------------------------
@@ -127,7 +91,6 @@ def test_classification_is_shared_among_the_classes_named(
 )
 def test_retrieval_is_the_share_of_numbers_that_are_right(prediction: str, expected: float) -> None:
     assert metrics.retrieval(prediction, "Paragraph 7") == pytest.approx(expected)
-    assert metrics.retrieval(prediction, "段落7") == pytest.approx(expected)
     assert metrics.count(prediction, "7") == pytest.approx(expected)
     with pytest.raises(DataError, match="names no paragraph"):
         metrics.retrieval(prediction, "7")
@@ -139,34 +102,6 @@ def test_contains_wants_the_whole_word() -> None:
     assert metrics.contains("a (b) c", "(b)") == 1.0
 
 
-# --- code -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("prediction", "line"),
-    [
-        ("return x", "return x"),
-        ("\n\nreturn x\nmore", "return x"),
-        ("```python\n# why\n// what\nreturn x", "return x"),
-        (" \nreturn x", " "),
-        ("# only a comment", ""),
-        ("", ""),
-    ],
-)
-def test_code_similarity_looks_at_the_first_line_of_code(prediction: str, line: str) -> None:
-    answer = "    return x + 1"
-    expected = round(100 * 2 * lcs(line, answer) / (len(line) + len(answer))) / 100
-    assert metrics.code_similarity(prediction, answer) == pytest.approx(expected)
-
-
-def test_code_similarity_is_that_of_thefuzz() -> None:
-    fuzz = pytest.importorskip("thefuzz.fuzz")
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        a, b = ("".join(rng.choice(list("ab (x)"), rng.integers(1, 30))) for _ in range(2))
-        assert metrics.code_similarity(a, b) == pytest.approx(fuzz.ratio(a, b) / 100, abs=1e-12)
-
-
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +110,7 @@ def test_the_best_right_answer_counts_and_an_unknown_metric_is_refused() -> None
     assert metrics.score("qa_f1", "red cat", []) == 0.0
     with pytest.raises(DataError, match=r"no metric 'bleu'; use one of qa_f1, "):
         metrics.score("bleu", "a", ["a"])
-    assert len(DATASETS) == 21 and set(DATASETS.values()) <= metrics.METRICS.keys()
+    assert len(DATASETS) == 14 and set(DATASETS.values()) <= metrics.METRICS.keys()
 
 
 @pytest.mark.parametrize("metric", metrics.METRICS)
@@ -185,21 +120,7 @@ def test_a_right_answer_scores_1_and_nothing_scores_0(metric: str) -> None:
     assert metrics.score(metric, "", [answer], [answer]) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("package", "call"),
-    [
-        ("jieba", lambda: metrics.qa_f1_zh("a", "a")),
-        ("jieba", lambda: metrics.rouge_l_zh("a", "a")),
-        ("rouge", lambda: metrics.rouge_l("a", "a")),
-        ("rapidfuzz", lambda: metrics.code_similarity("a", "a")),
-        ("rapidfuzz", lambda: metrics.continuation_rouge_l("a", "b")),
-    ],
-)
-def test_a_missing_package_is_named_with_the_way_to_get_it(
-    package: str, call: Callable[[], float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(PackageMissingError, match=rf'{package}.*pip install "adaskip-cpp\[evaluate\]"'):
-        call()
+def test_a_missing_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rouge", None)
+    with pytest.raises(PackageMissingError, match=r'rouge.*pip install "adaskip-cpp\[evaluate\]"'):
+        metrics.rouge_l("a", "a")

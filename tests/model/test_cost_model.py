@@ -55,16 +55,6 @@ def test_a_prompt_with_a_bulk_is_cut_into_head_pieces_and_tail() -> None:
     assert model.speedup(plan, 39, "prefill") == model.seconds(None, 39, "prefill") / model.seconds(plan, 39, "prefill")
     assert model.speedup(plan, 39, "decode") == 1
     assert model.seconds(skip, 9, "bulk", around=around) == model.seconds(None, 9, "prefill"), "has no bulk"
-    # What is cached is not read again: half of the head; the head and half a piece; all but three of the tail.
-    rest = 0.09 + (1 + 4 + 4 + 0.125 - 0.09) * 1 / 7
-    assert model.seconds(plan, 39, "prefill", cached=2) == pytest.approx(rest + bulk + tail)
-    bulk = 4 * 0.05 + (1 + 4 + 0.5 + 0.125 - 0.05) * (7 + 3 + 7 + 3) / 7
-    assert model.seconds(plan, 39, "prefill", cached=10) == pytest.approx(bulk + tail)
-    last = 0.13 + (1 + 3 + 6 + 0.04 - 0.13) * 2 / 7
-    assert model.seconds(plan, 39, "prefill", cached=36) == pytest.approx(last)
-    assert model.speedup(plan, 39, "prefill", cached=36) == 1
-    with pytest.raises(PlanError, match="the last one is read in any case"):
-        model.seconds(plan, 39, "prefill", cached=39)
 
 
 def test_windowed_attentions_stop_growing_in_the_bulk() -> None:

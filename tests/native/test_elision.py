@@ -23,7 +23,7 @@ from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.native import elide_kv
-from adaskip_cpp.errors import ElidedKVError, NotSkippableError, PlanError, ProfileMismatchError, StateError
+from adaskip_cpp.errors import NotSkippableError, PlanError, ProfileMismatchError, StateError
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
@@ -131,7 +131,7 @@ def test_where_no_layer_of_a_cache_would_have_kv_the_first_keeps_its_own(
     assert_alike(elided, full, tokens(30))
     assert elided.kv_bytes == kv_bytes(tiny(name), set(attention) - kept(name, attention))
     assert elided._adaskip.elided_kv() == attention, "what is kept for llama.cpp's sake still cannot be run"
-    with pytest.raises(ElidedKVError):
+    with pytest.raises(PlanError, match="open the model without plan="):
         elided.set_plan(None)
 
 
@@ -250,7 +250,7 @@ ELIDED = plan_without(N_LAYER, [1])
 )
 def test_a_plan_that_runs_an_elided_attention_is_refused_with_the_way_out(plan: SkipPlan | None, pair: Open) -> None:
     llm, full = pair(ELIDED)
-    with pytest.raises(ElidedKVError, match=r"layer 1: .*open the model without plan="):
+    with pytest.raises(PlanError, match=r"layer 1: .*open the model without plan="):
         llm.set_plan(plan)
     assert llm.plan == ELIDED
     assert_alike(llm, full, tokens(30))
@@ -268,7 +268,7 @@ def test_the_bare_context_refuses_to_run_an_elided_attention(open_tiny: Open) ->
     # Whoever makes such a context gets an error of llama_decode, not another layer's KV.
     with elide_kv(np.array([False, True, False])):  # without a plan that skips it
         llm = open_tiny()
-    with pytest.raises(ElidedKVError, match=r"layer 1: .*open the model without plan=") as refused:
+    with pytest.raises(PlanError, match=r"layer 1: .*open the model without plan=") as refused:
         llm.eval(tokens(5))
     assert isinstance(refused.value.__cause__, RuntimeError)
 

@@ -14,7 +14,7 @@ from oracles.tiny_families import tokens
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.binding import ffi, lib
 from adaskip_cpp.engine.native import elide_kv
-from adaskip_cpp.errors import AdaSkipError, CompensationError, NativeError, NotSkippableError
+from adaskip_cpp.errors import AdaSkipError, NativeError, NotSkippableError, PlanError
 from adaskip_cpp.model.plan import OnlineStage
 
 OK, KV_ELIDED = 0, -5
@@ -222,13 +222,13 @@ REFUSED: dict[str, tuple[type[AdaSkipError], Callable[[Any], int]]] = {
     "no attention, later": (NotSkippableError, lambda ctx: schedule(ctx, [0, 4], NOTHING, ATTENTION_0)),
     "no attention, in a bulk": (NotSkippableError, lambda ctx: bulk_set_id(ctx, skip_set(ATTENTION_0))),
     **{
-        f"a scale of {value}": (CompensationError, lambda ctx, value=value: decode(ctx, skip_set(FFN_1, [value] * 6)))
+        f"a scale of {value}": (PlanError, lambda ctx, value=value: decode(ctx, skip_set(FFN_1, [value] * 6)))
         for value in (0.0, -1.0, NAN, INFINITY)
     },
-    "a scale of 0 in a bulk": (CompensationError, lambda ctx: bulk_set_id(ctx, skip_set(FFN_1, NOTHING))),
+    "a scale of 0 in a bulk": (PlanError, lambda ctx: bulk_set_id(ctx, skip_set(FFN_1, NOTHING))),
     **{
         f"a {make.__name__[:-1]} with {value}": (
-            CompensationError,
+            PlanError,
             lambda ctx, make=make, value=value: prefill(ctx, make(value=value)),
         )
         for make in (vectors, maps)
@@ -244,8 +244,9 @@ def test_a_bad_argument_is_an_error_with_a_message_and_changes_nothing(
     error, call = REFUSED.get(what) or (NativeError, BAD_CALLS[what])
 
     def make() -> None:
-        with pytest.raises(error, match="^layer [01]: " if what in REFUSED else "^[^;]+; "):
+        with pytest.raises(error, match="^layer [01]: " if what in REFUSED else "^[^;]+; ") as caught:
             llm._adaskip._check(call(ctx))
+        assert caught.type is error
         assert lib.adaskip_n_layer(ctx) == 3 and message() == ""
 
     np.testing.assert_array_equal(answer(llm, in_force, make), answer(llm, in_force))

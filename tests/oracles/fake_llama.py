@@ -1,4 +1,4 @@
-"""A model without a library: the part of AdaSkipLlama that calibration and the loss use, computed in NumPy."""
+"""A model without a library: the part of AdaSkipLlama that calibration uses, computed in NumPy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOS = 1
 
 
 class FakeLlama:
-    """Bytes are tokens, offset by 2; statistics and logits are functions of the token ids alone, whatever is skipped.
+    """Bytes are tokens, offset by 2; statistics are functions of the token ids alone, whatever is skipped.
 
     ``n_batch`` is that of a ubatch; statistics of ``unobserved`` sublayers are NaN.
     """
@@ -31,7 +31,6 @@ class FakeLlama:
         self.n_layer, self.n_batch = n_layer, n_batch
         self.model_info = ModelInfo("cd" * 32, "fake", n_layer)
         self.input_ids = np.zeros(n_ctx, np.intc)
-        self.scores = np.zeros((n_ctx, N_VOCAB), np.float32)
         self.n_tokens = 0
         self.plan: SkipPlan | None = None
         self.draft_model: Any = None
@@ -39,13 +38,9 @@ class FakeLlama:
         self.collecting = False
         self.evaluated: list[tuple[SkipPlan | None, list[int]]] = []
         self.fail_after: tuple[int, BaseException] | None = None
-        self.logits_all, self.has_state = True, False
         self._unobserved = unobserved
         self._sink: Callable[[Any], None] | None = None
         self._options: dict[str, bool] = {}
-
-    def n_ctx(self) -> int:
-        return -(-len(self.input_ids) // 256) * 256
 
     @property
     def context_size(self) -> int:
@@ -53,9 +48,6 @@ class FakeLlama:
 
     def n_vocab(self) -> int:
         return N_VOCAB
-
-    def n_embd(self) -> int:
-        return N_EMBD
 
     @property
     def sublayers(self) -> list[Any]:
@@ -74,12 +66,6 @@ class FakeLlama:
 
     def reset(self) -> None:
         self.n_tokens = 0
-
-    def truncate(self, n: int) -> None:
-        self.n_tokens = n
-
-    def begin_request(self) -> None:
-        """Nothing here counts the tokens of an answer."""
 
     @contextlib.contextmanager
     def collect_statistics(
@@ -117,14 +103,6 @@ class FakeLlama:
             token, phase = self.next_token(token), "decode"
             yield token
 
-    def logits_after(self, tokens: Sequence[int]) -> np.ndarray:
-        start = self.n_tokens
-        self.eval(tokens, "decode")
-        return self.scores[start : self.n_tokens].copy()
-
-    def eval_bulk(self, tokens: Sequence[int]) -> None:
-        self.eval(tokens, "bulk")
-
     def eval(self, tokens: Sequence[int], phase: str = "prefill") -> None:
         assert self.n_tokens + len(tokens) <= len(self.input_ids)
         self.evaluated.append((self.plan, list(tokens)))
@@ -132,9 +110,6 @@ class FakeLlama:
             if self.fail_after is not None and len(self.evaluated) > self.fail_after[0]:
                 raise self.fail_after[1]
             piece = tokens[start : start + self.n_batch]
-            self.scores[self.n_tokens : self.n_tokens + len(piece)] = [
-                np.random.default_rng(token).normal(size=N_VOCAB) for token in piece
-            ]
             self.n_tokens += len(piece)
             if self._sink is not None:
                 u, v = self.streams(piece)

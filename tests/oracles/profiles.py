@@ -86,12 +86,12 @@ MAPPED_EXAMPLE = profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], maps=maps())
 
 
 def tiny_profile(model: Path, **changes: Any) -> Profile:
-    """A profile of a tiny model, which ranks its last layer first: FFN 2, attention 2, FFN 1, and so on.
+    """A profile of a tiny model, whose last layer is the most similar: FFN 2, attention 2, FFN 1, and so on.
 
-    In the bulk of a prompt the last layer loses nothing, so that there attention 2 comes before FFN 2.
+    In the bulk of a prompt attention 2 comes before FFN 2.
     """
     similarity = np.linspace(0.5, 0.99, 6).reshape(3, 2)
     ones, zeros = np.ones((3, 2)), np.zeros((3, 2, N_EMBD), np.float32)
     of_both = PhaseStatistics(similarity, ones, 2 * ones, np.ones(3), zeros, zeros, 10)
     known = ModelInfo(fingerprint(model), "llama", 3)
-    return Profile(of_both, of_both, 1, 10, known, divergence=1 - similarity, copying=1 - similarity, **changes)
+    return Profile(of_both, of_both, 1, 10, known, **changes)

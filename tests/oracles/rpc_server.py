@@ -1,23 +1,20 @@
-"""llama.cpp's rpc-servers on this machine, from ggml's library, as llama-cpp-python installs no such program.
+"""llama.cpp's rpc-servers on this machine: a second kind of device, to test that graphs are divided between devices.
 
-``start_rpc_servers`` is for tests, here and in the process of the stock library. Run as a program, this file serves the
-CPU at one port until its stdin ends, which is when whoever started it does.
+``start_rpc_servers`` and ``register_rpc_server`` are for tests, here and in the process of the stock library. Run as a
+program, this file serves the CPU at one port until its stdin ends, which is when whoever started it does.
 """
 
 import atexit
 import ctypes
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from typing import Any
 
-__all__ = ["bytes_travelled", "start_rpc_servers"]
-
-_TCPI_BYTES_RECEIVED, _TCPI_BYTES_SENT = 128, 200  # offsets in Linux's struct tcp_info, 8 bytes each
+__all__ = ["register_rpc_server", "start_rpc_servers"]
 
 
 def start_rpc_servers(n: int) -> list[str]:
@@ -32,26 +29,24 @@ def start_rpc_servers(n: int) -> list[str]:
     return [f"127.0.0.1:{port}" for port in ports]
 
 
-def bytes_travelled(endpoint: str) -> tuple[int, int]:
-    """Return what this process has sent to a server, and received from it, by the connections that it has now.
-
-    The kernel counts, in the payload of TCP: what ggml wrote and read, to the byte.
-    """
-    sent = received = 0
-    host, _, port = endpoint.partition(":")
-    for number in filter(_is_socket, os.listdir("/proc/self/fd")):
-        with socket.socket(fileno=os.dup(int(number))) as each, suppress(OSError):  # some have no peer
-            if each.getpeername()[:2] == (host, int(port)):
-                info = each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                sent += struct.unpack_from("q", info, _TCPI_BYTES_SENT)[0]
-                received += struct.unpack_from("q", info, _TCPI_BYTES_RECEIVED)[0]
-    return sent, received
+def register_rpc_server(endpoint: str) -> None:
+    """Register a server's devices with the ggml of this process; models opened later use them first."""
+    ggml = _ggml("ggml_backend_reg_by_name", "ggml_backend_reg_get_proc_address")
+    reg = ggml.ggml_backend_reg_by_name(b"RPC")
+    assert reg, "ggml was built without RPC"
+    address = ggml.ggml_backend_reg_get_proc_address(ctypes.c_void_p(reg), b"ggml_backend_rpc_add_server")
+    server = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(address)(endpoint.encode())
+    ggml.ggml_backend_register(ctypes.c_void_p(server))
 
 
-def _is_socket(number: str) -> bool:
-    with suppress(FileNotFoundError):  # the one of the folder itself
-        return os.readlink(f"/proc/self/fd/{number}").startswith("socket:")
-    return False
+def _ggml(*names: str) -> Any:
+    """Return libllama, which depends on ggml and so has its functions; those named return pointers."""
+    import llama_cpp
+
+    ggml = llama_cpp.llama_cpp._lib
+    for name in names:
+        getattr(ggml, name).restype = ctypes.c_void_p
+    return ggml
 
 
 def _free_port() -> int:
@@ -72,11 +67,7 @@ def _await(port: int, patience_s: float = 60) -> None:
 
 
 def _serve(port: int) -> None:
-    import llama_cpp
-
-    ggml = llama_cpp.llama_cpp._lib  # depends on ggml, and so has its functions
-    for name in ("ggml_backend_reg_by_name", "ggml_backend_reg_get_proc_address", "ggml_backend_dev_by_type"):
-        getattr(ggml, name).restype = ctypes.c_void_p
+    ggml = _ggml("ggml_backend_reg_by_name", "ggml_backend_reg_get_proc_address", "ggml_backend_dev_by_type")
     reg = ggml.ggml_backend_reg_by_name(b"RPC")
     address = ggml.ggml_backend_reg_get_proc_address(ctypes.c_void_p(reg), b"ggml_backend_rpc_start_server")
     devices = (ctypes.c_void_p * 1)(ggml.ggml_backend_dev_by_type(0))  # GGML_BACKEND_DEVICE_TYPE_CPU

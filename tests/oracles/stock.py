@@ -7,7 +7,6 @@ there is one for all tests: it reads a list of jobs per line and leaves their re
 import atexit
 import json
 import os
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from oracles import programs
-from oracles.rpc_server import start_rpc_servers
+from oracles.rpc_server import register_rpc_server, start_rpc_servers
 
 __all__ = ["EXACT", "OPTIONS", "RPC_SERVERS", "Job", "eval_logits", "run_stock"]
 
@@ -100,9 +99,8 @@ def main() -> None:
     library = Path(llama_cpp.llama_cpp._lib._name).resolve()
     if "adaskip_cpp" in sys.modules or Path(llama_cpp.__file__).resolve().parent not in library.parents:
         raise SystemExit(f"not the stock library: {library}")
-    register = runpy.run_path(str(Path(__file__).parents[2] / "adaskip_cpp" / "engine" / "rpc.py"))
     for endpoint in start_rpc_servers(int(os.environ.get(RPC_SERVERS, 0))):
-        register["register_rpc_server"](endpoint)
+        register_rpc_server(endpoint)
     default_params = llama_cpp.llama_model_default_params
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer

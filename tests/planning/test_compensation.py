@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracles.profiles import measured
 
-from adaskip_cpp.errors import CompensationError
+from adaskip_cpp.errors import PlanError
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
 from adaskip_cpp.planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION, get_compensation
@@ -143,12 +143,12 @@ def test_what_was_not_observed_cannot_be_compensated(statistics: PhaseStatistics
     for name in ("similarity", "norm_ratio", "median_ratio"):
         figures[name] = getattr(statistics, name).copy()
         figures[name][2, 1] = np.nan
-    with pytest.raises(CompensationError, match="FFN of layer 2"):
+    with pytest.raises(PlanError, match="FFN of layer 2"):
         COMPENSATIONS["median"].skip_set(EVERY, replace(statistics, **figures))
 
 
 @pytest.mark.parametrize("name", ["best", None, []])
 def test_an_unknown_name_is_refused_and_the_known_told(name: Any) -> None:
-    with pytest.raises(CompensationError, match="none, paper, median, affine, linear"):
+    with pytest.raises(PlanError, match="none, paper, median, affine, linear"):
         get_compensation(name)
     assert get_compensation(DEFAULT_COMPENSATION).name == "linear"

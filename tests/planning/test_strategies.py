@@ -1,6 +1,5 @@
 """adaskip_cpp.planning.strategies: which sublayers each chooses, against a second formulation of each definition."""
 
-import itertools
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil
@@ -12,33 +11,17 @@ from oracles.costs import cost_model
 from oracles.profiles import NAN, profile
 
 from adaskip_cpp import Profile
-from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError, SublayerRangeError
-from adaskip_cpp.model.profile import Windows
+from adaskip_cpp.errors import BudgetError, NotSkippableError, PlanError
 from adaskip_cpp.model.skip_set import SkipSet
 from adaskip_cpp.planning.request import PlanRequest
-from adaskip_cpp.planning.strategies import adaskip, early_exit, manual, skip_decode, suffix, unified_skipping
+from adaskip_cpp.planning.strategies import adaskip, early_exit, manual, ranking, skip_decode, unified_skipping
 
 SIZES = [12, 18, 24, 30, 32]
 BUDGETS = [(n_layer, k) for n_layer in SIZES for k in range(n_layer + 1)]
 
 
-def judged(similarity: Any, **changes: Any) -> Profile:
-    """A profile whose divergences, times the layers above, rank sublayers as their similarities do."""
-    lost, above = 1 - np.array(similarity, float), np.arange(len(similarity))[::-1, None]
-    return profile(similarity, **costing(lost / np.maximum(above, 1)), **changes)
-
-
 def blank(n_layer: int) -> Profile:
     return profile(np.ones((n_layer, 2)))
-
-
-def costing(lost: Any) -> dict[str, Any]:
-    """What a profile tells where sublayers cost so much: copies the even layers, continuations the odd ones, by half.
-
-    The worse of the two is what counts.
-    """
-    lost, even = np.array(lost, float), np.arange(len(lost))[:, None] % 2 == 0
-    return {"divergence": np.where(even, lost / 2, lost), "copying": np.where(even, lost, lost / 2)}
 
 
 RISING, FALLING = np.linspace(0.5, 0.99, 24).reshape(12, 2), np.linspace(0.99, 0.5, 8).reshape(4, 2)
@@ -154,9 +137,9 @@ def test_a_sublayer_that_cannot_be_skipped_is_named(strategy: Any) -> None:
 # --- the prompt mode --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [adaskip, early_exit, suffix, skip_decode, unified_skipping])
+@pytest.mark.parametrize("strategy", [adaskip, early_exit, skip_decode, unified_skipping])
 def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
-    known = judged(RISING)
+    known = profile(RISING)
     plan, prefill = strategy(known, PlanRequest(6, mode="prompt")), strategy(known, PlanRequest(6, mode="prefill"))
     assert plan.bulk.skip == prefill.prefill and plan.bulk.skip.n_skip == 6
     assert plan.prefill == plan.decode == SkipSet.none(12)
@@ -166,109 +149,52 @@ def test_in_the_prompt_mode_the_bulk_alone_skips(strategy: Any) -> None:
     assert other.bulk == replace(plan.bulk, head=0, tail=1)
 
 
-def test_decode_skips_the_most_similar_with_the_ratios_of_decode() -> None:
-    known = judged(RISING)
-    plan = known.plan(6, mode="prompt", decode=3, strategy="suffix", compensation="paper")
-    assert plan.bulk is not None and plan.bulk.skip.attention == plan.bulk.skip.ffn == (9, 10, 11)
-    assert (plan.decode.attention, plan.decode.ffn, plan.prefill.n_skip) == ((11,), (10, 11), 0)
-    assert (plan.bulk.skip.scale[plan.bulk.skip.skip] == 1.5).all() and (
-        plan.decode.scale[plan.decode.skip] == 1.2
-    ).all()
-    assert plan.online is None, "of a baseline"
-    online = known.plan(6, mode="prompt", decode=3).online
-    assert online is not None and online.threshold == np.sort(known.similarity.ravel())[-3]
-    assert known.plan(6, mode="prompt", decode=3, online=False).online is None
+@pytest.mark.parametrize("n_layer", [3, 4, 12])
+def test_a_prompt_skips_the_last_layers_first_but_none_of_the_first_third(n_layer: int) -> None:
+    known = profile(np.full((n_layer, 2), 0.9))
+    order = [(layer, kind) for layer in reversed(range(n_layer // 3, n_layer)) for kind in (0, 1)]
+    for n_skip in range(len(order) + 1):
+        bulk = known.plan(n_skip, mode="prompt").bulk
+        assert bulk is not None
+        assert sorted(map(tuple, np.argwhere(bulk.skip.skip).tolist())) == sorted(order[:n_skip])
+    with pytest.raises(BudgetError, match=f"0 to {len(order)}"):
+        known.plan(len(order) + 1, mode="prompt")
 
 
-DIVERGENCE = np.array([[0.5, 0.3], [0.1, 0.9], [0.2, 0.7], [0.8, 0.6]])
-"""Times the layers above: 1.5 and 0.9, 0.2 and 1.8, 0.2 and 0.7, 0 and 0."""
-ORDER = [(3, 0), (3, 1), (1, 0), (2, 0), (2, 1), (0, 1), (0, 0), (1, 1)]
-"""The sublayers by that; ties go to attention, then to the lower layer."""
-
-
-@pytest.mark.parametrize("n_skip", range(9))
-def test_a_prompt_skips_what_costs_least_times_the_layers_above(n_skip: int) -> None:
-    known = profile(FALLING, **costing(DIVERGENCE))
-    bulk = known.plan(n_skip, mode="prompt").bulk
-    assert bulk is not None
-    assert sorted(map(tuple, np.argwhere(bulk.skip.skip).tolist())) == sorted(ORDER[:n_skip])
-
-
-def test_the_papers_ranking_of_a_prompt_needs_no_divergence() -> None:
-    for known in (profile(FALLING), profile(FALLING, **costing(DIVERGENCE))):
-        plan, paper = known.plan(3, mode="prompt", ranking="similarity"), known.plan(3, mode="prefill")
-        assert plan.bulk is not None and plan.bulk.skip == paper.prefill
-        assert plan.bulk.skip.attention == (0, 1) and plan.bulk.skip.ffn == (0,)
-
-
-def test_the_other_modes_do_not_ask_what_a_bulk_costs() -> None:
+def test_the_other_modes_rank_by_similarity_whatever_the_layer() -> None:
     for mode in ("prefill", "decode", "e2e"):
-        assert profile(FALLING, **costing(DIVERGENCE)).plan(3, mode=mode) == profile(FALLING).plan(3, mode=mode)
+        np.testing.assert_array_equal(ranking(profile(FALLING), mode), 1 - FALLING)
 
 
-def test_where_divergences_were_not_measured_it_says_what_to_do() -> None:
-    known = profile(np.full((12, 2), 0.9), cost=cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12))
-    for request in ({"n_skip": 3}, {"speedup": 1.2, "context": 1000}):
-        with pytest.raises(
-            PlanError, match=r"calibrate again, on 4 requests or more, or use mode='e2e' or ranking='similarity'"
-        ):
-            known.plan(mode="prompt", **request)
-        assert known.plan(mode="prompt", ranking="similarity", **request).bulk.skip.n_skip  # type: ignore[union-attr]
-        assert known.plan(mode="prompt", strategy="suffix", **request).bulk.skip.n_skip  # type: ignore[union-attr]
-
-
-def test_for_a_speed_up_a_prompt_loses_least_per_second() -> None:
-    # Every sublayer saves as much, but for attentions what their K and V cost; the last layer's loss is none.
-    costs = cost_model(1, [1] * 4, [1] * 4, size=64, kept=[0.5] * 4)
-    known = profile(FALLING, **costing(DIVERGENCE), cost=costs)
-    chosen = [known.plan(mode="prompt", speedup=speedup, context=1000).bulk for speedup in (1.1, 1.3, 1.5)]
-    skipped = [{tuple(each) for each in np.argwhere(bulk.skip.skip).tolist()} for bulk in chosen if bulk is not None]
-    lost = DIVERGENCE * np.array([[3], [2], [1], [0]])
-    for bulk, found, speedup in zip(chosen, skipped, (1.1, 1.3, 1.5), strict=True):
-        sets = (set(each) for n in range(9) for each in itertools.combinations(ORDER, n))
-        goal = costs.seconds(None, 1000, "prefill") / speedup
-        assert bulk is not None and found
-
-        def seconds(chosen: set[tuple[int, int]], known: Profile = known) -> float:
-            attention, ffn = (tuple(layer for layer, kind in chosen if kind == each) for each in (0, 1))
-            plan = known.plan(mode="prompt", strategy="manual", attention=attention, ffn=ffn)
-            return costs.seconds(None, 1000, "prefill") / costs.speedup(plan, 1000, "prefill")
-
-        best = min(sum(lost[at] for at in each) for each in sets if seconds(each) <= goal)
-        assert seconds(found) <= goal and sum(lost[at] for at in found) <= 1.5 * best + 1e-12
-
-
-def test_for_a_speed_up_attentions_are_windowed_where_that_loses_less() -> None:
-    """Windows lose nothing, or more than all else."""
-    cheap, dear = (Windows((0, 1, 2, 3), (0.0, *([loss] * 4))) for loss in (0.0, 1e3))
-    request = {"mode": "prompt", "speedup": 1.5, "context": 8000}
-    for windows, n in ((cheap, 3), (dear, 0)):  # three reach it, with nothing skipped
-        known = profile(FALLING, **costing(DIVERGENCE), cost=GROWING, windows=windows)
-        plan = known.plan(**request)
-        assert plan.bulk is not None and (len(plan.narrowed), plan.bulk.window_size) == (n, 1020)
-        assert GROWING.speedup(plan, 8000, "prefill") >= 1.5
-    assert known.plan(**request, windowed=2, window_size=7).narrowed == (2, 3)
-    assert known.plan(**request, ranking="similarity").narrowed == () == known.plan(2).narrowed
-    assert known.plan(0, windowed=3).narrowed == (1, 2, 3)
-    assert profile(FALLING, **costing(DIVERGENCE), cost=GROWING).plan(**request).narrowed == ()
+@pytest.mark.parametrize(("mode", "phase"), [("prompt", "bulk"), ("prefill", "prefill"), ("decode", "decode")])
+def test_a_speed_up_takes_the_fewest_sublayers_that_reach_it(mode: Any, phase: str) -> None:
+    known = profile(RISING, cost=cost_model(1, [1] * 12, [2] * 12, size=64, kept=[0.5] * 12))
+    assert known.cost is not None
+    for speedup in (1.0, 1.1, 1.3, 1.7):
+        plan = known.plan(mode=mode, speedup=speedup, context=1000)
+        n_skip = plan.skipped(phase).n_skip  # type: ignore[arg-type]
+        assert plan == known.plan(n_skip, mode=mode) and (n_skip == 0) == (speedup == 1.0)
+        timed: Any = "decode" if mode == "decode" else "prefill"
+        assert known.cost.speedup(plan, 1000, timed) >= speedup
+        if n_skip:
+            assert known.cost.speedup(known.plan(n_skip - 1, mode=mode), 1000, timed) < speedup
 
 
 def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() -> None:
-    divergence = np.full((4, 2), NAN)
-    divergence[3] = 1.0
-    similarity = np.where(np.isnan(divergence), NAN, 0.9)
-    known = profile(similarity, **costing(divergence), cost=GROWING, windows=Windows((0, 1, 2), (0.0, 0.1, 0.2, 0.3)))
+    similarity = np.full((4, 2), NAN)
+    similarity[3] = 0.9
+    known = profile(similarity, cost=GROWING, windowable=(0, 1, 2))
     with pytest.raises(BudgetError, match="at most"):
-        known.plan(mode="prompt", speedup=1.5, context=8000, windowed=0)
-    assert known.plan(mode="prompt", speedup=1.5, context=8000).narrowed
+        known.plan(mode="prompt", speedup=1.5, context=8000)
+    plan = known.plan(mode="prompt", speedup=1.5, context=8000, windowed=3)
+    assert plan.narrowed == (0, 1, 2) and GROWING.speedup(plan, 8000, "prefill") >= 1.5
 
 
 def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None:
-    windows = Windows((0, 1, 2, 3), (0.0,) * 5)
-    known = profile(np.full((4, 2), 0.9), **costing(DIVERGENCE), cost=GROWING, windows=windows)
+    known = profile(np.full((4, 2), 0.9), cost=GROWING, windowable=(0, 1, 2, 3))
     request = PlanRequest(mode="prompt", windowed=2)
     for wanted, size in (
-        (replace(request, speedup=1.3, context=8000, strategy="suffix"), 1020),
+        (replace(request, speedup=1.3, context=8000, strategy="early_exit"), 1020),
         (replace(request, n_skip=1).at(8000), 1020),
         (replace(request, n_skip=1, window_size=9).at(8000), 9),
         (replace(request, n_skip=1), 252),
@@ -280,26 +206,18 @@ def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None
 
 
 def test_what_no_bulk_can_skip_is_not_chosen() -> None:
-    similarity, divergence = np.full((4, 2), 0.9), DIVERGENCE.copy()
-    similarity[3, 0] = divergence[3, 0] = NAN
-    known = profile(similarity, **costing(divergence))
-    bulk = known.plan(7, mode="prompt").bulk
-    assert bulk is not None and np.argwhere(~bulk.skip.skip).tolist() == [[3, 0]]
-    with pytest.raises(BudgetError, match="0 to 7"):
-        known.plan(8, mode="prompt")
-
-
-def test_the_suffix_is_compensated_where_that_is_asked_for() -> None:
-    known = judged(np.full((12, 2), 0.9))
-    assert known.plan(4, mode="prompt", strategy="suffix").compensation == "none"
-    assert known.plan(4, mode="prompt", strategy="suffix", compensation="paper").compensation == "paper"
-    assert known.plan(4, mode="prompt", strategy="early_exit", compensation="paper").compensation == "none"
+    similarity = np.full((4, 2), 0.9)
+    similarity[3, 0] = NAN
+    known = profile(similarity)
+    bulk = known.plan(5, mode="prompt").bulk
+    assert bulk is not None and np.argwhere(~bulk.skip.skip[1:]).tolist() == [[2, 0]]
+    with pytest.raises(BudgetError, match="0 to 5"):
+        known.plan(6, mode="prompt")
 
 
 def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
     known = replace(profile([[0.9, 0.5], [0.99, 0.6], [0.8, 0.7]]), bulk_only=(1,))
-    assert known.plan(1, mode="prompt", ranking="similarity").skipped("bulk").attention == (1,)
-    assert known.plan(1, mode="prompt", ranking="similarity", decode=1).decode.attention == (0,)
+    assert known.plan(4, mode="prompt").skipped("bulk").attention == (1, 2)
     assert known.plan(1, mode="e2e").prefill.attention == (0,) and known.plan(5, mode="e2e").prefill.n_skip == 5
     with pytest.raises(BudgetError, match="0 to 5"):
         known.plan(6, mode="e2e")
@@ -307,10 +225,10 @@ def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
         known.plan(strategy="manual", attention=[1], mode="e2e")
 
 
-@pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "suffix", "skip_decode", "unified_skipping"])
+@pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "skip_decode", "unified_skipping"])
 def test_a_speed_up_of_the_prompt_mode_is_that_to_the_first_token(strategy: str) -> None:
     costs = cost_model(1, [1] * 12, [1] * 12, size=64, kept=[0.1] * 12)
-    known = judged(RISING, cost=costs)
+    known = profile(RISING, cost=costs)
     plan = known.plan(mode="prompt", strategy=strategy, speedup=1.25, context=1000, tail=32)
     assert plan.bulk is not None and plan.bulk.tail == 32
     assert 1.25 <= costs.speedup(plan, 1000, "prefill") < 1.5
@@ -331,7 +249,7 @@ def test_listed_layers_are_skipped_with_the_profiles_compensation() -> None:
 
 def test_lists_that_do_not_fit_are_refused() -> None:
     known = profile(np.full((4, 2), 0.9))
-    with pytest.raises(SublayerRangeError, match="0 to 3"):
+    with pytest.raises(PlanError, match="0 to 3"):
         known.plan(strategy="manual", ffn=[4], mode="e2e")
     with pytest.raises(BudgetError, match="1 sublayers are listed, not 3"):
         known.plan(3, strategy="manual", ffn=[1], mode="e2e")

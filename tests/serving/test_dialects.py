@@ -163,7 +163,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (MESSAGES, {"output_config": {"format": {"type": "poem"}}}, "response_format"),
     (MESSAGES, {"temperature": 1000}, "temperature is 1000"),
     (RESPONSES, {"input": None}, "input is empty"),
-    (RESPONSES, {"input": ""}, "input has no text"),
+    (RESPONSES, {"input": ""}, "input is empty"),
     (RESPONSES, {"input": 5}, "input is not a list"),
     (RESPONSES, {"input": ["the"]}, "input has an entry that is not a message"),
     (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}, "input has an entry that is not a message"),
@@ -272,7 +272,7 @@ def test_a_call_that_is_cut_says_so() -> None:
     assert whole["status"] == "incomplete" == whole["output"][0]["status"]
     assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
     request, message = read(MESSAGES, SAME[MESSAGES]), {"content": None, **called("1", '{"a": tr', "go")}
-    answer = {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
+    request.n_layer, answer = 3, {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
     assert json.loads(encoded(answer, request, print))["content"][0]["input"] == {}
 
 

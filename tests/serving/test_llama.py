@@ -14,11 +14,9 @@ import pytest
 from oracles.fixtures import Open, Tiny
 from oracles.served import BULK_PLAN, FRONTIER, edited_frontier, frontier_of
 from oracles.tiny_families import tokens
-from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
-from adaskip_cpp.errors import RequestError
 from adaskip_cpp.measuring.running import Running, quietly
 from adaskip_cpp.model.frontier import Frontier
 from adaskip_cpp.model.settings import Settings
@@ -43,7 +41,7 @@ def open_served(tiny: Tiny) -> Iterator[Open]:
     ) -> ServedLlama:
         own, frontier = (None, plan) if isinstance(plan, Frontier) else (plan, None)
         kwargs = {**options, **more}
-        plans, cache = Plans(own, frontier, 0.07, None, kwargs["n_ctx"]), PrefixCache(10**8, folder)
+        plans, cache = Plans(own, frontier, 0.07, kwargs["n_ctx"]), PrefixCache(10**8, folder)
         opened.append(ServedLlama(str(tiny(family)), plan=frontier, plans=plans, cache=cache, **kwargs))
         return opened[-1]
 
@@ -387,13 +385,3 @@ def test_nothing_is_generated_where_nothing_is_wanted(served: ServedLlama) -> No
     answer: Any = served.create_completion("the to", max_tokens=0, echo=True, logprobs=1)
     assert answer["choices"][0]["text"] == "the to"
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"] - 1
-
-
-def test_a_text_without_tokens_is_not_embedded(tmp_path: Path) -> None:
-    """Of a vocabulary that begins texts with no token. Stock writes out of bounds for it."""
-    model = write_model(tmp_path / "bytes.gguf", pre="gpt-2")
-    with (
-        closing(AdaSkipLlama(str(model), embedding=True, **OPTIONS)) as llm,
-        pytest.raises(RequestError, match="a text to embed is empty"),
-    ):
-        llm.embed(["the", ""])

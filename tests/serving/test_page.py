@@ -277,11 +277,11 @@ def test_what_the_server_refuses_is_shown_and_can_be_asked_otherwise(page: Page)
     assert page["error"].text == ""
 
 
-def test_a_speed_up_that_cannot_be_planned_is_refused_in_the_servers_words(page: Page) -> None:
+def test_a_speed_up_that_cannot_be_had_is_refused_in_the_servers_words(page: Page) -> None:
     Select(page["wish"]).select_by_value("speedup")
     page.fill()
     page["ask"].click()
-    page.wait("error", "a speed-up needs a profile")
+    page.wait("error", "a speed-up needs the plans of")
 
 
 def test_a_server_that_is_gone_is_named_as_such(page: Page) -> None:

@@ -1,7 +1,6 @@
 """adaskip_cpp.serving.plans: the plan of a request."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,11 +19,11 @@ CAREFUL, FAST = (point.plan for point in FRONTIER.points)
 
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
     """What a server of 4,096 tokens that promises 0.07 chooses."""
-    return Plans(own, frontier, 0.07, None, 4096).choose(wish, n_tokens)
+    return Plans(own, frontier, 0.07, 4096).choose(wish, n_tokens)
 
 
 def test_edits_and_plan_share_a_promise() -> None:
-    plans = Plans(None, edited_frontier(0.01), 0.07, None, 4096)
+    plans = Plans(None, edited_frontier(0.01), 0.07, 4096)
     for wish, plan, moves in (
         ("auto", FAST, FEW),  # 0.06 and 0.01
         ({"max_loss": 0.069}, CAREFUL, FEW),
@@ -71,22 +70,8 @@ def test_a_speed_up_is_had_where_losses_are_not_known_exactly() -> None:
         chosen({"speedup": 1.4}, 1000, Frontier((careful, replace(fast, passkeys=losing))))
 
 
-def test_without_a_frontier_a_promise_is_kept_by_the_whole_model_and_a_speed_up_needs_a_profile() -> None:
+def test_without_a_frontier_a_promise_is_kept_by_the_whole_model_and_a_speed_up_is_refused() -> None:
     assert chosen({"max_loss": 9}, 1000, None, PLAN) == chosen("auto", 1000, None) == Choice()
     assert chosen("auto", 1000, None, PLAN) == Choice(PLAN, "auto")
-    with pytest.raises(RequestError, match="adaskip-cpp calibrate"):
-        chosen({"speedup": 1.5}, 10, None)
-
-
-def test_a_chat_keeps_its_plan_while_it_grows() -> None:
-    asked = []
-
-    def plan(request: Any) -> SkipPlan:
-        asked.append(request.context)
-        return PLAN
-
-    profile: Any = SimpleNamespace(plan=plan)
-    plans = Plans(None, None, 0.05, profile, 5000)
-    for n_tokens in (1, 1000, 1024, 1025, 2048, 4097):
-        assert plans.choose({"speedup": 1.5}, n_tokens).plan is PLAN
-    assert asked == [1024, 2048, 5000]
+    with pytest.raises(RequestError, match="adaskip-cpp tune"):
+        chosen({"speedup": 1.5}, 10, None, PLAN)

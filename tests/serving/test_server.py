@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import numpy as np
 import openai
 import pytest
 from oracles.grammars import FORK, WAYS
@@ -74,7 +73,7 @@ def test_the_openai_client_chats(client: openai.OpenAI) -> None:
     assert last.timings["predicted_n"] == answer.usage.completion_tokens and last.adaskip["plan"] == "auto"
 
 
-def test_the_openai_client_completes_lists_and_embeds(client: openai.OpenAI, server: Server) -> None:
+def test_the_openai_client_completes_and_lists(client: openai.OpenAI) -> None:
     assert [each.id for each in client.models.list()] == ["tiny"]
     answer = client.completions.create(
         model="tiny", prompt="the to", max_tokens=3, temperature=0, logprobs=2, echo=True
@@ -82,8 +81,6 @@ def test_the_openai_client_completes_lists_and_embeds(client: openai.OpenAI, ser
     logprobs = answer.choices[0].logprobs
     assert logprobs and logprobs.tokens and logprobs.token_logprobs and answer.choices[0].text.startswith("the to")
     assert answer.usage and len(logprobs.tokens) == answer.usage.total_tokens - 1 == len(logprobs.token_logprobs)
-    embedding = client.embeddings.create(model="tiny", input="the to", encoding_format="float").data[0].embedding
-    assert len(embedding) > 8 and np.isfinite(embedding).all() and any(embedding)
 
 
 def test_tools_and_json_are_those_of_the_server_below(client: openai.OpenAI) -> None:
@@ -190,7 +187,7 @@ PLAIN = {"prompt": "the", "grammar": 'root ::= ("a" | " ")+', "top_k": 0, "top_p
 TWICE = {f"a {rank}": {"properties": {name: {"$ref": f"#/$defs/a {rank + 1}"} for name in "ab"}} for rank in range(40)}
 """Definitions of which each refers to the next one twice, under names that no rule of a grammar can have."""
 
-COMPLETIONS, CHAT, EMBEDDINGS = "/v1/completions", "/v1/chat/completions", "/v1/embeddings"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 BAD: list[tuple[str, Any, int]] = [
     *((COMPLETIONS, body, 400) for body in (b"{", b"[1]", b"\xff\xfe", b"[" * 100_000)),
     (COMPLETIONS, b'{"prompt": "the", "seed": %s}' % (b"1" * 5000), 400),
@@ -234,7 +231,6 @@ BAD: list[tuple[str, Any, int]] = [
     ),
     *((CHAT, with_tool(*tool), 400) for tool in ([{"type": "frog"}], [{"type": "object"}, "other"])),
     (CHAT, {**with_tool(nested(100)), "tool_choice": "auto"}, 400),
-    *((EMBEDDINGS, {"input": given}, 400) for given in (7, [], "", ["the", ""], "the " * 3000)),
     ("/v1/completions%0a", {"prompt": "the"}, 404),
     ("/tokenize", b'{"prompt": 3}', 400),
     ("/detokenize", {"tokens": [10**9]}, 400),
@@ -318,16 +314,6 @@ def test_each_key_of_a_file_has_what_it_wrote_for_itself(served_model: Path, tmp
     (tmp_path / "keys").write_text("third\nsecond\n")
     with serving(served_model, *options) as server:
         assert n_reused(server, "third") == 0 and n_reused(server, "second") > 100
-
-
-def test_embeddings_are_of_whole_texts(server: Server) -> None:
-    """Stock takes the first ``n_batch`` tokens, here 512."""
-    first = "the " * 400
-    body = {"input": [f"{first} a", f"{first} of"]}
-    answer = server.post("/v1/embeddings", body)
-    assert answer.status_code == 200, answer.text
-    one, other = (each["embedding"] for each in answer.json()["data"])
-    assert one != other
 
 
 @pytest.mark.parametrize("chats", [False, True])

@@ -90,7 +90,6 @@ REQUESTS = [
     ("/v1/completions", {"prompt": "to " + 4 * LONG, "max_tokens": 4, "stream": True, "return_progress": True}),
     ("/v1/completions", {"prompt": [[1, 7, 9]], "max_tokens": 0, "echo": True}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the"}], "temperature": 0, "max_tokens": 5}),
-    ("/v1/embeddings", {"input": ["the to", "of"]}),
 ]
 
 
@@ -102,7 +101,7 @@ def test_an_answer_is_that_of_the_model_in_one_process(served_model: Path, serve
         service.hear(read_body(path, json.dumps(body).encode()))
     service.hear(None)
     options: Any = {"n_ctx": CTX, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
-    plans, cache = Plans(BULK_PLAN, None, 0.05, None, CTX), PrefixCache(10**8)
+    plans, cache = Plans(BULK_PLAN, None, 0.05, CTX), PrefixCache(10**8)
     service.run(partial(ServedLlama, str(served_model), name="tiny", plans=plans, cache=cache, **options))
     answers = [b""]
     for each in told:
