@@ -84,6 +84,11 @@ def test_the_plan_beside_the_model_is_measured_unless_another_is_named(model: Pa
     for options, name, layer in (((), "tuned", 1), (("--plan", tmp_path / "a.json"), "a.json", 2)):
         found = plans(run("bench", model, *options, *QUICK))
         assert [*found] == [name] and skipped(found[name]) == ([], [layer])
+    save_plan(plan_path(model), SkipPlan.manual(3))
+    assert plans(run("bench", model, *QUICK)) == {}, "it skips nothing"
+    Path(plan_path(model)).write_text("{")
+    result = run("bench", model, *QUICK)
+    assert plans(result) == {} and "The whole model runs: " in result.stderr
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

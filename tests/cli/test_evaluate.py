@@ -1,6 +1,7 @@
 """``adaskip-cpp evaluate``: a folder of results, a second run that goes on, one line for what cannot be measured."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,16 @@ def test_questions_of_files_and_of_the_text_are_asked_and_scored(run: Run, resul
     )  # fmt: skip
     questions = results()["contenders"][1]["questions"]
     assert {task: scores["score"]["n"] for task, scores in questions.items()} == {"passkey": 4, "qasper": 1}
+
+
+def test_a_package_that_a_metric_lacks_is_missed_before_anything_is_measured(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "news.jsonl").write_text(json.dumps(record("multi_news", context="A fox.", answers=["fox"])) + "\n")
+    (tmp_path / "dataset2maxlen.json").write_text('{"multi_news": 4}')
+    monkeypatch.setitem(sys.modules, "rouge", None)
+    assert "adaskip-cpp[evaluate]" in run(*ONE, "--tasks", tmp_path / "news.jsonl", code=1).stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_busy_machine_is_noted_where_speeds_are_measured(

@@ -180,6 +180,13 @@ def test_a_speed_up_takes_the_fewest_sublayers_that_reach_it(mode: Any, phase: s
             assert known.cost.speedup(known.plan(n_skip - 1, mode=mode), 1000, timed) < speedup
 
 
+def test_a_speed_up_of_one_skips_nothing_and_too_many_windows_are_named() -> None:
+    known = profile(RISING, cost=cost_model(1, [1] * 12, [2] * 12, size=64, kept=[0.5] * 12))
+    assert all(known.plan(speedup=1, context=context).is_whole for context in (1, 69, 100, 513))
+    with pytest.raises(BudgetError, match="0 attentions can look back at a window, not 1"):
+        known.plan(speedup=1.2, context=100, windowed=1)
+
+
 def test_windows_make_speed_ups_possible_that_skipping_alone_does_not_reach() -> None:
     similarity = np.full((4, 2), NAN)
     similarity[3] = 0.9
