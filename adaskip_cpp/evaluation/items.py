@@ -11,7 +11,7 @@ from io import StringIO
 from ..engine.generation import chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError, DataError
-from ..measuring import corpus, metrics
+from ..measuring import corpus
 from ..measuring.synthetic import TASKS, passkey_items
 from ..measuring.task_files import task_items
 from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
@@ -216,8 +216,6 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
         counts = Counter(item.task for item in published)
         words["Tasks"] = f"{', '.join(f'{n} of {task}' for task, n in counts.items())}, in {n_ctx:,} tokens"
         questions += published
-        if any(item.metric == "rouge_l" for item in published):
-            metrics.rouge_l("", "")  # fails now, and not after hours, if its package is missing
     prompt: tuple[int, ...] = ()
     if options.n_rounds and (n := options.speed_context):
         tokens = corpus.tokens_of(llm, whole, bos=True)
