@@ -22,7 +22,7 @@ def smallest_budget(
 ) -> PlanRequest:
     """Return the request with the smallest budget, instead of a speed-up, whose plan by ``make`` reaches the speed-up.
 
-    What replaces a sublayer does not count: its time is much less than the sublayer's.
+    Plans are tried without a compensation: the cost model does not count it, and linear maps are large.
     """
     cost, context, faster = profile.cost, request.context, request.faster_phase
     phase: Phase = "decode" if faster == "decode" else "prefill"
