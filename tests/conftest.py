@@ -1,5 +1,6 @@
 """Fixtures: tiny models written on demand, the two real models, models opened for one test, and drawn sequences."""
 
+import contextlib
 import functools
 import os
 import random
@@ -11,9 +12,8 @@ from typing import Any
 
 import hypothesis
 import pytest
-from oracles import tiny_families
 from oracles.drawn_sequences import run_drawn_sequences
-from oracles.fixtures import Open, Tiny, Tokens
+from oracles.fixtures import Open, Tiny
 from oracles.models import ModelMissingError, gemma3, smollm2, smollm2_f32
 from oracles.reference import ReferenceModel
 from oracles.rpc_server import register_rpc_server, start_rpc_servers
@@ -59,25 +59,13 @@ def served_plan(served_model: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def tokens() -> Tokens:
-    """``tokens(n, seed=0)``: BOS and n - 1 random ids of the tiny vocabulary."""
-    return tiny_families.tokens
-
-
 @pytest.fixture
 def open_model() -> Iterator[Open]:
     """``open_model(path, **options)``: an AdaSkipLlama with F32 KV and all logits, closed after the test."""
-    opened = []
-
-    def open_(path: Path, **options: Any) -> Any:
-        llm = adaskip_cpp.AdaSkipLlama(str(path), verbose=False, **{**OPTIONS, **options})
-        opened.append(llm)
-        return llm
-
-    yield open_
-    for llm in opened:
-        llm.close()
+    with contextlib.ExitStack() as stack:
+        yield lambda path, **options: stack.enter_context(
+            contextlib.closing(adaskip_cpp.AdaSkipLlama(str(path), verbose=False, **{**OPTIONS, **options}))
+        )
 
 
 @pytest.fixture
@@ -107,29 +95,21 @@ def model_cache(request: pytest.FixtureRequest) -> Path:
     return cache.mkdir("models")
 
 
-@pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """SmolLM2-135M-Instruct Q4_1."""
-    return _or_skip(smollm2)
+def _real_model(locate: Callable[[Path], Path]) -> Any:
+    """A fixture: the path of a real model, for which a folder is kept; without its package the test is skipped."""
+
+    def path(model_cache: Path) -> Path:
+        try:
+            return locate(model_cache)
+        except ModelMissingError as error:
+            pytest.skip(str(error))
+
+    return pytest.fixture(path, scope="session")
 
 
-@pytest.fixture(scope="session")
-def smollm2_f32_path(model_cache: Path) -> Path:
-    """SmolLM2-135M-Instruct dequantised to F32."""
-    return _or_skip(lambda: smollm2_f32(model_cache))
-
-
-@pytest.fixture(scope="session")
-def gemma3_path(model_cache: Path) -> Path:
-    """Gemma 3 270M Q4_K_M."""
-    return _or_skip(lambda: gemma3(model_cache))
-
-
-def _or_skip(locate: Callable[[], Path]) -> Path:
-    try:
-        return locate()
-    except ModelMissingError as error:
-        pytest.skip(str(error))
+smollm2_path = _real_model(lambda _: smollm2())
+smollm2_f32_path = _real_model(smollm2_f32)
+gemma3_path = _real_model(gemma3)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,17 +17,13 @@ from adaskip_cpp.measuring.running import open_quietly
 @pytest.fixture
 def short(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model, and a demo that is over in seconds on it, by whose word sublayers take alike."""
+    monkeypatch.setenv("COLUMNS", "120")
     shorter = {"N_LENGTH": 600, "N_ANSWER": 8, "_N_READ": 96, "_N_JUDGED": 24, "_N_REQUESTS": 4, "_N_DECODE": 2}
     for name, value in {**shorter, "_MAX_ROUNDS": 1, "_KEY_LENGTH": 300, "SPEEDUP": 1.2}.items():
         monkeypatch.setattr(demo, name, value)
     costs = cost_model(0.1, [1] * 3, [1] * 3, size=64, kept=[0.1] * 3)
     monkeypatch.setattr(demo, "measure_cost", lambda llm, *, seconds: costs)
     return add_chat_template(tiny(), tmp_path / "chat.gguf")
-
-
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
 
 
 def measured(model: Path | str) -> tuple[demo.DemoResult, Profile]:
@@ -56,13 +52,11 @@ def test_it_shows_what_was_learned_and_the_prompt_mode_beside_the_papers(short: 
 
 def test_both_modes_are_predicted_to_be_as_fast_as_is_asked_for(short: Path) -> None:
     result, _ = measured(short)
-    assert list(result.sides) == ["whole model", "prompt mode", "the paper's mode"]
     _, prompt, papers = result.sides.values()
     assert prompt.plan is not None and papers.plan is not None
     assert demo.SPEEDUP <= prompt.predicted <= papers.predicted < 2
     assert (prompt.plan.mode, papers.plan.mode) == ("prompt", "e2e")
     assert papers.plan.compensation == prompt.plan.compensation == "linear"
-    assert (result.n_keys, result.n_judged, len(prompt.timings)) == (2, 4 * 23, 1)
 
 
 def test_a_model_without_a_chat_template_is_refused_at_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,13 +70,9 @@ def test_without_its_model_it_tells_how_to_get_it(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.model
-def test_it_finds_its_model(smollm2_path: Path) -> None:
-    assert demo.packaged_model() == str(smollm2_path)
-
-
-@pytest.mark.model
 @pytest.mark.slow
-def test_it_measures_all_sides(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_finds_its_model_and_measures_all_sides(smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert demo.packaged_model() == str(smollm2_path)
     shorter = {"N_LENGTH": 700, "N_ANSWER": 4, "_N_READ": 256, "_N_JUDGED": 96, "_N_REQUESTS": 5, "_N_DECODE": 4}
     shorter |= {"_LOSS_TEXTS": ("debugger", "argparse"), "_KEY_DEPTHS": (0.5,), "_KEY_LENGTH": 400}
     for name, value in {**shorter, "_MAX_ROUNDS": 1, "_COST_S": 1.0, "SPEEDUP": 1.2}.items():
@@ -90,9 +80,8 @@ def test_it_measures_all_sides(smollm2_path: Path, monkeypatch: pytest.MonkeyPat
     result, profile = measured(smollm2_path)
     whole, prompt, papers = result.sides.values()
     assert 690 <= result.n_prompt <= 700 and profile.n_tokens == 5 * 512
-    for side in (whole, prompt, papers):
-        # An answer may end with its first token: then no time between tokens is known.
-        assert side.first_token_s > (side.token_s or 0.0) >= 0.0
+    # An answer may end with its first token: then no time between tokens is known.
+    assert all(side.first_token_s > (side.token_s or 0.0) >= 0.0 for side in (whole, prompt, papers))
     assert 1.2 <= prompt.predicted <= papers.predicted
     assert whole.loss > 1 and papers.loss < 6
     assert abs(prompt.loss - whole.loss) < 0.1 < papers.loss - whole.loss

@@ -20,9 +20,6 @@ def times(rng: np.random.Generator, n: int, noise: float, *, outliers: bool = Fa
     return np.exp(log)
 
 
-# --- ratios -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n", [3, 5, 8, 12, 20])
 @pytest.mark.parametrize(("noise", "outliers"), [(0.03, False), (0.2, False), (0.03, True)])
 def test_where_there_is_no_difference_none_is_found_but_for_one_in_twenty(n: int, noise: float, outliers: bool) -> None:
@@ -57,11 +54,6 @@ def test_a_difference_of_3_percent_is_found_in_20_pairs(noise: float) -> None:
     assert statistics.mean(interval.value for interval in found) == pytest.approx(1.03, abs=0.003)
 
 
-def test_a_difference_of_1_percent_is_found_in_60_pairs() -> None:
-    rng = np.random.default_rng(2)
-    assert ratio_interval(1.01 * times(rng, 60, 0.01), times(rng, 60, 0.01)).low > 1
-
-
 def test_the_ratio_of_pairs_that_differ_alike_is_exact_however_much_the_sides_vary() -> None:
     interval = ratio_interval([3.0, 6.0, 9.0], [2.0, 4.0, 6.0])
     assert (interval.value, interval.low, interval.high) == pytest.approx((1.5, 1.5, 1.5))
@@ -69,9 +61,7 @@ def test_the_ratio_of_pairs_that_differ_alike_is_exact_however_much_the_sides_va
 
 
 def test_one_wild_run_moves_the_ratio_little() -> None:
-    a, b = np.ones(10), np.ones(10)
-    a[3] = 50
-    assert ratio_interval(a, b).value == 1.0
+    assert ratio_interval([1.0] * 9 + [50.0], [1.0] * 10).value == 1.0
 
 
 def test_the_interval_of_few_pairs_is_that_of_student() -> None:
@@ -91,10 +81,11 @@ def test_swapped_sides_give_the_reciprocal() -> None:
     assert (1 / back.value, 1 / back.high, 1 / back.low) == pytest.approx((there.value, there.low, there.high))
 
 
-def test_one_pair_has_no_interval_and_proves_nothing() -> None:
+def test_one_pair_has_no_interval_and_proves_nothing_and_an_end_that_touches_1_is_no_difference() -> None:
     interval = ratio_interval([2.0], [1.0])
-    assert interval.value == pytest.approx(2.0) and math.isnan(interval.low) and not interval.excludes()
-    assert interval.n == 1 and math.isnan(interval.high)
+    assert interval.value == pytest.approx(2.0) and math.isnan(interval.low) and math.isnan(interval.high)
+    assert not interval.excludes() and not Interval(1.1, 1.0, 1.2, 5).excludes()
+    assert Interval(1.1, 1.01, 1.2, 5).excludes() and Interval(0.9, 0.8, 0.99, 5).excludes()
 
 
 @pytest.mark.parametrize(
@@ -103,15 +94,6 @@ def test_one_pair_has_no_interval_and_proves_nothing() -> None:
 def test_what_has_no_ratio_is_refused(a: list[float], b: list[float]) -> None:
     with pytest.raises(DataError, match=r"per round|rounds without"):
         ratio_interval(a, b)
-
-
-def test_an_end_that_touches_1_is_no_difference() -> None:
-    assert not Interval(1.1, 1.0, 1.2, 5).excludes()
-    assert Interval(1.1, 1.01, 1.2, 5).excludes()
-    assert Interval(0.9, 0.8, 0.99, 5).excludes()
-
-
-# --- means ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_error_of_a_mean_is_the_textbook_one_and_one_value_has_none() -> None:
@@ -125,12 +107,6 @@ def test_the_interval_of_a_mean_holds_it_19_times_in_20(n: int) -> None:
     rng = np.random.default_rng(n)
     missed = sum(mean_interval(rng.normal(0.5, 0.2, n)).excludes(0.5) for _ in range(N_EXPERIMENTS))
     assert missed / N_EXPERIMENTS <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / N_EXPERIMENTS)
-
-
-def test_the_interval_of_a_mean_shrinks_with_the_root_of_the_items() -> None:
-    x = np.random.default_rng(0).normal(0, 1, 400)
-    few, many = mean_interval(x[:100]), mean_interval(x)
-    assert (few.high - few.low) / (many.high - many.low) == pytest.approx(2, rel=0.15)
 
 
 @pytest.mark.parametrize("function", [mean_error, mean_interval])

@@ -1,6 +1,6 @@
 """adaskip_cpp.calibration.linear: fitting the maps, against closed forms and float64 decompositions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,22 @@ def stream(seed: int = 0, n: int = N_TOKENS, rank: int | None = None, noise: flo
     return u.astype(np.float32), v.astype(np.float32)
 
 
-def fit(u: Array, v: Array, rank: int = N_EMBD, pieces: int = 1, first: int = 1) -> tuple[Array, Array]:
-    """The map of one sublayer, of tokens that are none of them a request's first."""
-    gathered = LinearFit([(0, 1)])
-    for part in np.array_split(np.arange(len(u)), pieces):
-        gathered.add([[None, (u[part], v[part])]], (part + first).astype(np.int32))
-    return gathered.fit(rank)[0, 1]
+def gather(asked: list[tuple[int, int]], ubatches: Iterable[Any], *, first: int = 1, **options: Any) -> LinearFit:
+    """A fit of some sublayers that has seen these ubatches, whose tokens are none of them a request's first."""
+    gathered = LinearFit(asked, **options)
+    for pairs in ubatches:
+        n = next(len(pair[0]) for row in pairs for pair in row if pair is not None)
+        gathered.add(pairs, np.arange(first, first + n, dtype=np.int32))
+        first += n
+    return gathered
+
+
+def fit(u: Array, v: Array, rank: int = N_EMBD, *, scale: float = 1.0, pieces: int = 1) -> tuple[Array, Array]:
+    """The map of one sublayer."""
+    parts = np.array_split(np.arange(len(u)), pieces)
+    return gather([(0, 1)], ([[None, (u[part], v[part])]] for part in parts)).fit(rank, np.array([[np.nan, scale]]))[
+        0, 1
+    ]
 
 
 def ridge(u: Array, v: Array, scale: float = 1.0) -> Array:
@@ -48,25 +58,15 @@ def assert_maps(u: Array, found: tuple[Array, Array], expected: Array, tolerance
     np.testing.assert_allclose(u @ (up.astype(float) @ down).T, expected, atol=tolerance * np.abs(expected).max())
 
 
-def positions(n: int = N_TOKENS) -> npt.NDArray[np.int32]:
-    """Of tokens that are none of them a request's first."""
-    return np.arange(1, n + 1, dtype=np.int32)
-
-
-# --- the fit ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("n_tokens", "pieces"),
-    [*((n, 1) for n in (N_TOKENS, N_EMBD, 5, 2)), *((N_TOKENS, pieces) for pieces in (2, 7, N_TOKENS))],
-)
-def test_at_full_rank_it_is_ridge_regression_however_the_tokens_are_split(n_tokens: int, pieces: int) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.3, 2.5])
+@pytest.mark.parametrize("n_tokens, pieces", [(400, 1), (24, 1), (5, 1), (2, 1), (400, 2), (400, 7), (400, 400)])
+def test_at_full_rank_it_is_ridge_regression_of_what_is_left(n_tokens: int, pieces: int, scale: float) -> None:
     u, v = stream(n=n_tokens)
     for rank in (N_EMBD, N_EMBD + 1, 4096):
-        down, up = fit(u, v, rank, pieces)
+        down, up = fit(u, v, rank, scale=scale, pieces=pieces)
         assert down.shape == up.shape == (N_EMBD, N_EMBD)
         assert down.dtype == up.dtype == np.float32
-        assert_maps(u, (down, up), u @ ridge(u, v).T, 1e-3 if pieces == 1 else 2e-4)
+        assert_maps(u, (down, up), u @ ridge(u, v, scale).T, 1e-3 if pieces == 1 else 2e-4)
 
 
 def test_neither_a_large_mean_nor_a_value_that_never_varies_hides_the_variance() -> None:
@@ -79,12 +79,12 @@ def test_neither_a_large_mean_nor_a_value_that_never_varies_hides_the_variance()
     assert_maps(u, fit(u, v), u @ ridge(u, v).T, 2e-4)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 8, 20])
-def test_at_low_rank_it_loses_what_the_smallest_singular_values_carry(rank: int) -> None:
+@pytest.mark.parametrize(("rank", "scale"), [(1, 1.0), (3, 1.0), (8, 1.0), (20, 1.0), (3, 0.3), (3, 2.5)])
+def test_at_low_rank_it_loses_what_the_smallest_singular_values_carry(rank: int, scale: float) -> None:
     # Among maps of this rank none is nearer to the one of full rank on inputs of the ridge's moments: Eckart-Young.
     u, v = stream()
-    down, up = fit(u, v, rank)
-    matrix = ridge(u, v)
+    down, up = fit(u, v, rank, scale=scale)
+    matrix = ridge(u, v, scale)
     wide = u.astype(np.float64)
     values, axes = np.linalg.eigh(wide.T @ wide / len(u) + RIDGE * wide.var(axis=0).mean() * np.eye(N_EMBD))
     root = (axes * np.sqrt(values)) @ axes.T
@@ -94,34 +94,13 @@ def test_at_low_rank_it_loses_what_the_smallest_singular_values_carry(rank: int)
     assert lost == pytest.approx(np.linalg.norm(best), rel=1e-3)
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("rank", [N_EMBD, 3])
-def test_after_a_scale_it_fits_what_the_scale_leaves(rank: int, scale: float) -> None:
-    u, v = stream()
-    gathered = LinearFit([(1, 0)])
-    gathered.add([[None, None], [(u, v), None]], positions())
-    found = gathered.fit(rank, np.array([[np.nan] * 2, [scale, np.nan]]))[1, 0]
-    if rank == N_EMBD:
-        expected = u @ ridge(u, v, scale).T
-    else:  # as if the rest were what a sublayer adds without a scale
-        down, up = fit(u, v - np.float32(scale - 1) * u, rank)
-        expected = u @ down.T @ up.T
-    assert_maps(u, found, expected)
-
-
-def whole_layer(u: Array, v: Array, rank: int, scale: float | None = None) -> tuple[Array, Array]:
-    """The map of a whole layer whose attention reads u and whose FFN writes v."""
-    gathered, between = LinearFit([(1, WHOLE)]), stream(9, n=len(u))[0]
-    pairs: Sequence[Any] = [[None, None], [(u, between), (between, v)]]
-    gathered.add(pairs, positions(len(u)))
-    return gathered.fit(rank, None if scale is None else np.full((2, 2), scale))[1, WHOLE]
-
-
 @pytest.mark.parametrize("scale", [None, 0.3, np.nan])
 def test_the_map_of_a_layer_is_fitted_from_its_input_to_its_output_after_a_scale_of_1(scale: float | None) -> None:
     u, v = stream()
-    assert_maps(u, whole_layer(u, v, N_EMBD, scale), u @ ridge(u, v).T)
-    for actual, wanted in zip(whole_layer(u, v, 3, scale), fit(u, v, 3), strict=True):
+    between = stream(9)[0]
+    gathered = gather([(1, WHOLE)], [[[None, None], [(u, between), (between, v)]]])
+    found = gathered.fit(3, None if scale is None else np.full((2, 2), scale))[1, WHOLE]
+    for actual, wanted in zip(found, fit(u, v, 3), strict=True):
         np.testing.assert_array_equal(actual, wanted)
 
 
@@ -138,30 +117,23 @@ def test_a_first_ubatch_unlike_all_others_gives_finite_maps() -> None:
     u = (rng.normal(size=(200, N_EMBD)) + 1).astype(np.float32)
     u[:, 0] *= 1e6
     u[1:, 0] += 1e9
-    gathered = LinearFit([(0, 0)])
-    for part in (slice(0, 1), slice(1, 200)):
-        gathered.add([[(u[part], u[part] + 1), None]], positions(200)[part])
-    down, up = gathered.fit(4)[0, 0]
+    down, up = gather([(0, 0)], ([[(part, part + 1), None]] for part in (u[:1], u[1:]))).fit(4)[0, 0]
     assert np.isfinite(down).all() and np.isfinite(up).all()
-
-
-# --- which tokens -----------------------------------------------------------------------------------------------------
 
 
 def test_the_first_token_of_a_request_is_left_out() -> None:
     u, v = stream()
     expected = fit(u[1:], v[1:])
     u[0], v[0] = 1e4, -1e4
-    for actual, wanted in zip(fit(u, v, first=0), expected, strict=True):
+    found = gather([(0, 1)], [[[None, (u, v)]]], first=0).fit(N_EMBD)[0, 1]
+    for actual, wanted in zip(found, expected, strict=True):
         np.testing.assert_array_equal(actual, wanted)
 
 
 ALIKE = np.tile(stream()[0][:1], (30, 1))
 
 
-@pytest.mark.parametrize(
-    "u", [ALIKE[:1], ALIKE, stream()[0] * np.float32(1e30)], ids=["one token", "all alike", "too large to square"]
-)
+@pytest.mark.parametrize("u", [ALIKE[:1], ALIKE, stream()[0] * np.float32(1e30)], ids=["one", "alike", "large"])
 def test_where_inputs_do_not_vary_or_are_too_large_to_square_the_map_is_zero(u: Array) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         down, up = fit(u, u * stream(1, len(u))[0], 3)
@@ -174,43 +146,23 @@ def test_where_inputs_do_not_vary_or_are_too_large_to_square_the_map_is_zero(u: 
 def test_a_ubatch_with_a_value_that_is_not_finite_is_left_out(value: float, which: int) -> None:
     good, bad = stream(), stream(1)
     bad[which][7, 3] = value
-    gathered = LinearFit([(0, 1)])
-    for pair in (bad, good, bad):
-        gathered.add([[None, pair]], positions())
-    for actual, expected in zip(gathered.fit(4)[0, 1], fit(*good, 4), strict=True):
+    found = gather([(0, 1)], ([[None, pair]] for pair in (bad, good, bad))).fit(4)[0, 1]
+    for actual, expected in zip(found, fit(*good, 4), strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
-SEEN: Sequence[Any] = [[stream(0), None], [None, stream(1)], [stream(2), stream(3)]]
-OF_ATTENTION_2_UNKNOWN = np.array([[1.0, 1.0], [1.0, 1.0], [np.nan, 1.0]])
-
-
-@pytest.mark.parametrize(
-    ("asked", "scale", "fitted"),
-    [
-        ([(0, 0), (0, 1), (2, 0)], None, {(0, 0), (2, 0)}),
-        ([(0, WHOLE), (0, 0), (1, WHOLE), (1, 1), (2, WHOLE)], None, {(0, 0), (1, 1), (2, WHOLE)}),
-        ([(2, 0), (2, 1)], OF_ATTENTION_2_UNKNOWN, {(2, 1)}),
-    ],
-    ids=["sublayers", "whole layers", "a scale that was not observed"],
-)
-def test_only_what_is_asked_for_and_seen_is_fitted(asked: Any, scale: Any, fitted: set[tuple[int, int]]) -> None:
-    gathered = LinearFit(asked)
-    gathered.add(SEEN, positions())
-    found = gathered.fit(3, scale)
-    assert set(found) == fitted
-    for layer, kind in fitted - {(2, WHOLE)}:
-        np.testing.assert_array_equal(found[layer, kind][0], fit(*SEEN[layer][kind], 3)[0])
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
+def test_only_what_is_asked_for_and_seen_is_fitted_if_its_scale_is_known() -> None:
+    seen: list[Any] = [[stream(0), None], [None, stream(1)], [stream(2), stream(3)]]
+    asked = [(0, 0), (0, 1), (0, WHOLE), (1, WHOLE), (2, 0), (2, 1), (2, WHOLE)]
+    found = gather(asked, [seen]).fit(3, np.array([[1.0, 1.0], [1.0, 1.0], [np.nan, 1.0]]))
+    assert set(found) == {(0, 0), (2, 1), (2, WHOLE)}
+    for layer, kind in ((0, 0), (2, 1)):
+        np.testing.assert_array_equal(found[layer, kind][0], fit(*seen[layer][kind], 3)[0])
 
 
 @pytest.mark.parametrize("most_bytes", [2_000, 6_000, 9_000, 4 * 2 * 2 * N_EMBD**2, 1 << 30])
 def test_the_moments_of_all_sublayers_take_no_more_memory_than_they_may(most_bytes: int) -> None:
-    gathered = LinearFit([(0, 0), (0, 1)], most_bytes)
-    for _ in range(2):
-        gathered.add([[stream(0), stream(1)]], positions())
+    gathered = gather([(0, 0), (0, 1)], [[[stream(0), stream(1)]]] * 2, most_bytes=most_bytes)
     parts = [part for sums in gathered._sums.values() for part in (sums.uu, sums.du, sums.basis)]
     held = sum(part.nbytes for part in parts if part is not None)
     assert 0.7 * min(most_bytes, 4 * 2 * 2 * N_EMBD**2) < held <= most_bytes
@@ -219,9 +171,8 @@ def test_the_moments_of_all_sublayers_take_no_more_memory_than_they_may(most_byt
 
 def sketched(u: Array, v: Array, n_sketch: int, rank: int, first: int) -> tuple[Array, Array]:
     """The map of a fit that has memory for so many directions of the inputs; ``first`` tokens come before the rest."""
-    gathered = LinearFit([(0, 0)], 4 * (n_sketch**2 + 2 * n_sketch * N_EMBD))
-    for part in (slice(0, first), slice(first, len(u))):
-        gathered.add([[(u[part], v[part]), None]], positions(len(u))[part])
+    parts = ([[(u[part], v[part]), None]] for part in (slice(0, first), slice(first, len(u))))
+    gathered = gather([(0, 0)], parts, most_bytes=4 * (n_sketch**2 + 2 * n_sketch * N_EMBD))
     (sums,) = gathered._sums.values()
     assert sums.basis is not None and sums.basis.shape == (N_EMBD, n_sketch)
     return gathered.fit(rank)[0, 0]
@@ -244,55 +195,28 @@ def test_a_first_ubatch_of_few_tokens_leaves_the_sketch_its_width() -> None:
     assert np.linalg.norm(u + u @ down.T @ up.T - v) < 0.7 * np.linalg.norm(u - v)
 
 
-# --- the maps ---------------------------------------------------------------------------------------------------------
+PARTS = {"down": np.ones((3, 3, 2, 5), np.float32), "up": np.ones((3, 3, 5, 2), np.float32)}
 
 
-def arrays(n_layer: int = 3, rank: int = 2, n_embd: int = 5) -> dict[str, Array]:
-    rng = np.random.default_rng(0)
-    shapes = {"down": (n_layer, 3, rank, n_embd), "up": (n_layer, 3, n_embd, rank)}
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-
-def test_the_maps_are_read_only_copies_equal_by_value() -> None:
-    parts = arrays()
-    parts["down"][0, 0] = parts["up"][0, 0] = np.nan
-    maps, other = LinearMaps(**parts), LinearMaps(**parts)
-    assert maps == other
-    parts["up"][2, 1, 0, 0] += 1
-    assert maps == other != LinearMaps(**parts)
-    for name in parts:
-        with pytest.raises(ValueError, match="read-only"):
-            getattr(maps, name)[0] = 1
-    with pytest.raises(TypeError, match="unhashable"):
-        hash(maps)
-    assert maps != parts
-
-
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "down": [(3, 3, 5), (3, 3, 0, 5), (3, 3, 3, 5), (3, 3, 2, 4), (2, 3, 2, 5), (3, 3, 5, 2), (3, 2, 2, 5)],
-    "up": [(), (3, 3, 5), (3, 3, 2, 5), (3, 3, 5, 3), (4, 3, 5, 2), (3, 3, 4, 2), (3, 2, 5, 2), (3, 3, 5, 0)],
-}
+def test_the_maps_are_read_only_copies() -> None:
+    given = PARTS["up"].copy()
+    maps = LinearMaps(PARTS["down"], given)
+    given[0] = 2
+    assert (maps.up == 1).all() and not maps.up.flags.writeable and not maps.down.flags.writeable
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "array"),
     [
-        *({name: np.zeros(shape, np.float32)} for name, shapes in SHAPES.items() for shape in shapes),
-        {"up": np.zeros((3, 3, 5, 2, 1), np.float32)},
-        *(arrays(n_layer, 2, n_embd) for n_layer, n_embd in ((0, 5), (3, 0))),
+        *(("down", np.zeros(shape)) for shape in [(3, 3, 5), (3, 3, 0, 5), (3, 3, 3, 5), (2, 3, 2, 5), (3, 2, 2, 5)]),
+        *(("up", np.zeros(shape)) for shape in [(), (3, 3, 2, 5), (3, 3, 4, 2), (3, 3, 5, 0), (3, 3, 5, 2, 1)]),
+        ("down", np.where(np.arange(5) == 4, np.nan, PARTS["down"])),
+        ("up", np.where(np.arange(2) == 1, np.inf, PARTS["up"])),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(changes: Any) -> None:
+def test_maps_that_do_not_fit_each_other_or_are_not_finite_are_refused(name: str, array: Array) -> None:
     with pytest.raises(ProfileError, match="calibrate again"):
-        LinearMaps(**{**arrays(), **changes})
-
-
-@pytest.mark.parametrize(("name", "value"), [("down", np.nan), ("down", np.inf), ("up", np.inf)])
-def test_a_map_with_a_value_that_is_not_finite_is_refused(name: str, value: float) -> None:
-    parts = arrays()
-    parts[name][1, 1].flat[0] = value
-    with pytest.raises(ProfileError, match="calibration cannot give"):
-        LinearMaps(**parts)
+        LinearMaps(**{**PARTS, name: array})
 
 
 def test_the_scale_is_the_square_root_of_the_median_ratio_and_one_within_two_percent() -> None:

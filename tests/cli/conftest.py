@@ -1,6 +1,5 @@
 """Fixtures for tests of the command line."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,9 @@ from oracles.profiles import tiny_profile
 
 import adaskip_cpp.model.frontier
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.intervals import Interval
-from adaskip_cpp.model.frontier import SpeedUp
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.model.plan_file import save_plan
-from adaskip_cpp.model.settings import Settings, Tried
+from adaskip_cpp.model.settings import Settings
 
 
 @pytest.fixture
@@ -39,10 +36,6 @@ def tuned_model(model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     mild, strong = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([1], [1, 2]))
     lengths = {1024: 1.2, 2048: 1.3, 4096: 1.4}
     faster = {length: 2 * ratio for length, ratio in lengths.items()}
-    found = frontier([point(mild, 0.01, lengths), point(strong, 0.04, faster)], settings=Settings(flash_attn=True),
-                     tried=(Tried(Settings(), 0.01, 0.02, 0.1, 9.0, True),
-                            Tried(Settings(flash_attn=True), 0.01, 0.01, 0.1, 8.0, True),
-                            Tried(Settings(flash_attn=True, repack=False), *[math.inf] * 4, False)),
-                     speeds=(SpeedUp("both", 2048, Interval(1.5, 1.4, 1.6, 2), (3.0, 2.0)),))  # fmt: skip
-    save_plan(plan_path(model), found)
+    points = [point(mild, 0.01, lengths), point(strong, 0.04, faster)]
+    save_plan(plan_path(model), frontier(points, settings=Settings(flash_attn=True)))
     return model

@@ -1,13 +1,16 @@
-"""``adaskip-cpp calibrate``: a profile that the other verbs take."""
+"""``adaskip-cpp calibrate``, and ``inspect``: a profile with its settings, and the sublayers of a model."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from oracles.command_line import run
+from oracles.fixtures import Open, Tiny
 from oracles.tiny_families import N_EMBD
 
 from adaskip_cpp import Profile
+from adaskip_cpp.engine.settings import cost_settings
 
 
 def test_calibrate_writes_a_profile_that_plan_takes(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,19 +18,39 @@ def test_calibrate_writes_a_profile_that_plan_takes(tiny: Any, tmp_path: Path, m
     output, data = tmp_path / "out.json", tmp_path / "text.txt"
     data.write_text("the quick brown fox " * 40)
     args = ["calibrate", tiny(), "--data", data, "--requests", 4, "--tokens", 20, "-o", output]
-    args += ["--decode-tokens", 5, "--threads", 1, "--flash-attn"]
-    result = run(*args)
-    assert "4 requests: 80 tokens of text.txt" in result.stdout
-    assert "20 tokens were decoded" in result.stdout
+    result = run(*args, "--decode-tokens", 5, "--threads", 1, "--flash-attn")
+    assert "4 requests: 80 tokens of text.txt" in result.stdout and "20 tokens were decoded" in result.stdout
     assert str(output) in result.stdout and str(output.with_suffix(".bin")) in result.stdout
     profile = Profile.load(output)
     assert (profile.n_requests, profile.n_tokens, profile.corpus) == (4, 80, "text.txt")
     assert (profile.decode.n_tokens, profile.prefill.mean_u.shape[2]) == (20, N_EMBD)
-    assert profile.cost is not None
-    assert profile.cost.settings.n_threads == 1 and profile.cost.settings.flash_attention
+    assert profile.cost is not None and profile.cost.settings.flash_attention and profile.cost.settings.n_threads == 1
+    assert "sublayers skipped in the bulk of a prompt" in " ".join(run("plan", output, "--skip", 2).stdout.split())
 
-    run("plan", output, "--skip", 2, "-o", tmp_path / "plan.json")
-    result = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 5)
-    assert "skipped: 2 of 6 sublayers in the bulk of a prompt" in result.stderr
-    assert "0 of 6 in decode" in result.stderr
-    assert "tokens/s" in result.stderr and "tokens/s" not in result.stdout
+
+def test_text_may_come_from_stdin_and_sublayers_need_not_be_timed(tiny: Any, tmp_path: Path) -> None:
+    args = ["calibrate", tiny(), "--data", "-", "--tokens", 8, "--requests", 1, "--no-cost", "-o", tmp_path / "p.json"]
+    assert "No sublayer was timed" in run(*args, stdin="hello world, hello").stdout
+    assert Profile.load(tmp_path / "p.json").cost is None
+
+
+def test_the_settings_of_a_profile_are_those_that_the_model_was_opened_with(tiny: Tiny, open_model: Open) -> None:
+    found = cost_settings(open_model(tiny(), n_threads=1, n_threads_batch=2, n_batch=64, n_ubatch=32, swa_full=True))
+    assert (found.n_threads, found.n_threads_batch, found.n_batch, found.n_ubatch) == (1, 2, 64, 32)
+    assert (found.type_k, found.type_v, found.swa_full, found.repack) == ("F32", "F32", True, True)
+    assert not cost_settings(open_model(tiny(), repack=False)).repack
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+        assert found.cpu in (names or {"CPU"}), "as the kernel names it"
+
+
+def test_inspect_lists_the_sublayers(tiny: Any) -> None:
+    result = run("inspect", tiny())
+    assert "llama, 3 layers" in result.stdout
+    assert "6 of 6 sublayers can be skipped." in result.stdout
+    assert "3 attentions can use a window in the bulk" in result.stdout
+    assert run("inspect", tiny("gemma3")).stdout.count("window of 8") == 2  # layers 0 and 2
+    sharing = run("inspect", tiny("gemma4")).stdout
+    assert "6 of 8 sublayers can be skipped, 2 more in the bulk of a prompt." in sharing
+    assert "in the bulk only, window of 8: its KV is shared" in " ".join(sharing.split())

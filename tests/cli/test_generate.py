@@ -1,138 +1,165 @@
-"""``adaskip-cpp generate``: on a tiny model what it prints, with a plan and with a frontier."""
+"""``adaskip-cpp generate``: on a tiny model what it prints, which plan it uses, and the words about one request."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from oracles.command_line import fails, run
-from oracles.frontiers import quality
+from click.testing import Result
+from oracles.command_line import fails, line, run
+from oracles.frontiers import point, quality
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
-from adaskip_cpp.engine.generation import Generation, Timing
+from adaskip_cpp.cli.report import first_token_line, layer_list, megabytes, seconds, skipped_lines
+from adaskip_cpp.engine.generation import Timing
 from adaskip_cpp.measuring import running
 from adaskip_cpp.model.edits import FEW, Edits
 from adaskip_cpp.model.frontier import EditPoint
-from adaskip_cpp.model.identity import plan_path
+from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
+from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.plan_file import load_plan, save_plan
 from adaskip_cpp.model.quality import Passkeys
 
+Generate = Callable[..., Result]
+
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The options of each model that is opened."""
-    found, init = [], AdaSkipLlama.__init__
-
-    def spy(self: AdaSkipLlama, *args: Any, **options: Any) -> None:
-        found.append(options)
-        init(self, *args, **options)
-
-    monkeypatch.setattr(AdaSkipLlama, "__init__", spy)
-    return found
+def plan(model: Path) -> SkipPlan:
+    """A plan for that model."""
+    return replace(SkipPlan.manual(3, attention=[2], ffn=[0, 1]), model=ModelInfo(fingerprint(model), "llama", 3))
 
 
-def test_text_may_come_from_stdin(tiny: Any, tmp_path: Path) -> None:
-    result = run("generate", tiny(), "-f", "-", "--max-tokens", 3, stdin="hello")
-    assert "prompt:" in result.stderr
-    args = ["calibrate", tiny(), "--data", "-", "--tokens", 8, "--requests", 1, "--no-cost", "-o", tmp_path / "p.json"]
-    assert "No sublayer was timed" in run(*args, stdin="hello world, hello").stdout
-    assert Profile.load(tmp_path / "p.json").cost is None
+@pytest.fixture
+def generate(model: Path) -> Generate:
+    """``generate(...)``: the verb on that model, with a short answer."""
+    words = ["generate", model, "-p", "the end", "--raw", "--ctx", 256, "--max-tokens", 4, "--temp", 0]
+    return lambda *args, code=0: run(*words, *args, code=code)
 
 
-def test_the_same_seed_gives_the_same_text(tiny: Any) -> None:
-    texts = [run("generate", tiny(), "-p", "hello", "--max-tokens", 20, "--seed", seed).stdout for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+def said(result: Result) -> str:
+    return " ".join(result.stderr.split())
 
 
-def test_generate_allocates_no_kv_for_attentions_that_never_run(tiny: Any, tmp_path: Path) -> None:
-    def told(**chosen: Any) -> str:
-        save_plan(tmp_path / "plan.json", SkipPlan.manual(3, **chosen))
-        args = ["generate", tiny(), "-p", "hello", "--max-tokens", 2, "--ctx", 256]
-        return run(*args, "--plan", tmp_path / "plan.json").stderr
+def test_the_same_seed_gives_the_same_text_also_from_stdin_and_figures_go_to_stderr(tiny: Any) -> None:
+    words = ("generate", tiny(), "--max-tokens", 20)
+    first, again, other = (run(*words, "-p", "hello", "--seed", seed) for seed in (1, 1, 2))
+    piped = run(*words, "-f", "-", "--seed", 1, stdin="hello")
+    assert first.stdout == again.stdout == piped.stdout != other.stdout
+    assert "prompt:" in first.stderr and "tokens/s" in first.stderr and "tokens/s" not in first.stdout
 
+
+def test_it_uses_the_plan_beside_the_model_and_says_so(
+    generate: Generate, plan: SkipPlan, model: Path, tmp_path: Path
+) -> None:
+    whole = generate()
     # f16 K and V of 2 heads of 16 for 256 positions: 32,768 bytes a layer.
-    assert "KV:      33 kB, none for 2 of 3 layers" in told(attention=[0, 2])
-    assert "KV:      98 kB\n" in told(attention=[0, 2], phase="decode")
-    assert "KV:      98 kB\n" in told(ffn=[0])
-    assert "KV:      98 kB\n" in told(attention=[0, 2], phase="bulk"), "the bulk keeps its K and V"
+    assert "skipped" not in whole.stderr and "KV:      98 kB\n" in whole.stderr
+    save_plan(plan_path(model), plan)
+    save_plan(tmp_path / "other.json", plan)
+    tuned = generate()
+    assert "3 of 6 sublayers skipped (m.adaskip-plan.json). --full runs" in said(tuned)
+    assert "KV:      66 kB, none for 1 of 3 layers\n" in tuned.stderr
+    named = generate("--plan", tmp_path / "other.json")
+    assert named.stdout == tuned.stdout and "--full runs" not in said(named)
+    full = generate("--full")
+    assert full.stdout == whole.stdout and "skipped" not in full.stderr
+    save_plan(plan_path(model), replace(plan, model=ModelInfo("ab" * 32, "llama", 3)))
+    other = generate()
+    assert other.stdout == whole.stdout and "The whole model runs" in other.stderr and "another model" in said(other)
+    assert "another model" in line(generate("--plan", plan_path(model), code=1))
 
 
-def test_generate_tells_what_each_phase_skipped(tiny: Any, profile_path: Path, tmp_path: Path) -> None:
-    def told(mode: Any) -> str:
-        save_plan(tmp_path / "plan.json", Profile.load(profile_path).plan(1, mode=mode))
-        args = ["generate", tiny(), "-p", "hello", "--max-tokens", 8, "--raw"]
-        return run(*args, "--plan", tmp_path / "plan.json").stderr
-
-    decode_only = told("decode")
-    assert "skipped: 0 of 6 sublayers in prefill" in decode_only
-    assert "1 of 6 in decode (0 attention, 1 FFN)" in decode_only
-    assert "of 20 tokens observed" in told("e2e")
-
-
-LONG = "the of to in " * 20
-
-
-def test_generate_tells_what_the_first_token_would_have_taken_without_skipping(
-    tuned_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_it_takes_what_plan_writes_and_tells_what_each_phase_skipped(
+    generate: Generate, profile_path: Path, tmp_path: Path
 ) -> None:
-    timing = Timing(n_prompt=66, n_evaluated=66, n_generated=2, first_token_s=3.0, decode_s=0.1, is_cut=False)
-    monkeypatch.setattr(Generation, "timing", property(lambda self: timing, lambda self, value: None), raising=False)
-    args = ("generate", tuned_model, "-p", LONG, "--max-tokens", 2)
-    # The frontier predicts 2 * 1.2 times the speed for the shortest prompts.
-    assert "first token after 3.00 s; predicted without the plan: 7.20 s\n" in run(*args).stderr
-    assert "first token after 3.00 s\n" in run(*args, "--full").stderr
+    for mode, words in (
+        ("prompt", "skipped: 2 of 6 sublayers in the bulk of a prompt (1 attention, 1 FFN) 0 of 6 in decode"),
+        ("prefill", "skipped: 2 of 6 sublayers in prefill (1 attention, 1 FFN) 2 of 6 in decode (1 attention, 1 FFN)"),
+        ("decode", "skipped: 0 of 6 sublayers in prefill (0 attention, 0 FFN) 2 of 6 in decode (1 attention, 1 FFN)"),
+    ):
+        written = run("plan", profile_path, "--skip", 2, "--mode", mode, "-o", tmp_path / "two.json")
+        assert "two.json" in written.stdout
+        assert load_plan(tmp_path / "two.json").plan == Profile.load(profile_path).plan(2, mode=mode)
+        result = generate("--plan", tmp_path / "two.json")
+        assert words in said(result) and ("of 20 tokens observed" in result.stderr) == (mode == "decode")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "options", "n_skip"),
-    [(LONG, (), 2), (LONG, ("--max-loss", 0.02), 1), (LONG, ("--max-loss", 0), 0), ("the", (), 0)],
-)
-def test_generate_skips_what_keeps_the_promise(
-    prompt: str, options: tuple[object, ...], n_skip: int, tuned_model: Path
-) -> None:
-    result = run("generate", tuned_model, "-p", prompt, "--max-tokens", 2, *options)
-    assert f"Plans lose at most {options[-1] if options else 0.05:g} nats per token" in result.stderr
-    assert ("skipped:" in result.stderr) is (n_skip > 0)
-    assert not n_skip or f"skipped: {n_skip} of 6 sublayers in the bulk of a prompt" in result.stderr
-
-
-def test_edits_take_no_part_of_the_promise_of_one_prompt(tuned_model: Path) -> None:
-    found = load_plan(plan_path(tuned_model)).frontier
+def test_it_skips_what_keeps_the_promise_of_which_edits_take_no_part(tuned_model: Path, tmp_path: Path) -> None:
+    beside, other = plan_path(tuned_model), tmp_path / "other.json"
+    found = load_plan(beside).frontier
     assert found is not None
-    edits = EditPoint(2048, *[quality(0.02)] * 3, Passkeys(2, 2, 2), (), Edits(most_moves=FEW))
-    save_plan(plan_path(tuned_model), replace(found, edits=(edits,)))
-    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2)
-    assert "skipped: 2 of 6 sublayers in the bulk of a prompt" in result.stderr
-
-
-def test_generate_takes_a_frontier_from_elsewhere(tuned_model: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.json"
-    save_plan(other, load_plan(plan_path(tuned_model)).frontier)
-    os.remove(plan_path(tuned_model))
-    result = run("generate", tuned_model, "-p", LONG, "--max-tokens", 2, "--plan", other, "--max-loss", 0.02)
-    assert "skipped: 1 of 6" in result.stderr
+    lost = quality(0.02)
+    edits = EditPoint(2048, lost, lost, lost, Passkeys(2, 2, 2), (), Edits(most_moves=FEW))
+    save_plan(beside, replace(found, edits=(edits,)))
+    words = ("generate", tuned_model, "-p", "the of to in " * 20, "--max-tokens", 2)
+    for options, promise, n_skip in (((), 0.05, 2), (("--max-loss", 0.02), 0.02, 1), (("--max-loss", 0), 0, 0)):
+        result = run(*words, *options)
+        assert f"Plans lose at most {promise} nats per token" in result.stderr
+        os.rename(beside, other)
+        for each in (result, run(*words, *options, "--plan", other)):
+            assert ("skipped:" in each.stderr) == (n_skip > 0)
+            assert n_skip == 0 or f"skipped: {n_skip} of 6 sublayers in the bulk of a prompt" in each.stderr
+        os.rename(other, beside)
 
 
 def test_a_promise_that_cannot_choose_is_a_usage_error(tuned_model: Path, tmp_path: Path) -> None:
-    """Beside what else to skip, without what tune found, or because it is no loss."""
-    save_plan(tmp_path / "one.json", SkipPlan.manual(3, ffn=[1]))
-    promise = ("generate", tuned_model, "-p", "the", "--max-loss")
+    """Beside --full, with one plan, because it is no loss, or without what tune found."""
+    one = tmp_path / "one.json"
+    save_plan(one, SkipPlan.manual(3, ffn=[1]))
     for args, message in (
-        ((0.1, "--full"), "leave out --plan and --max-loss, or --full"),
-        ((0.1, "--plan", tmp_path / "one.json"), "has one plan, so leave it out"),
-        ((-0.1,), "--max-loss"),
-        (("much",), "--max-loss"),
+        (("--max-loss", 0.1, "--full"), "leave out --plan and --max-loss, or --full"),
+        (("--plan", one, "--full"), "leave out --plan and --max-loss, or --full"),
+        (("--plan", one, "--max-loss", 0.1), "has one plan, so leave it out"),
+        (("--max-loss", -0.1), "--max-loss"),
     ):
-        assert message in fails(*promise, *args, code=2)
+        assert message in fails("generate", tuned_model, "-p", "the", *args, code=2)
     os.remove(plan_path(tuned_model))
-    assert f"run `adaskip-cpp tune {tuned_model}`" in fails(*promise, 0.1, code=2)
+    missing = fails("generate", tuned_model, "-p", "the", "--max-loss", 0.1, code=2)
+    assert f"run `adaskip-cpp tune {tuned_model}`" in missing
 
 
 def test_settings_that_were_found_here_are_used_and_options_win(
-    tuned_model: Path, opened: list[Any], monkeypatch: pytest.MonkeyPatch
+    tuned_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opened, init = list[dict[str, Any]](), AdaSkipLlama.__init__
+
+    def spy(self: AdaSkipLlama, *args: Any, **options: Any) -> None:
+        opened.append(options)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(AdaSkipLlama, "__init__", spy)
     for here, options, flash_attn in ((True, (), True), (True, ("--no-flash-attn",), False), (False, (), None)):
         monkeypatch.setattr(running, "is_here", lambda machine, here=here: here)
         run("generate", tuned_model, "-p", "the", "--max-tokens", 1, *options)
         assert opened[-1].get("flash_attn") is flash_attn
+
+
+def test_ffns_that_were_added_online_are_counted() -> None:
+    plan = replace(SkipPlan.manual(3, attention=[0]), online=OnlineStage(20, 0.75, "median"))
+    for ffn, n_tokens, words in (
+        ((0, 1, 2), 20, "online: FFN of layers 0-2 added"),
+        ((), 20, "online: no FFN added: none as similar as 0.7500"),
+        ((), 8, "online: no FFN added: 8 of 20 tokens observed"),
+    ):
+        llm: Any = SimpleNamespace(plan=plan, online=SimpleNamespace(ffn=ffn, n_tokens=n_tokens))
+        told = " ".join(" ".join(skipped_lines(llm, 29)).split())
+        assert told.startswith("skipped: 1 of 6 sublayers in prefill (1 attention, 0 FFN)") and told.endswith(words)
+        assert f"{1 + len(ffn)} of 6 in decode (1 attention, 0 FFN" in told
+        assert ("3 FFN added online" in told) == (len(ffn) == 3)
+
+
+def test_what_tune_predicted_is_told_of_a_prompt_that_is_read_as_a_whole() -> None:
+    timing = Timing(n_prompt=2000, n_evaluated=2000, n_generated=2, first_token_s=0.25, decode_s=0.1, is_cut=False)
+    found = point(SkipPlan.manual(3, ffn=[1], phase="bulk"), 0.01, {1024: 1.2, 2048: 1.6})
+    tuned: Any = SimpleNamespace(point={2000: found}.get)
+    assert first_token_line(tuned, timing) == "first token after 250 ms; predicted without the plan: 400 ms"
+    assert first_token_line(tuned, replace(timing, n_evaluated=100)) == "first token after 250 ms"
+
+
+def test_layers_decimal_bytes_and_times_of_three_digits_are_told_shortly() -> None:
+    assert [*map(layer_list, [(), (3,), (0, 1, 4, 5, 6, 9)])] == ["none", "3", "0, 1, 4-6, 9"]
+    assert [*map(megabytes, [32_768, 1_500_000, 188_743_680])] == ["33 kB", "1.5 MB", "189 MB"]
+    assert [*map(seconds, [0.012345, 0.9, 1.234, 123.4])] == ["12.3 ms", "900 ms", "1.23 s", "123 s"]

@@ -40,29 +40,21 @@ def test_plan_ranks_every_sublayer(profile_path: Path) -> None:
     assert "mode prompt" in text and "KV memory is needed for all layers" in text
 
 
-def test_plan_tells_what_skipping_saves(profile_path: Path) -> None:
+def test_plan_tells_what_skipping_saves_and_shows_phases_apart_where_they_differ(profile_path: Path) -> None:
     # Decoding a token, an attention takes 2 ms, an FFN 1 ms, the rest 1 ms, so that 3 layers take 10 ms.
     replace(Profile.load(profile_path), cost=cost_model(0.1, [0.2] * 3, [0.1] * 3)).save(profile_path)
     text = run("plan", profile_path, "--skip", 2, "--mode", "decode").stdout
     assert [(row[3], row[6]) for row in rows(text)[:2]] == [("2.00", "1.00")] * 2 and "time saved in decode" in text
-    assert "prefill 1.00 x, decode 1.43 x." in text and max(map(len, text.splitlines())) <= 80
-    words = "times of a CPU, 2 and 4 threads, batches of 512, ubatches of 512, KV in F16 and Q8_0, flash"
-    assert words in " ".join(text.split())
+    assert "prefill 1.00 x, decode 1.43 x." in text
+    assert "predicted from times of a CPU, 2 and 4 threads" in " ".join(text.split())
+    assert "0 of 6 sublayers skipped in prefill, 2 in decode" in text and "after 20 tokens of an answer" in text
+    assert "attention skipped in prefill in layers: none" in text and "skipped in decode in layers: 2" in text
+    text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4, "--mode", "e2e").stdout
+    assert "from token 1 of an answer: 4 skipped" in text
     for mode in ("prompt", "e2e"):
         text = run("plan", profile_path, "--speedup", 1.25, "--mode", mode).stdout
         predicted = re.search(r"Predicted speed-up at 2,048 tokens: prefill (.*) x, decode", text)
         assert predicted and float(predicted[1]) >= 1.25 and f"mode {mode}" in text
-
-
-def test_plan_shows_phases_apart_where_they_differ_and_a_schedule(profile_path: Path) -> None:
-    text = run("plan", profile_path, "--skip", 2, "--mode", "decode").stdout
-    assert "0 of 6 sublayers skipped in prefill, 2 in decode" in text
-    assert "attention skipped in prefill in layers: none" in text
-    assert "attention skipped in decode in layers: 2" in text
-    assert "KV memory is needed for all layers" in text
-    assert "after 20 tokens of an answer" in text
-    text = run("plan", profile_path, "--strategy", "skip_decode", "--skip", 4, "--mode", "e2e").stdout
-    assert "from token 1 of an answer: 4 skipped" in text
 
 
 def test_plan_tells_the_bulk_and_the_time_to_the_first_token(profile_path: Path, tmp_path: Path) -> None:
@@ -71,8 +63,8 @@ def test_plan_tells_the_bulk_and_the_time_to_the_first_token(profile_path: Path,
     args = ["plan", profile_path, "--mode", "prompt", "--strategy", "early_exit", "--skip", 4]
     args += ["--context", 65 + 64, "--head", 0, "--tail", 1, "-o", tmp_path / "plan.json"]
     text = run(*args).stdout
-    words = "4 of 6 sublayers skipped in the bulk of a prompt, 0 in decode: strategy early_exit"
-    assert words in " ".join(text.split())
+    counts = "4 of 6 sublayers skipped in the bulk of a prompt, 0 in decode"
+    assert f"{counts}: strategy early_exit" in " ".join(text.split())
     assert "attention skipped in the bulk in layers: 1, 2" in text and "FFN skipped in the bulk in layers: 1, 2" in text
     assert [row.count("b") for row in rows(text)] == [0, 2, 2] and "time saved in a prompt" in text
     # By hand, two ubatches of the bulk and a token: of the whole model 1 + 4 + 0.25 s, of the plan 1 + 2 + 2 * 0.25.
@@ -81,43 +73,35 @@ def test_plan_tells_the_bulk_and_the_time_to_the_first_token(profile_path: Path,
     assert "The bulk is the prompt without its first 0 and its last 1 tokens." in text
     assert "Predicted first token: after 7.07 s, whole model 10.57 s." in text
     assert "needed for all layers: the bulk keeps its K and V" in text
-    assert max(len(each) for each in text.splitlines() if "plan.json" not in each) <= 80
     shown = run("plan", tmp_path / "plan.json").stdout
-    assert "4 of 6 sublayers skipped in the bulk of a prompt, 0 in decode" in shown and "its last 1 tokens." in shown
+    assert counts in shown and "its last 1 tokens." in shown
 
 
 def test_windows_are_chosen_by_hand_and_told(tiny: Any, profile_path: Path, tmp_path: Path) -> None:
     replace(Profile.load(profile_path), windowable=(0, 1, 2)).save(profile_path)
-    args = ["--skip", 1, "--windowed", 3, "--head", 0, "--tail", 4]  # one of the three is skipped
-    shown = run("plan", profile_path, *args, "-o", tmp_path / "plan.json").stdout
-    words = "1 of 6 sublayers skipped in the bulk of a prompt, 2 attentions windowed to 252 tokens, 0 in decode"
-    assert words in " ".join(shown.split())
-    assert "attention in the bulk looks back at 252 tokens in layers: 0, 1" in shown
-    assert "looks back at 252 tokens" in run("plan", tmp_path / "plan.json").stdout
-    generate = ["generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2]
-    told = " ".join(run(*generate).stderr.split())
-    assert "(1 attention, 0 FFN), 2 attentions windowed to 252 tokens" in told
-    run("plan", profile_path, "--skip", 0, "--windowed", 1, "-o", tmp_path / "plan.json")
-    told = " ".join(run(*generate).stderr.split())
-    assert "1 attention windowed to 252 tokens" in told, "windows alone are a plan"
-    assert "3 attentions can use a window in the bulk" in run("inspect", tiny()).stdout
+    for n_skip, n_windowed, words in ((1, 3, "2 attentions"), (0, 1, "1 attention")):  # one of the three is skipped
+        args = ["--skip", n_skip, "--windowed", n_windowed, "--head", 0, "--tail", 4, "-o", tmp_path / "plan.json"]
+        shown = " ".join(run("plan", profile_path, *args).stdout.split())
+        assert f"{n_skip} of 6 sublayers skipped in the bulk of a prompt, {words} windowed to 252 tokens" in shown
+        looks = f"attention in the bulk looks back at 252 tokens in layers: {'0, 1' if n_skip else '2'}"
+        assert looks in shown and looks in run("plan", tmp_path / "plan.json").stdout
+        told = run("generate", tiny(), "-p", "hello", "--plan", tmp_path / "plan.json", "--max-tokens", 2).stderr
+        assert f"{words} windowed to 252 tokens" in " ".join(told.split())
 
 
 def test_a_plan_file_is_shown_as_it_is_with_its_frontier_within_80_columns(tuned_model: Path) -> None:
     result = run("plan", plan_path(tuned_model))
     told = " ".join(result.stdout.split())
-    assert "Plans, judged after prompts of 2,048 tokens" in told
-    assert "Chosen: flash_attn True. They change only the rounding." in told and "repack False fails" in told
     assert "A promise of 0.02 nats per token gives 1.30 times the speed at 2,048 tokens." in told
     assert "A promise of 0.05 nats per token (the default) gives 2.60 times the speed" in told
-    assert "after 2,048 tokens comes 1.50 (1.40 to 1.60) times as fast with both as with stock llama-cpp-python" in told
     assert max(map(len, result.stdout.splitlines())) <= 80
     assert "leave out other options" in fails("plan", plan_path(tuned_model), "--skip", 2, code=2)
 
 
 @pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "skip_decode", "unified_skipping"])
 def test_every_strategy_can_be_planned_within_80_columns(profile_path: Path, strategy: str) -> None:
+    replace(Profile.load(profile_path), cost=cost_model(0.1, [0.2] * 3, [0.1] * 3)).save(profile_path)
     for mode in MODES:
-        result = run("plan", profile_path, "--strategy", strategy, "--skip", 2, "--mode", mode)
-        assert f"strategy {strategy}, mode {mode}" in " ".join(result.stdout.split())
-        assert max(map(len, result.stdout.splitlines())) <= 80
+        text = run("plan", profile_path, "--strategy", strategy, "--skip", 2, "--mode", mode).stdout
+        assert f"strategy {strategy}, mode {mode}" in " ".join(text.split())
+        assert max(map(len, text.splitlines())) <= 80

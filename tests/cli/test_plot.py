@@ -1,6 +1,7 @@
 """``adaskip-cpp plot``: the files it writes, and what they show."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 def found() -> Frontier:
     mild, strong = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([1], [1, 2]))
-    return frontier([point(mild, 0.01, {2048: 1.25, 8192: 1.6}), point(strong, 0.04, {2048: 2.0, 8192: 2.5})])
+    return frontier([point(mild, 0.01, {2048: 1.25, 8192: 1.6}), point(strong, 0.04, {2048: 2.0, 8192: 8.0})])
 
 
 def test_a_profile_and_a_frontier_are_drawn_in_two_files_each_which_are_named(
@@ -36,19 +37,18 @@ def test_a_profile_and_a_frontier_are_drawn_in_two_files_each_which_are_named(
 def test_the_lines_show_the_profiles_figures() -> None:
     prefill, decode = np.random.default_rng(4).uniform(0.3, 1, (2, 4, 2))
     shown = profile(prefill, decode=statistics(decode))
-    layers, attention, ffn = profile_plots.similarity(shown).axes
-    for axes, of_phase in (
-        (layers, lambda phase: phase.layer_similarity),
-        (attention, lambda phase: phase.similarity[:, 0]),
-        (ffn, lambda phase: phase.similarity[:, 1]),
-    ):
-        for curve, name in zip(axes.lines, ("prefill", "decode"), strict=True):
-            assert curve.get_label() == name
+    axes = profile_plots.similarity(shown).axes
+    for name in ("prefill", "decode"):
+        phase = getattr(shown, name)
+        for each, values in zip(
+            axes, (phase.layer_similarity, phase.similarity[:, 0], phase.similarity[:, 1]), strict=True
+        ):
+            (curve,) = [line for line in each.lines if line.get_label() == name]
             np.testing.assert_array_equal(curve.get_xdata(), range(4))
-            np.testing.assert_array_equal(curve.get_ydata(), of_phase(getattr(shown, name)))
+            np.testing.assert_array_equal(curve.get_ydata(), values)
 
 
-@pytest.mark.parametrize("extreme", [[[1.0, 1.0]], [[-0.9, 0.999999], [0.5, 0.2]], [[0.5, float("nan")], [0.2, 0.1]]])
+@pytest.mark.parametrize("extreme", [[[1.0, 1.0]], [[-0.9, 0.999999], [0.5, float("nan")]]])
 def test_every_similarity_lies_within_the_axes(extreme: list[list[float]]) -> None:
     similarity = np.array(extreme)
     axes = profile_plots.similarity(profile(similarity)).axes[0]
@@ -57,22 +57,12 @@ def test_every_similarity_lies_within_the_axes(extreme: list[list[float]]) -> No
     assert len(axes.get_yticks()) >= 2
 
 
-# -- a frontier ------------------------------------------------------------------------------------------------------
-
-
 def test_the_curves_begin_at_the_whole_model_and_show_time_and_loss_of_each_plan() -> None:
     (axes,) = profile_plots.losses(found()).axes
-    curves = {str(each.get_label()): each.get_xydata().tolist() for each in axes.lines}
+    curves: dict[str, Any] = {str(each.get_label()): np.asarray(each.get_xydata()).tolist() for each in axes.lines}
     assert curves["prompts of 2,048 tokens"] == [[1, 0], [1 / 1.25, 0.01], [0.5, 0.04]]
     # Prompts four times as long as those that were judged count as two doublings.
-    expected = [[1, 0], [1 / 1.6, 0.01 * GROWTH**2], [1 / 2.5, 0.04 * GROWTH**2]]
+    expected: Any = [[1, 0], [1 / 1.6, 0.01 * GROWTH**2], [1 / 8, 0.04 * GROWTH**2]]
     np.testing.assert_allclose(curves["prompts of 8,192 tokens"], expected)
-    low, high = sorted(axes.get_xlim())
-    assert all(low <= x <= high for name, curve in curves.items() if "prompts" in name for x, _ in curve)
-
-
-def test_a_very_fast_plan_lies_within_the_axes_and_without_plans_they_are_drawn_too() -> None:
-    plan = SkipPlan.manual(3, ffn=[1], phase="bulk")
-    (axes,) = profile_plots.losses(frontier([point(plan, 0.01, {2048: 8.0})])).axes
-    assert min(axes.get_xlim()) <= 1 / 8
+    assert max(axes.get_xlim()) >= 1 and min(axes.get_xlim()) <= 1 / 8, "all within the axes"
     assert len(profile_plots.losses(frontier([])).axes) == 1

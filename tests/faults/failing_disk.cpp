@@ -4,14 +4,9 @@
 // close, rename and unlink. The n-th of them fails as on a full disk, alone or with all that need space after it, or
 // the process is killed there. A write that fails, or is killed, has written half of its bytes.
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -21,7 +16,6 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 enum mode : int32_t {
@@ -52,38 +46,33 @@ static bool is_inside(int fd) {
     return is_inside((const char *) path);
 }
 
-enum answer {
-    GOES_ON,
-    FAILS,
-    ENDS, // after half of it, where it has halves
-};
-
-static answer ask(bool needs_space) {
+// counts a call; whether it is to fail
+static bool is_hit(bool needs_space) {
     const int64_t n = ++n_counted;
-    if (n == n_failing) {
-        return mode == KILLED ? ENDS : FAILS;
-    }
-    return mode == FULL && needs_space && n > n_failing ? FAILS : GOES_ON;
+    return n == n_failing || (mode == FULL && needs_space && n > n_failing);
 }
 
-static void kill_here() {
-    kill(getpid(), SIGKILL);
-    for (;;) {
+static bool fail() {
+    if (mode == KILLED) {
+        kill(getpid(), SIGKILL);
         pause();
     }
+    errno = ENOSPC;
+    return true;
 }
 
-// for what has no halves
 static bool fails(bool needs_space) {
-    const answer answer = ask(needs_space);
-    if (answer == ENDS) {
-        kill_here();
-    }
-    errno = answer == FAILS ? ENOSPC : errno;
-    return answer == FAILS;
+    return is_hit(needs_space) && fail();
 }
 
 #define REAL(name) static const auto real = (decltype(&name)) dlsym(RTLD_NEXT, #name)
+
+// a function that fails where a condition holds
+#define FAILING(type, name, parameters, arguments, condition)                                                          \
+    type name parameters {                                                                                             \
+        REAL(name);                                                                                                    \
+        return (condition) ? -1 : real arguments;                                                                      \
+    }
 
 extern "C" {
 
@@ -103,46 +92,20 @@ int64_t failing_disarm(void) {
 
 ssize_t write(int fd, const void * data, size_t n) {
     REAL(write);
-    if (!is_inside(fd)) {
+    if (!is_inside(fd) || !is_hit(true)) {
         return real(fd, data, n);
     }
-    const answer answer = ask(true);
-    if (answer == GOES_ON) {
-        return real(fd, data, n);
-    }
-    const ssize_t half = n > 1 ? real(fd, data, n / 2) : 0;
-    if (answer == ENDS) {
-        kill_here();
-    }
+    const ssize_t half = real(fd, data, n / 2);
+    fail();
     // what is left of the write fails then, as the disk is full
-    errno = ENOSPC;
     return mode == FULL && half > 0 ? half : -1;
 }
 
-ssize_t writev(int fd, const iovec * parts, int n_parts) {
-    REAL(writev);
-    return is_inside(fd) && fails(true) ? -1 : real(fd, parts, n_parts);
-}
-
-ssize_t pwrite64(int fd, const void * data, size_t n, off64_t at) {
-    REAL(pwrite64);
-    return is_inside(fd) && fails(true) ? -1 : real(fd, data, n, at);
-}
-
-size_t fwrite(const void * data, size_t size, size_t n, FILE * file) {
-    REAL(fwrite);
-    return is_inside(fileno(file)) && fails(true) ? 0 : real(data, size, n, file);
-}
-
-int fsync(int fd) {
-    REAL(fsync);
-    return is_inside(fd) && fails(true) ? -1 : real(fd);
-}
-
-int ftruncate64(int fd, off64_t n) {
-    REAL(ftruncate64);
-    return is_inside(fd) && fails(false) ? -1 : real(fd, n);
-}
+FAILING(int, fsync, (int fd), (fd), is_inside(fd) && fails(true))
+FAILING(int, ftruncate64, (int fd, off64_t n), (fd, n), is_inside(fd) && fails(false))
+FAILING(int, rename, (const char * from, const char * to), (from, to), is_inside(to) && fails(true))
+FAILING(int, unlink, (const char * path), (path), is_inside(path) && fails(false))
+FAILING(int, mkdir, (const char * path, mode_t rights), (path, rights), is_inside(path) && fails(true))
 
 int close(int fd) {
     REAL(close);
@@ -151,21 +114,6 @@ int close(int fd) {
     const int  res     = real(fd);
     errno              = failed ? ENOSPC : errno;
     return failed ? -1 : res;
-}
-
-int rename(const char * from, const char * to) {
-    REAL(rename);
-    return is_inside(to) && fails(true) ? -1 : real(from, to);
-}
-
-int unlink(const char * path) {
-    REAL(unlink);
-    return is_inside(path) && fails(false) ? -1 : real(path);
-}
-
-int mkdir(const char * path, mode_t rights) {
-    REAL(mkdir);
-    return is_inside(path) && fails(true) ? -1 : real(path, rights);
 }
 
 int open64(const char * path, int flags, ...) {
@@ -180,8 +128,7 @@ int open64(const char * path, int flags, ...) {
     return real(path, flags, rights);
 }
 
-int     open(const char * path, int flags, ...) __attribute__((alias("open64")));
-int     ftruncate(int fd, off_t n) __attribute__((alias("ftruncate64")));
-ssize_t pwrite(int fd, const void * data, size_t n, off_t at) __attribute__((alias("pwrite64")));
+int open(const char * path, int flags, ...) __attribute__((alias("open64")));
+int ftruncate(int fd, off_t n) __attribute__((alias("ftruncate64")));
 
 } // extern "C"

@@ -1,12 +1,8 @@
 """Fuzzing: ``PYTHONPATH=tests python tests/faults/fuzz.py TARGET [libFuzzer's options and files]``.
 
-With ``--replay TARGET FILE...`` a target takes these files, without the fuzzer.
-
 Coverage of the package steers atheris, which is libFuzzer for Python. Inputs are lines of JSON: most often values of
-one are changed, so that what comes out is JSON again, else libFuzzer changes bytes.
+one are changed, else bytes.
 """
-
-from __future__ import annotations
 
 import gc
 import importlib
@@ -14,13 +10,12 @@ import json
 import os
 import random
 import sys
-import traceback
 import types
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
-_STEERING = ("adaskip_cpp", "faults.abi_calls", "faults.state_files", "oracles.gguf_files")
+_STEERING = ("adaskip_cpp", "faults.abi_calls", "faults.fuzz_targets", "oracles.gguf_files")
 """Modules whose coverage steers; native code's is not seen, so what an input asks of it stands for it."""
 
 _RAW = [
@@ -35,24 +30,18 @@ _RAW = [
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Yield every container of a JSON value with each of its keys."""
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        keys = list(each) if isinstance(each, dict) else range(len(each))
-        for key in keys:
-            yield each, key
-            if isinstance(each[key], dict | list):
-                waiting.append(each[key])
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
 
 
 def changed(value: Any, rng: random.Random) -> bytes:
     """Return JSON with one to three things changed: another value, one of its own elsewhere, one more, one less."""
     whole, raw = [value], {}
     for _ in range(rng.choice((1, 1, 2, 3))):
-        every = list(places(whole))
-        container, key = rng.choice(every)
-        other, at = rng.choice(every)
-        what = rng.randrange(6)
+        every, what = list(places(whole)), rng.randrange(6)
+        (container, key), (other, at) = rng.choice(every), rng.choice(every)
         copy = json.loads(json.dumps(other[at]))
         if what <= 1:
             name = f"@{len(raw)}@"
@@ -83,13 +72,11 @@ def mutate(data: bytes, most: int, seed: int) -> bytes:
     lines = text.split(b"\n")
     at = rng.randrange(len(lines))
     if rng.random() < 0.7:
-        try:
+        with suppress(ValueError, OverflowError, RecursionError):
             lines[at] = changed(json.loads(lines[at]), rng)
-        except (ValueError, OverflowError, RecursionError):
-            return bytes(atheris.Mutate(data, most))
-        result = b"\n".join(lines) + zero + rest
-        if len(result) <= most:
-            return result
+            result = b"\n".join(lines) + zero + rest
+            if len(result) <= most:
+                return result
     return bytes(atheris.Mutate(data, most))
 
 
@@ -104,23 +91,7 @@ def fuzz(name: str, options: list[str]) -> None:
     atheris.Fuzz()
 
 
-def replay(name: str, files: list[str]) -> int:
-    """Run a target over files; one that ends the process is the last that was named."""
-    target, n_failed = importlib.import_module("faults.fuzz_targets").TARGETS[name], 0
-    for file in files:
-        print(f"{name}: {file}", flush=True)
-        try:
-            target(Path(file).read_bytes())
-        except Exception:
-            traceback.print_exc()
-            n_failed += 1
-    print(f"{len(files) - n_failed} passed, {n_failed} failed", flush=True)
-    return int(n_failed > 0)
-
-
 if __name__ == "__main__":
     os.environ["GGML_NO_BACKTRACE"] = "1"
     sys.dont_write_bytecode = True
-    if sys.argv[1:2] == ["--replay"]:
-        sys.exit(replay(sys.argv[2], sys.argv[3:]))
     fuzz(sys.argv[1], sys.argv[2:])

@@ -2,13 +2,10 @@
 
     PYTHONPATH=tests python tests/faults/soak.py [--operations 100000] [--seed N]
 
-These are the calls of test_sequences.py and test_several_sequences.py, with the same checks against NumPy after each.
-There every sequence opens a model; here each kind of model is opened once, and takes ten sequences in turn with the
-other kinds. A check that fails is told, with what draws it again, and the run goes on; the exit code is 1 then. After
-each tenth of the operations it prints what the process holds.
+These are the calls of test_sequences.py and test_several_sequences.py, with the same checks against NumPy after each,
+but each kind of model is opened once, and takes ten sequences in turn with the other kinds. A failure is told, with
+what draws it again, and the run goes on.
 """
-
-from __future__ import annotations
 
 import argparse
 import random
@@ -34,9 +31,7 @@ from native import test_sequences, test_several_sequences
 def open_machines(folder: Path) -> dict[str, Callable[[], Any]]:
     """Open a model of every kind; returns what begins a sequence of calls on it.
 
-    Each reads a prompt as long as its context first, without outputs and, where it may be later, observed. Compute
-    buffers would else grow, and become resident, whenever a prompt is longer than all that were observed before it; and
-    llama.cpp makes a graph of half a megabyte for the first ubatch without outputs.
+    Each reads a prompt as long as its context first, without outputs and observed, or buffers would grow later.
     """
     paths = {name: write_model(folder / f"{name}.gguf", name) for name in ("llama", "gemma3")}
     models = {name: ReferenceModel(path) for name, path in paths.items()}
@@ -84,18 +79,14 @@ def show_memory() -> None:
     print(f"{called.total():9,} operations: {held}", flush=True)
 
 
-def main() -> int:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     args = parser.parse_args()
     print(f"make soak SEED={args.seed} OPERATIONS={args.operations}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        n_failures = soak(open_machines(Path(folder)), args.seed, args.operations)
+    with tempfile.TemporaryDirectory() as path:
+        n_failed = soak(open_machines(Path(path)), args.seed, args.operations)
         show_memory()
-    print(f"{n_failures} failures in {dict(called.most_common())}")
-    return 1 if n_failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print(f"{n_failed} failures in {dict(called.most_common())}")
+    sys.exit(n_failed > 0)

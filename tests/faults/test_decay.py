@@ -14,19 +14,11 @@ from oracles.tiny_families import N_EMBD, N_LAYER
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 
 PLANS = every_plan(N_LAYER, N_EMBD)
-N_CHANGES = 10_000
-N_DECODED = 4
-
-Figures = list[tuple[int, ...]]
+N_CHANGES, N_DECODED = 10_000, 4
 
 
-def change(llm: AdaSkipLlama, plan: SkipPlan | None) -> tuple[Figures, bytes]:
-    """Change the plan and answer a prompt under it.
-
-    Returns:
-        Of the prompt and of each decoded token: nodes and splits of its last graph, how many graphs it built and
-        reused, how many bytes the host read beside logits, and the bytes of KV. And the last logits.
-    """
+def change(llm: AdaSkipLlama, plan: SkipPlan | None) -> tuple[list[tuple[int, ...]], bytes]:
+    """Change the plan and answer a prompt under it; return the counters of each step, and the last logits."""
     llm.set_plan(plan)
     llm.reset()
     steps, figures, before = llm.generate([1, 5, 6, 7, 8, 9], temp=0.0), [], llm.counters
@@ -42,13 +34,9 @@ def change(llm: AdaSkipLlama, plan: SkipPlan | None) -> tuple[Figures, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CAN_MEASURE, reason="needs mallinfo2 of glibc")
+@pytest.mark.skipif(not CAN_MEASURE, reason="psutil does not measure the heap here")
 def test_after_ten_thousand_changes_of_plan_everything_is_as_after_the_first(open_tiny: Open) -> None:
-    """Every request builds as many graphs of as many nodes, and computes the same bits; and no memory was taken.
-
-    What malloc gave out wavers by 300 bytes. Compute buffers that grew by 4 bytes with every graph of another plan took
-    66,000 more; the vectors of a bulk alone, not freed with its plan, 6 million.
-    """
+    """What malloc gave out wavers by 6,000 bytes. The smallest leak per change, 24 bytes, would be 240,000."""
     llm = open_tiny(n_batch=3)
     for _ in range(2):
         first = {name: change(llm, plan) for name, plan in PLANS.items()}
@@ -57,5 +45,5 @@ def test_after_ten_thousand_changes_of_plan_everything_is_as_after_the_first(ope
     for _ in range(N_CHANGES // len(PLANS)):
         for name, plan in PLANS.items():
             assert change(llm, plan) == first[name], name
-    assert malloc_bytes() - held < 4096
+    assert malloc_bytes() - held < 2**16
     assert sys.getallocatedblocks() - objects < 100

@@ -23,9 +23,7 @@ ROOT = Path(__file__).parents[2]
 WHEELS = sorted((ROOT / "dist").glob("adaskip_cpp-*.whl"))
 LLAMA_CPP = Path(str(importlib.metadata.distribution("llama-cpp-python").locate_file("llama_cpp")))
 # Functions of C++ have another name in an mtmd.dll, which MSVC compiles.
-MSVC = {
-    "_Z24llama_model_get_tok_embdPK11llama_modelPf": "?llama_model_get_tok_embd@@YAIPEBUllama_model@@PEAM@Z",
-}
+MSVC = {"_Z24llama_model_get_tok_embdPK11llama_modelPf": "?llama_model_get_tok_embd@@YAIPEBUllama_model@@PEAM@Z"}
 
 
 @dataclass(frozen=True)
@@ -39,34 +37,32 @@ class Platform:
     system: str
 
 
-LINUX = {"name": "libllama.so", "format": "ELF", "ggml": frozenset({"libggml.so.0", "libggml-base.so.0"})}
-MACOS = {
-    "name": "libllama.dylib",
-    "format": "MACHO",
-    "ggml": frozenset({"@rpath/libggml.0.dylib", "@rpath/libggml-base.0.dylib"}),
-    "system": r"/usr/lib/libSystem\.B\.dylib",
-}
+def linux(machine: str, loader: str, system: str) -> Platform:
+    ggml = frozenset({"libggml.so.0", "libggml-base.so.0"})
+    return Platform(
+        "libllama.so", "ELF", f"ARCH.{machine}", ggml, rf"lib({system}|c|m|gcc_s)\.so\.\d|ld-linux-{loader}"
+    )
+
+
+def macos(machine: str) -> Platform:
+    ggml = frozenset({"@rpath/libggml.0.dylib", "@rpath/libggml-base.0.dylib"})
+    return Platform("libllama.dylib", "MACHO", f"CPU_TYPE.{machine}", ggml, r"/usr/lib/libSystem\.B\.dylib")
+
+
+X86_64, AARCH64 = ("X86_64", r"x86-64\.so\.2"), ("AARCH64", r"aarch64\.so\.1")
 PLATFORMS = {
-    "linux_x86_64": Platform(
-        **LINUX, machine="ARCH.X86_64", system=r"lib(c|m|stdc\+\+|gcc_s)\.so\.\d|ld-linux-x86-64\.so\.2"
-    ),
-    "linux_aarch64": Platform(
-        **LINUX, machine="ARCH.AARCH64", system=r"lib(c|m|stdc\+\+|gcc_s)\.so\.\d|ld-linux-aarch64\.so\.1"
-    ),
-    "manylinux_2_17_x86_64": Platform(
-        **LINUX, machine="ARCH.X86_64", system=r"lib(c|m|dl|pthread|gcc_s)\.so\.\d|ld-linux-x86-64\.so\.2"
-    ),
-    "manylinux_2_17_aarch64": Platform(
-        **LINUX, machine="ARCH.AARCH64", system=r"lib(c|m|dl|pthread|gcc_s)\.so\.\d|ld-linux-aarch64\.so\.1"
-    ),
-    "macosx_11_0_arm64": Platform(**MACOS, machine="CPU_TYPE.ARM64"),
-    "macosx_10_15_x86_64": Platform(**MACOS, machine="CPU_TYPE.X86_64"),
+    "linux_x86_64": linux(*X86_64, r"stdc\+\+"),
+    "linux_aarch64": linux(*AARCH64, r"stdc\+\+"),
+    "manylinux_2_17_x86_64": linux(*X86_64, "dl|pthread"),
+    "manylinux_2_17_aarch64": linux(*AARCH64, "dl|pthread"),
+    "macosx_11_0_arm64": macos("ARM64"),
+    "macosx_10_15_x86_64": macos("X86_64"),
     "win_amd64": Platform(
-        name="llama.dll",
-        format="PE",
-        machine="MACHINE_TYPES.AMD64",
-        ggml=frozenset({"ggml.dll", "ggml-base.dll"}),
-        system=r"(?i)kernel32\.dll|advapi32\.dll|ntdll\.dll|api-ms-win-crt-[\w-]+\.dll",
+        "llama.dll",
+        "PE",
+        "MACHINE_TYPES.AMD64",
+        frozenset({"ggml.dll", "ggml-base.dll"}),
+        r"(?i)kernel32\.dll|advapi32\.dll|ntdll\.dll|api-ms-win-crt-[\w-]+\.dll",
     ),
 }
 
@@ -154,10 +150,8 @@ def test_wheel_works_in_another_environment(wheel_of_the_checkout: Path, tmp_pat
     code = "import adaskip_cpp, llama_cpp; print(llama_cpp.llama_cpp._lib._name); llama_cpp.llama_backend_init()"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-S", "-c", code]  # -S: without the site-packages of this environment
-    run = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120
-    )
-    assert Path(run.stdout.strip()).parent == tmp_path / "adaskip_cpp" / "lib"
+    opened = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True, timeout=120)
+    assert Path(opened.strip()).parent == tmp_path / "adaskip_cpp" / "lib"
 
 
 def test_wheel_is_small_and_with_its_library_of_one_platform(wheel: Wheel) -> None:
@@ -168,14 +162,7 @@ def test_wheel_is_small_and_with_its_library_of_one_platform(wheel: Wheel) -> No
     assert str(getattr(wheel.library.header, machine)) == wheel.platform.machine
 
 
-def test_wheel_requires_the_release_that_it_was_built_from(wheel: Wheel) -> None:
-    version = json.loads(wheel.read("lib/build.json"))["llama_cpp_python"]
-    required = re.findall(r"^Requires-Dist: llama-cpp-python\b(.*)$", wheel.read(".dist-info/METADATA"), re.MULTILINE)
-    assert required[0] == f"=={version}"
-    assert all(f"=={version}" in line for line in required)
-
-
-def test_wheel_holds_our_library_alone(wheel: Wheel) -> None:
+def test_wheel_holds_our_library_alone_and_requires_the_release_that_it_was_built_from(wheel: Wheel) -> None:
     names = zipfile.ZipFile(wheel.path).namelist()
     library = f"adaskip_cpp/lib/{wheel.platform.name}"
     assert [name for name in names if re.search(r"\.(so|dylib|dll|a|lib|pdb|exe)\b", name)] == [library]
@@ -185,73 +172,54 @@ def test_wheel_holds_our_library_alone(wheel: Wheel) -> None:
     version = wheel.path.name.split("-")[1]
     assert {name.split("/")[0] for name in names} == {"adaskip_cpp", f"adaskip_cpp-{version}.dist-info"}
     assert "adaskip_cpp/py.typed" in names
+    release = json.loads(wheel.read("lib/build.json"))["llama_cpp_python"]
+    required = re.findall(r"^Requires-Dist: llama-cpp-python\b(.*)$", wheel.read(".dist-info/METADATA"), re.MULTILINE)
+    assert required[0] == f"=={release}" and all(f"=={release}" in line for line in required)
 
 
-def test_library_needs_ggml_and_the_system_alone(wheel: Wheel) -> None:
+def test_library_needs_ggml_and_the_oldest_system_of_the_tag_alone(wheel: Wheel) -> None:
     assert wheel.platform.ggml <= wheel.needed
     others = wheel.needed - wheel.platform.ggml
     assert not {name for name in others if not re.fullmatch(wheel.platform.system, name)}
-
-
-def test_library_runs_on_the_oldest_system_of_the_tag(wheel: Wheel) -> None:
-    if wheel.tag.startswith("linux"):
-        pytest.skip("it is for this machine alone")
     oldest = tuple(map(int, re.findall(r"_(\d+)", wheel.tag)[:2]))
-    if wheel.platform.format == "ELF":
-        versions = re.findall(rb"GLIBC_(\d+)\.(\d+)", wheel.content)
-        assert versions
-        assert max((int(major), int(minor)) for major, minor in versions) <= oldest
+    if wheel.platform.format == "PE":
+        assert (wheel.library.optional_header.major_subsystem_version, 0) <= (10, 0)
     elif wheel.platform.format == "MACHO":
         assert tuple(wheel.library.build_version.minos)[:2] == oldest
-    else:
-        assert (wheel.library.optional_header.major_subsystem_version, 0) <= (10, 0)
+    elif not wheel.tag.startswith("linux"):  # which is for this machine alone
+        versions = re.findall(rb"GLIBC_(\d+)\.(\d+)", wheel.content)
+        assert versions and max((int(major), int(minor)) for major, minor in versions) <= oldest
 
 
-def test_library_finds_ggml_beside_llama_cpp_python(wheel: Wheel) -> None:
+def test_library_finds_ggml_beside_llama_cpp_python_and_answers_for_the_one_that_mtmd_needs(wheel: Wheel) -> None:
     if wheel.platform.format == "ELF":
-        (runpath,) = [entry for entry in wheel.library.dynamic_entries if entry.tag.name == "RUNPATH"]
-        assert runpath.runpath == "$ORIGIN/../../llama_cpp/lib"
-        assert not [entry for entry in wheel.library.dynamic_entries if entry.tag.name == "RPATH"]
+        entries = [(entry.tag.name, entry) for entry in wheel.library.dynamic_entries]
+        (runpath,) = [entry.runpath for tag, entry in entries if tag == "RUNPATH"]
+        assert runpath == "$ORIGIN/../../llama_cpp/lib" and "RPATH" not in dict(entries)
+        assert [entry.name for tag, entry in entries if tag == "SONAME"] == ["libllama.so.0"]
     elif wheel.platform.format == "MACHO":
         assert [command.path for command in wheel.library.rpaths] == ["@loader_path/../../llama_cpp/lib"]
-    else:
-        pytest.skip("a DLL names no folder: the package opens ggml first")
-
-
-def test_library_answers_for_the_one_that_mtmd_needs(wheel: Wheel) -> None:
-    if wheel.platform.format == "ELF":
-        (soname,) = [entry.name for entry in wheel.library.dynamic_entries if entry.tag.name == "SONAME"]
-        assert soname == "libllama.so.0"
-    elif wheel.platform.format == "MACHO":
         own = lief.MachO.LoadCommand.TYPE.ID_DYLIB
         assert [entry.name for entry in wheel.library.libraries if entry.command == own] == ["@rpath/libllama.0.dylib"]
-    else:
+    else:  # a DLL names no folder: the package opens ggml first
         assert wheel.library.get_export().name == "llama.dll"
 
 
-def test_library_exports_our_abi_and_no_more_of_it(wheel: Wheel) -> None:
+def test_library_exports_our_abi_and_what_llama_cpp_python_and_mtmd_call(wheel: Wheel) -> None:
     without_comments = re.sub(r"//.*", "", wheel.read("include/adaskip.h"))
     declared = set(re.findall(r"\b(adaskip_\w+)\(", without_comments)) - {"adaskip_statistics_callback"}
     assert {name for name in wheel.exported if name.startswith("adaskip_")} == declared
-
-
-def test_library_exports_what_llama_cpp_python_binds(wheel: Wheel) -> None:
     bound = set(re.findall(r'@ctypes_function\(\s*"(llama_\w+)"', (LLAMA_CPP / "llama_cpp.py").read_text()))
-    assert len(bound) > 200
-    assert bound <= wheel.exported
-
-
-def test_library_exports_what_mtmd_calls(wheel: Wheel) -> None:
+    assert len(bound) > 200 and bound <= wheel.exported
     path = LLAMA_CPP / "lib" / "libmtmd.so"
-    if not path.exists():
-        pytest.skip("names of functions are read in an ELF file")
-    mtmd = lief.parse(str(path))
-    imported = {symbol.name for symbol in mtmd.imported_symbols}
-    called = {name for name in imported if re.match(r"(_Z\d+)?llama_", name)}
-    assert len(called) > 20
-    if wheel.platform.format == "PE":
-        called = {MSVC.get(name, name) for name in called}
-    assert called <= wheel.exported
+    if path.exists():  # names of functions are read in an ELF file
+        mtmd = lief.parse(str(path))  # its symbols are gone when it is
+        imported = {symbol.name for symbol in mtmd.imported_symbols}
+        called = {name for name in imported if re.match(r"(_Z\d+)?llama_", name)}
+        assert len(called) > 20
+        if wheel.platform.format == "PE":
+            called = {MSVC.get(name, name) for name in called}
+        assert called <= wheel.exported
 
 
 def test_library_keeps_the_exceptions_of_its_runtime_to_itself_and_unwinds_as_ggml_does(wheel: Wheel) -> None:

@@ -34,16 +34,11 @@ def test_a_text_is_cut_into_equal_requests_spread_over_it_and_a_short_one_into_f
         corpus.cut(LLM, "", 9, 11)
 
 
-@pytest.fixture(scope="module")
-def built_in() -> list[str]:
-    """Requests of the built-in text as text."""
+def test_requests_are_of_each_kind_in_turn_and_have_no_text_that_what_is_learned_is_judged_on() -> None:
     requests = corpus.requests(LLM, 30, 200)
     assert requests == corpus.requests(LLM, 30, 200), "the same every time"
     assert [len(each) for each in requests] == [200] * 30 and {each[0] for each in requests} == {BOS}
-    return [LLM.detokenize(each).decode("utf-8", "ignore") for each in requests]
-
-
-def test_requests_are_of_each_kind_in_turn(built_in: list[str]) -> None:
+    built_in = [LLM.detokenize(each).decode("utf-8", "ignore") for each in requests]
     library, numpy = Path(sysconfig.get_path("stdlib")), Path(np.__file__).parent
     headers = [path for path in Path(np.get_include(), "numpy").glob("*.h") if path.name[0] != "_"]
     assert all(each in corpus.text() for each in built_in[::6])
@@ -60,15 +55,12 @@ def test_requests_are_of_each_kind_in_turn(built_in: list[str]) -> None:
     described = corpus.descriptions(corpus._DESCRIBED)
     assert {*described} == {*corpus._DESCRIBED}
     assert all(each in corpus.SEPARATOR.join(described.values()) for each in built_in[5::6])
-
-
-def test_requests_have_no_text_that_what_is_learned_is_judged_on(built_in: list[str]) -> None:
     judged = [text for kind in (corpus.held_out, python_sources, readmes, licences) for text in kind().values()]
     for request in built_in:
         assert not any(request[50:150] in text for text in judged)
 
 
-@pytest.mark.parametrize("n", [1, 5, 6, 7])
+@pytest.mark.parametrize("n", [1, 6, 7])
 def test_so_many_requests_are_cut_as_are_asked_for(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     for name, letter in (("text", "p"), ("_sources", "s"), ("_docstrings", "d")):
         monkeypatch.setattr(corpus, name, lambda *_, letter=letter: letter * 100)
@@ -77,26 +69,14 @@ def test_so_many_requests_are_cut_as_are_asked_for(monkeypatch: pytest.MonkeyPat
     assert requests == [letter * 10 for letter in "psddsrp"][:n]
 
 
-@pytest.fixture
-def no_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hides numpy's files and the descriptions of packages."""
+def test_a_python_without_sources_gives_pages_one_without_pages_sources_and_without_both_says_what_to_pass(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(corpus.np, "__file__", str(tmp_path / "none" / "a.py"))
     monkeypatch.setattr(corpus.np, "get_include", lambda: str(tmp_path / "none"))
     monkeypatch.setattr(corpus, "descriptions", lambda packages: {})
-
-
-@pytest.mark.usefixtures("no_packages")
-def test_a_python_without_sources_gives_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "missing"):
-        monkeypatch.setattr(sysconfig, "get_path", lambda name, folder=folder: str(folder))
-        assert corpus.requests(LLM, 9, 40) == corpus.cut(LLM, corpus.text(), 9, 40)
-
-
-@pytest.mark.usefixtures("no_packages")
-def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "nothing"))
+    assert corpus.requests(LLM, 9, 40) == corpus.cut(LLM, corpus.text(), 9, 40)
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(RequestError, match=r"no text to calibrate on; pass your own requests \(--data FILE\)"):
         corpus.requests(LLM, 9, 40)
@@ -107,14 +87,12 @@ def test_a_python_without_pages_gives_sources_and_without_both_says_what_to_pass
     (tmp_path / "short.py").write_text("short = True")
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "wrong.py").write_text("def def")
-    (tmp_path / "json" / "a.py").write_text(
-        f'class A:\n    def f(self):\n        """{" ".join(["word"] * 50)}"""\n        "code"'
-    )
-    texts = [LLM.detokenize(each).decode() for each in corpus.requests(LLM, 4, 300)]
-    assert texts == ["short = True", " ".join(["word"] * 50)]
+    words = " ".join(["word"] * 50)
+    (tmp_path / "json" / "a.py").write_text(f'class A:\n    def f(self):\n        """{words}"""\n        "code"')
+    assert [LLM.detokenize(each).decode() for each in corpus.requests(LLM, 4, 300)] == ["short = True", words]
 
 
-@pytest.mark.parametrize(("n_requests", "n_tokens"), [(0, 40), (-1, 40), (3, 1)])
-def test_requests_of_nothing_are_refused(n_requests: int, n_tokens: int) -> None:
-    with pytest.raises(RequestError, match="use at least 1 request of 2 tokens"):
-        corpus.requests(LLM, n_requests, n_tokens)
+def test_requests_of_nothing_are_refused() -> None:
+    for n_requests, n_tokens in ((0, 40), (3, 1)):
+        with pytest.raises(RequestError, match="use at least 1 request of 2 tokens"):
+            corpus.requests(LLM, n_requests, n_tokens)

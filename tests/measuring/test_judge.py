@@ -1,6 +1,6 @@
 """adaskip_cpp.measuring.judge: what a plan changes in known answers, against NumPy passes and plain evaluations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,11 @@ import pytest
 from oracles.expected import log_probabilities
 from oracles.fixtures import Open
 from oracles.reference import OnlineReference, ReferenceRun
-from oracles.tiny_families import tokens
+from oracles.tiny_families import N_VOCAB, tokens
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.measuring.judge import Judge, Logits, Scores
+from adaskip_cpp.measuring.judge import Judge, Scores
 from adaskip_cpp.measuring.probes import Probe, probes_of
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
@@ -22,17 +22,14 @@ from adaskip_cpp.model.skip_set import SkipSet
 NONE = SkipSet.none(3)
 FIXED = SkipPlan.manual(3, attention=[1], ffn=[0], scale=0.9).prefill
 BULK = SkipPlan(NONE, NONE, bulk=Bulk(FIXED, head=2, tail=3))
-CUTS, N_CONTINUED, N_COPIED = (40, 60), 6, 20
-
-
 NO_LLM: Any = None
 
-
-@pytest.fixture
-def probes() -> list[Probe]:
-    """Of two texts, at two lengths each, one answer that continues and one that copies."""
-    given = {"n_continued": N_CONTINUED, "n_copied": N_COPIED}
-    return [each for i in range(2) for each in probes_of(NO_LLM, f"text {i}", tokens(70, i), CUTS, **given)]
+PROBES = [
+    probe
+    for i in range(2)
+    for probe in probes_of(NO_LLM, f"text {i}", tokens(70, i), (40, 60), n_continued=6, n_copied=20)
+]
+"""Of two texts, at two lengths each, one answer that continues and one that copies."""
 
 
 def by_definition(whole: Any, own: Any, targets: Sequence[int]) -> Scores:
@@ -64,18 +61,9 @@ def skipping(llm: Any) -> SkipPlan:
     return SkipPlan(none, none, bulk=Bulk(SkipSet(skip, np.full(skip.shape, 0.9)), head=2, tail=3))
 
 
-def same(found: Scores, wanted: Scores) -> bool:
-    return all(np.array_equal(getattr(found, name), value) for name, value in vars(wanted).items())
-
-
-# --- what is judged ---------------------------------------------------------------------------------------------------
-
-
-def test_the_figures_and_the_whole_models_losses_are_those_of_a_numpy_pass(
-    probes: Any, open_tiny: Open, numpy_model: Open
-) -> None:
-    model, judge = numpy_model(), Judge(open_tiny(), probes)
-    for probe, whole_loss, found in zip(probes, judge.whole_losses, judge(BULK), strict=True):
+def test_the_figures_and_the_whole_models_losses_are_those_of_a_numpy_pass(open_tiny: Open, numpy_model: Open) -> None:
+    model, judge = numpy_model(), Judge(open_tiny(), PROBES)
+    for probe, whole_loss, found in zip(PROBES, judge.whole_losses, judge(BULK), strict=True):
         whole, own, begin = ReferenceRun(model), ReferenceRun(model), probe.n_prompt - 3
         whole.eval(probe.tokens[: probe.n_prompt])
         own.eval(probe.tokens[:2])
@@ -91,7 +79,7 @@ def test_the_figures_and_the_whole_models_losses_are_those_of_a_numpy_pass(
 @pytest.mark.parametrize("name", ["llama", "gemma3", "jamba", "lfm2", "mamba", "gemma4-per-layer"])
 @pytest.mark.parametrize("logits_all", [False, True])
 def test_the_figures_are_those_of_plain_evaluations_of_each_prompt(
-    name: str, logits_all: bool, probes: Any, open_tiny: Open
+    name: str, logits_all: bool, open_tiny: Open
 ) -> None:
     llm = open_tiny(name, logits_all=logits_all)
     plan = skipping(llm)
@@ -102,60 +90,45 @@ def test_the_figures_are_those_of_plain_evaluations_of_each_prompt(
         llm.eval(probe.tokens[: probe.n_prompt])
         return np.asarray(llm.logits_after(probe.answer[:-1])[probe.n_cue - 1 :])
 
-    for probe, found in zip(probes, Judge(llm, probes)(plan), strict=True):
+    for probe, found in zip(PROBES, Judge(llm, PROBES)(plan), strict=True):
         # GELU is a table in F16 on CPUs, whose rounding depends on the batch a little.
         assert_scores(found, by_definition(rows(probe, None), rows(probe, plan), probe.answer[probe.n_cue :]), 1e-4)
 
 
-def test_a_plan_that_skips_nothing_changes_nothing_and_the_last_answer_is_in_the_cache(
-    probes: Any, open_tiny: Open
-) -> None:
-    llm, last = open_tiny(), probes[-1]
-    for each in Judge(llm, probes)(SkipPlan(NONE, NONE, bulk=Bulk(NONE))):
+def test_a_plan_that_skips_nothing_changes_nothing_and_the_last_answer_is_in_the_cache(open_tiny: Open) -> None:
+    llm, last = open_tiny(), PROBES[-1]
+    for each in Judge(llm, PROBES)(SkipPlan(NONE, NONE, bulk=Bulk(NONE))):
         assert not each.divergence.any() and not each.loss.any() and each.agrees.all()
     assert llm.input_ids[: llm.n_tokens].tolist() == [*last.tokens[: last.n_prompt], *last.answer[:-1]]
 
 
 def test_what_is_lumped_together_hides_a_part_of_the_divergence(
-    probes: Any, open_tiny: Open, monkeypatch: pytest.MonkeyPatch
+    open_tiny: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never more than there is, as two sets of events have no greater divergence than their finest parts."""
     llm, found = open_tiny(), []
     for kept in (1, 64, 1 << 30):
         monkeypatch.setattr("adaskip_cpp.measuring.judge._MOST_KEPT", kept)
-        found.append(np.concatenate([each.divergence for each in Judge(llm, probes)(BULK)]))
+        found.append(np.concatenate([each.divergence for each in Judge(llm, PROBES)(BULK)]))
     assert (found[0] <= found[1] + 1e-6).all() and (found[1] <= found[2] + 1e-6).all()
     assert 0 < found[0].mean() < found[1].mean() < found[2].mean()
 
 
-def test_a_token_that_cannot_follow_adds_nothing(probes: Any, open_tiny: Open) -> None:
-    llm, banned = open_tiny(), 7
-    assert all(banned not in probe.answer for probe in probes[:1])
-    real = llm.logits_after
-
-    def logits_after(tokens: Sequence[int]) -> Any:
-        rows = real(tokens)
-        rows[:, banned] = -np.inf
-        return rows
-
-    llm.logits_after = logits_after
-    [found] = Judge(llm, probes[:1])(BULK)
+def test_a_token_that_cannot_follow_adds_nothing(open_tiny: Open) -> None:
+    llm, others = open_tiny(), np.setdiff1d(np.arange(N_VOCAB), PROBES[0].answer)
+    real, banned = llm.logits_after, np.isin(np.arange(N_VOCAB), others[:9])  # one of all tokens is never kept
+    llm.logits_after = lambda tokens: np.where(banned, -np.inf, real(tokens))
+    [found] = Judge(llm, PROBES[:1])(BULK)
     assert np.isfinite(found.divergence).all() and np.isfinite(found.loss).all()
 
 
-# --- answers of plans that skip in them -------------------------------------------------------------------------------
-
-
-def answering(n: int = 4) -> list[Probe]:
-    texts = [tuple(tokens(24, seed)) for seed in range(n)]
-    return [Probe(str(i), "continuation", text, 12, text[12:]) for i, text in enumerate(texts)]
+ANSWERING = [Probe(str(i), "continuation", text, 12, text[12:]) for i in range(4) for text in [tuple(tokens(24, i))]]
 
 
 def test_a_schedule_changes_the_set_within_an_answer(open_tiny: Open, numpy_model: Open) -> None:
     more = SkipPlan.manual(3, attention=[1], ffn=[0, 2], scale=0.9).prefill
     plan, model = SkipPlan(NONE, FIXED, schedule=((0, FIXED), (5, more))), numpy_model()
-    probes = answering()
-    for probe, found in zip(probes, Judge(open_tiny(), probes)(plan), strict=True):
+    for probe, found in zip(ANSWERING, Judge(open_tiny(), ANSWERING)(plan), strict=True):
         run, text = ReferenceRun(model), probe.tokens
         whole = ReferenceRun(model).eval(text).logits[12:-1]
         run.eval(text[:12])
@@ -164,8 +137,7 @@ def test_a_schedule_changes_the_set_within_an_answer(open_tiny: Open, numpy_mode
 
 
 def test_each_answer_makes_an_online_choice_of_its_own(open_tiny: Open, numpy_model: Open) -> None:
-    model, probes = numpy_model(), answering()
-    skip = SkipPlan.manual(3, attention=[1], scale=0.9).prefill
+    model, skip = numpy_model(), SkipPlan.manual(3, attention=[1], scale=0.9).prefill
 
     def run(probe: Probe, threshold: float) -> tuple[OnlineReference, Any]:
         whole, decode = ReferenceRun(model), OnlineReference(4, threshold, "paper", skip.skip, skip.scale)
@@ -177,10 +149,10 @@ def test_each_answer_makes_an_online_choice_of_its_own(open_tiny: Open, numpy_mo
             rows.append(trace.logits[-1])
         return decode, np.array(rows)
 
-    threshold = float(np.median([run(probe, 2.0)[0].similarity for probe in probes]))
+    threshold = float(np.median([run(probe, 2.0)[0].similarity for probe in ANSWERING]))
     plan = SkipPlan(NONE, skip, online=OnlineStage(window=4, threshold=threshold), mode="decode")
     chosen = set()
-    for probe, found in zip(probes, Judge(open_tiny(), probes)(plan), strict=True):
+    for probe, found in zip(ANSWERING, Judge(open_tiny(), ANSWERING)(plan), strict=True):
         decode, rows = run(probe, threshold)
         chosen.add(decode.skip.tobytes())
         whole = ReferenceRun(model).eval(probe.tokens).logits[12:-1]
@@ -188,58 +160,23 @@ def test_each_answer_makes_an_online_choice_of_its_own(open_tiny: Open, numpy_mo
     assert len(chosen) > 1
 
 
-# --- how often texts are read -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def counted(probes: Any, open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> tuple[Judge, list[int]]:
-    """A judge, and the tokens that were read for each probe."""
-    read, llm = list[int](), open_tiny()
-    evaluate, counts = llm._evaluate, [0]
-
-    def counting(phase: str, tokens: list[int], **options: Any) -> None:
-        counts[-1] += len(tokens)
-        evaluate(phase, tokens, **options)
-
-    class Counted(Judge):
-        def _answers(self, plan: SkipPlan | None) -> Iterator[Logits]:
-            for logits in super()._answers(plan):
-                read.append(counts.pop())
-                counts.append(0)
-                yield logits
-
-    monkeypatch.setattr(llm, "_evaluate", counting)
-    return Counted(llm, probes), read
-
-
-ONCE = [40 + 5, 19, 60 - 37 + 5, 19] * 2
-"""Of each text the shorter prompt, an answer, and a copy; the longer prompt without the bulk of the shorter one."""
-
-
-def test_the_whole_model_reads_once_and_a_plan_the_bulk_of_a_text_once(counted: Any) -> None:
-    judge, read = counted
-    judge(BULK)
-    assert read == ONCE * 2
-    judge(BULK)
-    judge(SkipPlan(NONE, NONE, bulk=Bulk(NONE, head=2, tail=3)))
-    assert read == ONCE * 4
-
-
-def test_for_another_head_or_tail_the_whole_model_reads_again_in_the_same_batches(counted: Any) -> None:
-    judge, read = counted
-    first = judge(BULK)
-    read.clear()
-    assert BULK.bulk is not None
-    judge(replace(BULK, bulk=replace(BULK.bulk, tail=5)))
-    assert len(read) == 2 * len(ONCE)
-    read.clear()
-    assert all(map(same, judge(BULK), first)) and len(read) == 2 * len(ONCE)
+def test_the_whole_model_reads_once_and_a_plan_the_bulk_of_a_text_once(open_tiny: Open) -> None:
+    """For another head or tail the whole model reads again, in the same batches."""
+    judge, scores, n_read = Judge(open_tiny(), PROBES), [], []
+    others = [SkipPlan(NONE, NONE, bulk=Bulk(each, head=2, tail=tail)) for each, tail in ((NONE, 3), (FIXED, 5))]
+    for plan in (BULK, BULK, *others, BULK):
+        scores.append(judge(plan))
+        n_read.append(judge.n_evaluated)  # 1 before the first token
+    # Of each text the shorter prompt, an answer, and a copy; the longer prompt without the bulk of the shorter one.
+    once, other = (2 * (40 + 5 + 19 + 60 - (40 - tail) + 5 + 19) for tail in (3, 5))
+    assert np.diff([1, *n_read]).tolist() == [2 * once, once, once, 2 * other, 2 * once]
+    for first, again in zip(scores[0], scores[-1], strict=True):
+        np.testing.assert_equal(vars(again), vars(first))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answer": (3,)}, "no prompt or no answer"),
         ({"n_cue": 0}, "no prompt or no answer"),
         ({"n_cue": 5}, "no prompt or no answer"),
         ({"n_prompt": 0}, "no prompt or no answer"),

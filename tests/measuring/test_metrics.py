@@ -8,7 +8,6 @@ import pytest
 
 from adaskip_cpp.errors import DataError, PackageMissingError
 from adaskip_cpp.measuring import metrics
-from adaskip_cpp.measuring.longbench import DATASETS
 
 
 def lcs(a: list[str], b: list[str]) -> int:
@@ -19,36 +18,17 @@ def lcs(a: list[str], b: list[str]) -> int:
     return int(table[-1, -1])
 
 
-# --- question answering -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("prediction", "answer", "expected"),
     [
-        ("Paris", "Paris", 1.0),
         ("The answer is: PARIS!", "paris", 2 * (1 / 3) * 1 / (1 / 3 + 1)),  # answer, is, paris
-        ("a cat and a dog", "the dog", 2 * (1 / 3) * 1 / (1 / 3 + 1)),  # cat, and, dog
         ("no no yes", "no no no", 2 / 3),  # two in common, each of three
-        ("O'Brien-Smith", "obriensmith", 1.0),
         ("theatre", "atre", 0.0),  # only whole words are articles
-        ("London", "Paris", 0.0),
-        ("", "Paris", 0.0),
         ("the", "a", 0.0),
     ],
 )
 def test_qa_f1_counts_words_in_common(prediction: str, answer: str, expected: float) -> None:
     assert metrics.qa_f1(prediction, answer) == pytest.approx(expected)
-
-
-# --- Rouge-L ----------------------------------------------------------------------------------------------------------
-
-
-def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
-    # police ... the gunman: 3 of 4 words on both sides
-    assert metrics.rouge_l("police kill the gunman", "police killed the gunman") == pytest.approx(3 / 4, abs=1e-6)
-    assert metrics.rouge_l("the gunman kill police", "police killed the gunman") == pytest.approx(2 / 4, abs=1e-6)
-    for prediction, answer in (("", "words"), ("words", ""), (".", "words"), ("", "")):
-        assert metrics.rouge_l(prediction, answer) == 0.0, "where the package fails"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -60,16 +40,10 @@ def test_rouge_l_agrees_with_the_textbook(seed: int) -> None:
     assert metrics.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(expected, abs=1e-6)
 
 
-# --- classification, retrieval, count ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("prediction", "answer", "classes", "expected"),
     [
-        ("It is Sport", "Sport", ["Sport", "Music"], 1.0),
         ("Sport or Music", "Sport", ["Sport", "Music"], 1 / 2),
-        ("Music", "Sport", ["Sport", "Music"], 0.0),
-        ("none", "Sport", ["Sport", "Music"], 0.0),
         ("Individual person", "Individual person", ["Individual", "Individual person"], 1.0),
         # A longer name than the right one counts as named.
         ("Individual person", "Individual", ["Individual", "Individual person"], 1 / 2),
@@ -87,7 +61,7 @@ def test_classification_is_shared_among_the_classes_named(
 
 @pytest.mark.parametrize(
     ("prediction", "expected"),
-    [("Paragraph 7", 1.0), ("7", 1.0), ("Paragraph 7, or 8, or 7", 2 / 3), ("17", 0.0), ("none", 0.0), ("07", 0.0)],
+    [("7", 1.0), ("Paragraph 7, or 8, or 7", 2 / 3), ("17 or 07", 0.0)],
 )
 def test_retrieval_is_the_share_of_numbers_that_are_right(prediction: str, expected: float) -> None:
     assert metrics.retrieval(prediction, "Paragraph 7") == pytest.approx(expected)
@@ -96,13 +70,26 @@ def test_retrieval_is_the_share_of_numbers_that_are_right(prediction: str, expec
         metrics.retrieval(prediction, "7")
 
 
+def test_a_choice_is_right_if_all_its_letters_are() -> None:
+    right = {
+        "(B) Bea": ["B", "The answer is (B).", " B\n\nQuestion: A", "A good answer is B"],
+        "AC": ["A, C", "(C) and (A)"],
+        "ACD": ["A, C, and D"],
+    }
+    for answer, predictions in right.items():
+        assert {metrics.choice(each, answer) for each in predictions} == {1.0}
+    for prediction in ("A", "A and B", "", "a bad idea, I think"):
+        assert metrics.choice(prediction, "(B) Bea") == 0.0
+
+
 def test_contains_wants_the_whole_word() -> None:
     assert metrics.contains("It is 12345.", "12345") == 1.0
     assert metrics.contains("123456", "12345") == metrics.contains("", "12345") == 0.0
     assert metrics.contains("a (b) c", "(b)") == 1.0
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+def test_rouge_l_is_0_where_the_package_fails() -> None:
+    assert metrics.rouge_l("words", "") == metrics.rouge_l("", "words") == metrics.rouge_l(".", "words") == 0.0
 
 
 def test_the_best_right_answer_counts_and_an_unknown_metric_is_refused() -> None:
@@ -110,7 +97,6 @@ def test_the_best_right_answer_counts_and_an_unknown_metric_is_refused() -> None
     assert metrics.score("qa_f1", "red cat", []) == 0.0
     with pytest.raises(DataError, match=r"no metric 'bleu'; use one of qa_f1, "):
         metrics.score("bleu", "a", ["a"])
-    assert len(DATASETS) == 14 and set(DATASETS.values()) <= metrics.METRICS.keys()
 
 
 @pytest.mark.parametrize("metric", metrics.METRICS)

@@ -56,7 +56,7 @@ TEXT = range(10_000, 14_000)  # no such tokens stand in the lines
     ("depth", "depths"),
     [(0.25, (0.25, 0.583, 0.917)), (0.5, (0.5, 0.833, 0.167)), (1.0, (0.0, 0.333, 0.667))],
 )
-def test_pass_keys_are_hidden_at_three_places_of_the_longest_prompt(
+def test_pass_keys_are_hidden_at_three_places_of_the_longest_prompt_and_each_is_asked_for_after_it(
     depth: float, depths: tuple[float, ...], open_tiny: Open
 ) -> None:
     llm = open_tiny()
@@ -65,14 +65,9 @@ def test_pass_keys_are_hidden_at_three_places_of_the_longest_prompt(
     assert [token for token in whole if token in TEXT] == list(TEXT)
     lines = [tokens_of(llm, line) for line in (*STATED, LATER)]
     free = 2000 - sum(map(len, lines))
-    before = [_text_before(whole[:2000], line) for line in lines]
-    assert before[:3] == pytest.approx([each * free for each in depths], abs=1)
-    assert before[3] == pytest.approx((before[0] + free) / 2, abs=1)
-
-
-def test_every_pass_key_is_asked_for_after_the_longest_prompt(open_tiny: Open) -> None:
-    llm = open_tiny()
-    found = probes_of(llm, "hidden", TEXT, (1000, 2000), key=(0, 0.25))
+    begins = [next(i for i in range(2000) if whole[i : i + len(line)] == line) for line in lines]
+    before = [sum(token in TEXT for token in whole[:begin]) for begin in begins]
+    assert before == pytest.approx([*(each * free for each in depths), (before[0] + free) / 2], abs=1)
     assert [each.kind for each in found] == ["continuation", "copying"] * 2 + ["retrieval"] * 6
     for asked, (question, word) in zip(found[4:], ASKED.items(), strict=True):
         assert asked.n_prompt == 2000 and list(asked.answer) == tokens_of(llm, f"\n\n{question} is {word}")
@@ -104,9 +99,3 @@ def test_pass_keys_differ_from_text_to_text_and_from_those_before_an_edit() -> N
     for i in range(50):
         for old, new in zip(passkeys(-1 - i), passkeys(i), strict=True):
             assert old[0] != new[0] and old[1] != new[1]
-
-
-def _text_before(tokens: list[int], line: list[int]) -> int:
-    """Return how many tokens of the text stand before a line."""
-    begin = next(i for i in range(len(tokens)) if tokens[i : i + len(line)] == line)
-    return sum(token in TEXT for token in tokens[:begin])

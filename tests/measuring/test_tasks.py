@@ -10,8 +10,6 @@ from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring import corpus, tasks
 from adaskip_cpp.measuring.tasks import READMES, licences, python_sources, read_texts, readmes, text_items
 
-# --- items of text ----------------------------------------------------------------------------------------------------
-
 
 def test_items_are_dealt_out_over_the_texts_in_turn_and_ids_tell_them_apart() -> None:
     items = text_items(LLM, {"a": "a" * 100, "b": "b" * 25, "c": "c" * 15}, n_items=7, n_tokens=11)
@@ -22,35 +20,27 @@ def test_items_are_dealt_out_over_the_texts_in_turn_and_ids_tell_them_apart() ->
     assert ids == ["prose/a/11/0", "prose/b/11/0", "prose/a/11/1", "prose/b/11/1"]
 
 
-def test_a_text_shorter_than_an_item_is_refused_or_left_out() -> None:
+@pytest.mark.parametrize(
+    ("texts", "n_items", "n_tokens", "message"),
+    [
+        ({"long": "a" * 100, "short": "b" * 9}, 2, 11, "'short' has 9 tokens, fewer than the 11.*give a longer text"),
+        ({"a": "a" * 20, "b": "b" * 19}, 4, 11, "gives 3 items of 11 tokens, not the 4.*ask for fewer"),
+        ({"a": "a" * 20}, 0, 11, "at least 1 item of 2 tokens"),
+        ({"a": "a" * 20}, 1, 1, "at least 1 item of 2 tokens"),
+    ],
+)
+def test_items_that_cannot_be_made_are_refused(
+    texts: dict[str, str], n_items: int, n_tokens: int, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        text_items(LLM, texts, n_items=n_items, n_tokens=n_tokens)
+
+
+def test_a_text_shorter_than_an_item_may_be_left_out() -> None:
     texts = {"long": "a" * 100, "short": "b" * 9}
-    with pytest.raises(DataError, match=r"'short' has 9 tokens, fewer than the 11.*give a longer text"):
-        text_items(LLM, texts, n_items=2, n_tokens=11)
     items = text_items(LLM, texts, n_items=2, n_tokens=11, drop_short=True)
     assert [LLM.detokenize(item.tokens)[:1] for item in items] == [b"a", b"a"]
-
-
-def test_fewer_items_than_asked_for_are_refused() -> None:
-    with pytest.raises(DataError, match=r"gives 3 items of 11 tokens, not the 4.*ask for fewer"):
-        text_items(LLM, {"a": "a" * 20, "b": "b" * 19}, n_items=4, n_tokens=11)
-    with pytest.raises(DataError, match="gives 0 items"):
-        text_items(LLM, {}, n_items=1, n_tokens=11)
-
-
-@pytest.mark.parametrize(("n_items", "n_tokens"), [(0, 11), (1, 1), (-1, 11)])
-def test_counts_out_of_range_are_refused(n_items: int, n_tokens: int) -> None:
-    with pytest.raises(DataError, match="at least 1 item of 2 tokens"):
-        text_items(LLM, {"a": "a" * 20}, n_items=n_items, n_tokens=n_tokens)
-
-
-def test_the_held_out_pages_are_enough_for_a_measurement() -> None:
-    items = text_items(LLM, corpus.held_out(), n_items=16, n_tokens=2048)
-    calibration = corpus.text().encode()
-    assert len({item.id for item in items}) == 16
-    assert not any(LLM.detokenize(item.tokens) in calibration for item in items)
-
-
-# --- texts ------------------------------------------------------------------------------------------------------------
+    assert text_items(LLM, corpus.held_out(), n_items=16, n_tokens=2048), "what is held out is enough"
 
 
 def test_files_are_read_by_name(tmp_path: Path) -> None:
@@ -62,33 +52,26 @@ def test_files_are_read_by_name(tmp_path: Path) -> None:
     assert read_texts(paths) == {str(paths[0]): "première", str(paths[1]): "second", "b.txt": "third"}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "is empty"), (b" \n\n", "is empty"), (b"\xff\xfe", "is not UTF-8"), (None, "cannot read")],
-)
-def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
-    if content is not None:
+    for content, message in ((b" \n\n", "is empty"), (b"\xff\xfe", "is not UTF-8")):
         path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
-        read_texts([path])
-    assert "text.txt" in str(error.value) and "\n" not in str(error.value)
+        with pytest.raises(DataError, match=rf"text\.txt'.*{message}") as error:
+            read_texts([path])
+        assert "\n" not in str(error.value)
 
 
-def test_required_packages_bring_prose(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = readmes()
-    assert found.keys() == {*READMES} and all(len(text) > 20_000 for text in found.values())
+def test_required_packages_bring_prose_and_licences_if_they_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    prose, legal = readmes(), licences()
+    assert prose.keys() == {*READMES} and all(len(text) > 20_000 for text in prose.values())
+    assert "Redistributions in binary form" in legal["numpy"] and "PYTHON SOFTWARE FOUNDATION" in legal["Python"]
+    assert all(len(text) > 10_000 for text in legal.values())
     monkeypatch.setattr(tasks, "READMES", ("no such package",))
-    assert readmes() == {}
-
-
-def test_licences_are_those_of_numpy_and_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = licences()
-    assert "Redistributions in binary form" in found["numpy"] and "PYTHON SOFTWARE FOUNDATION" in found["Python"]
-    assert all(len(text) > 10_000 for text in found.values())
-    monkeypatch.setattr(tasks.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(tasks.metadata, "files", lambda package: None)
-    assert licences() == {}
+    assert readmes() == licences() == {}
 
 
 def test_python_brings_sources_and_those_that_it_lacks_are_left_out(

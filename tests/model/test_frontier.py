@@ -1,6 +1,5 @@
 """adaskip_cpp.model.frontier: which plan keeps a promise for which prompt."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -33,12 +32,10 @@ def point(harm: float, speed: float, *ffn: int, windowed: Any = (), **changes: A
 SLOW, FAST, FASTEST = point(0.01, 1.2, 3), point(0.04, 1.5, 2, 3), point(0.2, 2.0, 1, 2, 3)
 FRONTIER = Frontier((SLOW, FAST, FASTEST))
 
-# --- the choice -------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("max_loss", "chosen"),
-    [(0.0, None), (0.005, None), (0.01, SLOW), (0.039, SLOW), (0.04, FAST), (0.05, FAST), (0.2, FASTEST), (9, FASTEST)],
+    [(0.0, None), (0.01, SLOW), (0.039, SLOW), (0.04, FAST), (0.2, FASTEST), (9, FASTEST)],
 )
 def test_the_fastest_plan_that_keeps_a_promise_is_chosen(max_loss: float, chosen: Point | None) -> None:
     assert FRONTIER.choose(AT, max_loss) is (None if chosen is None else chosen.plan)
@@ -71,23 +68,10 @@ def test_the_worse_kind_of_answer_keeps_the_promise_or_not() -> None:
         assert worse.needs(2 * AT) == worse.harm(2 * AT) == pytest.approx(0.06 * 1.3)
 
 
-def test_of_one_text_nothing_is_known() -> None:
-    unknown = replace(quality(0.03), error=float("nan"))
-    for kinds in ({"continuation": unknown}, {"copying": unknown}, {"retrieval": unknown}):
-        assert Frontier((replace(SLOW, **kinds),)).choose(AT, 9) is None
-
-
 def test_a_plan_that_loses_a_pass_key_keeps_no_promise() -> None:
     losing = replace(SLOW, passkeys=Passkeys(4, 3, 2))
     assert Frontier((losing,)).choose(AT, 9) is None
     assert Frontier((replace(SLOW, passkeys=Passkeys(4, 3, 3)),)).choose(AT, 9) is SLOW.plan
-
-
-def test_edits_keep_a_promise_in_continuations_and_copies_if_clear_pass_keys_are_found() -> None:
-    edited = edit(FEW, 0.01)
-    assert replace(edited, retrieval=quality(0.5)).needs(AT) == edited.needs(AT) == 0.01
-    assert replace(edited, copying=quality(0.02)).needs(AT) == 0.02
-    assert replace(edited, passkeys=Passkeys(2, 2, 1)).needs(AT) == math.inf
 
 
 def test_a_plan_beats_another_that_is_slower_and_keeps_no_promise_that_it_does_not() -> None:
@@ -112,14 +96,6 @@ def test_a_promise_that_is_no_number_from_0_on_is_refused(max_loss: Any) -> None
         FRONTIER.choose(AT, max_loss)
 
 
-def test_a_plan_without_a_bulk_is_refused() -> None:
-    with pytest.raises(PlanError, match="tune again"):
-        Frontier((replace(SLOW, plan=SkipPlan(NONE, NONE)),))
-
-
-# --- edited prompts ---------------------------------------------------------------------------------------------------
-
-
 def edit(most_moves: int, harm: float, keys: int = 2) -> EditPoint:
     return EditPoint(AT, quality(harm), *[quality(0.0)] * 2, Passkeys(2, 2, keys), (), Edits(most_moves=most_moves))
 
@@ -138,7 +114,9 @@ def test_edits_may_take_half_of_a_promise(max_loss: float, found: EditPoint | No
     assert FRONTIER.edit_point(AT, max_loss) is None
 
 
-def test_edits_that_lose_a_changed_pass_key_are_never_made() -> None:
+def test_edits_keep_a_promise_in_continuations_and_copies_if_clear_pass_keys_are_found() -> None:
+    assert replace(FEW_MOVES, retrieval=quality(0.5)).needs(AT) == FEW_MOVES.needs(AT) == 0.01
+    assert replace(FEW_MOVES, copying=quality(0.02)).needs(AT) == 0.02
     for edits in ((edit(FEW, 0.0, keys=1), MANY_MOVES), (edit(FEW, 0.9), MANY_MOVES)):
         assert replace(FRONTIER, edits=edits).edit_point(AT, 0.5) is None, "more moves lose no less than few"
     assert replace(FRONTIER, edits=(FEW_MOVES, edit(MANY, 0.0, keys=1))).edit_point(AT, 9) is FEW_MOVES
@@ -163,16 +141,8 @@ def test_in_twice_as_long_prompts_small_edits_lose_no_more_and_new_orders_three_
     assert EDITED.choose(2 * AT, 0.04 * 1.3 + 0.01 - 1e-9, edited=True) is SLOW.plan
 
 
-# --- what may be read -------------------------------------------------------------------------------------------------
-
-
-def test_readable_are_the_plans_that_keep_the_promise_and_no_others() -> None:
-    assert FRONTIER.readable(0.05, AT) == (SLOW.plan, FAST.plan)
-    assert FRONTIER.readable(0.005, AT) == ()
-    assert FRONTIER.readable(9, AT) == (SLOW.plan, FAST.plan, FASTEST.plan)
-
-
 def test_readable_are_the_very_objects_that_are_chosen_at_any_length_up_to_the_longest() -> None:
+    assert FRONTIER.readable(0.005, AT) == ()
     narrow = Frontier((SLOW, point(0.025, 1.5, windowed=(1,))))
     found = narrow.readable(0.05, 9000)
     assert [plan.bulk.window_size for plan in found[1:] if plan.bulk] == [252, 508, 1020], (

@@ -1,8 +1,6 @@
 """adaskip_cpp.model.plan: skip sets and plans."""
 
 import dataclasses
-import json
-import pickle
 import subprocess
 import sys
 from typing import Any
@@ -14,10 +12,8 @@ from oracles.skip_sets import PARTS, only
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import PlanError
 from adaskip_cpp.model.identity import ModelInfo
-from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL, Bulk, OnlineStage
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
-
-MODEL = ModelInfo("0" * 64, "llama", 4)
 
 
 def skip_set(*sublayers: tuple[int, int], n_layer: int = 4, scale: float = 1.0, **parts: Any) -> SkipSet:
@@ -27,19 +23,6 @@ def skip_set(*sublayers: tuple[int, int], n_layer: int = 4, scale: float = 1.0, 
 SMALL, LARGE = skip_set((1, 0)), skip_set((1, 0), (2, 0))
 
 
-def test_a_set_lists_its_layers_in_order() -> None:
-    chosen = skip_set((3, 0), (1, 0), (2, 1))
-    assert (chosen.attention, chosen.ffn, chosen.n_skip, chosen.n_layer) == ((1, 3), (2,), 3, 4)
-
-
-def test_sets_are_equal_by_value() -> None:
-    assert skip_set((1, 0), scale=0.9) == skip_set((1, 0), scale=0.9)
-    assert hash(skip_set((1, 0), scale=0.9)) == hash(skip_set((1, 0), scale=0.9))
-    assert skip_set((1, 0), scale=0.9) != skip_set((1, 0), scale=0.8)
-    assert skip_set((1, 0)) != skip_set((1, 1))
-    assert skip_set() == SkipSet.none(4) != SkipSet.none(5)
-
-
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_bad_compensation_is_refused_where_it_is_used(value: float) -> None:
     with pytest.raises(PlanError, match="FFN of layer 2"):
@@ -47,8 +30,8 @@ def test_a_bad_compensation_is_refused_where_it_is_used(value: float) -> None:
     assert skip_set(scale=value).n_skip == 0
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 3), (0, 2), (4, 2, 1)])
-def test_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (0, 2)])
+def test_a_set_of_a_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(PlanError, match="n_layer, 2"):
         SkipSet(np.zeros(shape, bool), np.ones(shape))
     with pytest.raises(PlanError, match=r"'scale' has the shape \(5, 2\), not \[4, 2\]"):
@@ -88,14 +71,12 @@ def test_sets_with_another_vector_or_map_differ(name: str) -> None:
     one, other = filled_set((1, 0)), filled_set((1, 0))
     assert one == other and hash(one) == hash(other)
     changed = np.array(getattr(one, name))
-    changed[1, 0].flat[-1] = 2
-    assert filled_set((1, 0), **{name: changed}) != one
-    changed = np.array(getattr(one, name))
     changed[2, 1] = 2
     assert filled_set((1, 0), **{name: changed}) == one, "the other sublayer's is not used"
-    assert one != skip_set((1, 0)) != one
-    assert one != filled_set((1, 0), bias=None) != one != filled_set((1, 0), down=None, up=None)
-    assert filled_set((1, 0), rank=1) != one
+    changed[1, 0].flat[-1] = 2
+    assert filled_set((1, 0), **{name: changed}) != one
+    for less in ({"bias": None}, {"down": None, "up": None}, {"rank": 1}, {"scale": 2.0}):
+        assert filled_set((1, 0), **less) != one != filled_set((1, 1), **less)
     assert filled_set((1, 0), bias=np.zeros((4, 2, 3))) != filled_set((1, 0), bias=None)
     assert SkipPlan(one, one) == SkipPlan(other, other) != SkipPlan(skip_set((1, 0)), skip_set((1, 0)))
 
@@ -106,19 +87,15 @@ def test_sets_with_another_vector_or_map_differ(name: str) -> None:
         {"down": None},
         {"up": None},
         *({"down": np.ones(shape)} for shape in ((4, 2, 3), (4, 2, 3, 2), (5, 2, 2, 3))),
-        *({"up": np.ones(shape)} for shape in ((4, 2, 3), (5, 2, 3, 2), (4, 2, 4, 2), (4, 2, 3, 1))),
+        *({"up": np.ones(shape)} for shape in ((4, 2, 4, 2), (4, 2, 3, 1))),
         {"down": np.ones((4, 2, 0, 3)), "up": np.ones((4, 2, 3, 0))},
-        {"down": np.ones((4, 2, 2, 0)), "up": np.ones((4, 2, 0, 2))},
-        *({"bias": np.ones(shape)} for shape in ((4, 2), (4, 2, 4), (4, 3, 8), (5, 2, 8), (4, 2, 0), (4, 2, 8, 1))),
+        *({"bias": np.ones(shape)} for shape in ((4, 2), (4, 2, 4), (4, 3, 3), (4, 2, 0), (4, 2, 3, 1))),
     ],
     ids=lambda changes: ", ".join(f"{k} {None if v is None else v.shape}" for k, v in changes.items()),
 )
 def test_a_vector_or_a_map_of_a_wrong_shape_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=r"(up|down|bias).*(not \[4, 2, .*; give one row|; give both)"):
         filled_set((1, 0), **changes)
-    if "bias" in changes and changes["bias"].shape != (4, 2, 4):  # which is right by itself
-        with pytest.raises(PlanError, match=r"\[4, 2, n_embd\]"):
-            skip_set((1, 0), **changes)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -134,13 +111,10 @@ def test_a_vector_or_a_map_that_is_not_finite_is_refused_where_it_is_used(name: 
 def test_a_manual_plan_skips_in_both_phases_or_leaves_prefill_whole() -> None:
     plan = SkipPlan.manual(4, attention=[2, 0], ffn=np.array([3]))
     assert (plan.prefill.attention, plan.prefill.ffn, plan.prefill.n_skip) == ((0, 2), (3,), 3)
-    assert plan.prefill == plan.decode
-    assert (plan.model, plan.strategy, plan.compensation, plan.mode) == (None, "manual", "none", "manual")
-    assert (plan.schedule, plan.online) == ((), None)
+    assert plan.prefill == plan.decode and plan.sets == (plan.prefill, plan.decode)
     bulk = SkipPlan.manual(4, attention=[1], ffn=[2], phase="bulk")
     assert bulk.bulk is not None and (bulk.bulk.skip.attention, bulk.bulk.skip.ffn) == ((1,), (2,))
     assert bulk.prefill.n_skip == bulk.decode.n_skip == 0
-    assert (bulk.bulk.head, bulk.bulk.tail) == (DEFAULT_HEAD, DEFAULT_TAIL)
     decode = SkipPlan.manual(4, attention=[1], ffn=[1], phase="decode")
     assert (decode.prefill.n_skip, decode.decode.n_skip) == (0, 2)
 
@@ -150,8 +124,6 @@ def test_a_manual_plan_takes_one_scale_or_one_for_each() -> None:
         assert SkipPlan.manual(4, ffn=[1], scale=scale).prefill.scale[1, 1] == expected
     with pytest.raises(PlanError, match="shape"):
         SkipPlan.manual(4, ffn=[1], scale=np.ones((3, 2)))
-    with pytest.raises(PlanError, match="FFN of layer 1"):
-        SkipPlan.manual(4, ffn=[1], scale=0)
 
 
 @pytest.mark.parametrize("layer", [-1, 4, 1.5, "1"])
@@ -161,48 +133,39 @@ def test_a_layer_that_the_model_lacks_is_refused(layer: Any) -> None:
 
 
 def test_an_unknown_phase_or_mode_is_refused() -> None:
-    with pytest.raises(PlanError, match="prefill-only"):
-        SkipPlan.manual(4, phase="prefill-only")  # type: ignore[arg-type]
+    unknown: Any = "prefill-only"
+    with pytest.raises(PlanError, match="'both', 'bulk' or 'decode'"):
+        SkipPlan.manual(4, phase=unknown)
     with pytest.raises(PlanError, match="prefill, decode, e2e"):
-        SkipPlan(skip_set(), skip_set(), mode="both")  # type: ignore[arg-type]
+        SkipPlan(skip_set(), skip_set(), mode=unknown)
 
 
-def test_decode_never_reads_kv_that_prefill_did_not_write() -> None:
+def test_no_phase_reads_kv_that_prefill_did_not_write() -> None:
     with pytest.raises(PlanError, match=r"attention of layers \[2\]"):
         SkipPlan(skip_set((2, 0)), skip_set((1, 0)))
     SkipPlan(skip_set((2, 0), (1, 1)), skip_set((2, 0), (3, 0)))  # an FFN has no KV
+    # The head of a prompt runs as prefill and leaves no KV there, which the bulk would read.
+    with pytest.raises(PlanError, match=r"prefill skips the attention of layers \[1\], which bulk runs"):
+        SkipPlan(SMALL, SMALL, bulk=Bulk(skip_set((3, 0))))
+    SkipPlan(SMALL, SMALL, bulk=Bulk(LARGE))  # decode may run what the bulk skips
 
 
 def test_a_plan_is_for_one_number_of_layers() -> None:
+    five = skip_set(n_layer=5)
     with pytest.raises(PlanError, match="4 layers but decode for 5"):
-        SkipPlan(skip_set(), skip_set(n_layer=5))
+        SkipPlan(skip_set(), five)
+    with pytest.raises(PlanError, match="prefill is for 4 layers but bulk for 5"):
+        SkipPlan(skip_set(), skip_set(), bulk=Bulk(five))
     with pytest.raises(PlanError, match="its model has 4"):
-        SkipPlan(skip_set(n_layer=5), skip_set(n_layer=5), model=MODEL)
-
-
-# --- the bulk ---------------------------------------------------------------------------------------------------------
+        SkipPlan(five, five, model=ModelInfo("0" * 64, "llama", 4))
 
 
 def test_a_bulk_set_is_one_of_the_plans_sets_and_what_its_phase_skips() -> None:
-    plain, bulk = SkipPlan.manual(4, ffn=[1]), skip_set((3, 0), (3, 1))
-    plan = dataclasses.replace(plain, bulk=Bulk(bulk))
-    assert plan.sets == (bulk, plain.prefill, plain.decode)
+    plain = SkipPlan.manual(4, ffn=[1])
+    plan = dataclasses.replace(plain, bulk=Bulk(LARGE))
+    assert plan.sets == (LARGE, plain.prefill, plain.decode)
     assert (plan.skipped("bulk"), plan.skipped("prefill"), plan.skipped("decode")) == plan.sets
-    assert plain.sets == (plain.prefill, plain.decode)
     assert plain.skipped("bulk") == plain.prefill, "without a bulk set, all of a prompt is prefill"
-    SkipPlan(skip_set(), skip_set((1, 0)), bulk=Bulk(bulk))  # decode may run what the bulk skips
-
-
-def test_plans_are_equal_by_their_bulk_head_and_tail() -> None:
-    def plan(**changes: Any) -> SkipPlan:
-        bulk = Bulk(**{"skip": skip_set((3, 0)), "head": 4, "tail": 16, **changes})
-        return SkipPlan(skip_set(), skip_set(), bulk=bulk)
-
-    assert plan() == plan(head=np.int64(4)) and hash(plan()) == hash(plan(head=np.int64(4)))
-    assert plan() != dataclasses.replace(plan(), bulk=None)
-    for changes in ({"skip": skip_set((3, 1))}, {"head": 0}, {"tail": 1}, {"windowed": (1,)}, {"windowed": (0,)}):
-        assert plan(**changes) != plan()
-        assert pickle.loads(pickle.dumps(plan(**changes))) == plan(**changes)
 
 
 @pytest.mark.parametrize("name", ["head", "tail"])
@@ -211,24 +174,14 @@ def test_an_impossible_head_or_tail_is_refused(name: str, value: Any) -> None:
     """A head may be empty, a tail may not."""
     with pytest.raises(PlanError, match=f"^{name} is .*; use a whole number from"):
         Bulk(skip_set(), **{name: value})
-    assert Bulk(skip_set(), head=0).head == 0
+    assert Bulk(skip_set(), head=0, tail=np.int64(7)) == Bulk(skip_set(), head=0, tail=7)
     with pytest.raises(PlanError, match="from 1 on"):
         Bulk(skip_set(), tail=0)
 
 
-def test_a_bulk_set_is_for_as_many_layers_and_skips_the_attentions_of_prefill() -> None:
-    # The head of a prompt runs as prefill and leaves no KV there, which the bulk would read.
-    with pytest.raises(PlanError, match="prefill is for 4 layers but bulk for 5"):
-        SkipPlan(skip_set(), skip_set(), bulk=Bulk(skip_set(n_layer=5)))
-    with pytest.raises(PlanError, match=r"prefill skips the attention of layers \[1\], which bulk runs"):
-        SkipPlan(SMALL, SMALL, bulk=Bulk(skip_set((3, 0))))
-    SkipPlan(SMALL, SMALL, bulk=Bulk(LARGE))
-
-
 def test_a_windowed_attention_that_is_skipped_looks_back_at_nothing() -> None:
     bulk = Bulk(skip_set((1, 0), (2, 1)), windowed=(2, 1))
-    assert (bulk.windowed, bulk.narrowed) == ((1, 2), (2,))
-    assert SkipPlan(skip_set(), skip_set(), bulk=bulk).narrowed == (2,)
+    assert bulk.windowed == (1, 2) and SkipPlan(skip_set(), skip_set(), bulk=bulk).narrowed == bulk.narrowed == (2,)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +191,6 @@ def test_a_windowed_attention_that_is_skipped_looks_back_at_nothing() -> None:
         (0, 2000, 512, 2000),  # nothing to align, so no batch of its own
         (1000, 2000, 512, 512 - 1000 % 256),
         (4, 100, 512, 100),
-        (4, 2000, 256, 252),
         (200, 2000, 256, 2000),  # not 56 tokens by themselves
         (4, 2000, 128, 2000),  # ubatches smaller than a block
     ],
@@ -254,15 +206,11 @@ def test_without_a_bulk_a_plan_needs_no_kv_where_every_phase_skips_the_attention
     assert SkipPlan(SMALL, LARGE, bulk=Bulk(LARGE)).without_kv == ()
 
 
-# --- schedules and the online stage -----------------------------------------------------------------------------------
-
-
 def test_the_set_in_force_is_that_of_the_schedule_and_a_phase_ends_with_the_last() -> None:
     plan = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)))
     assert plan.schedule[1] == (7, LARGE) and plan != SkipPlan(SMALL, SMALL)
     assert [plan.decode_after(n) for n in (0, 6, 7, 100)] == [SMALL, SMALL, LARGE, LARGE]
     assert (plan.skipped("prefill"), plan.skipped("decode")) == (SMALL, LARGE)
-    assert SkipPlan(SMALL, LARGE).skipped("decode") == SkipPlan(SMALL, LARGE).decode_after(9) == LARGE
     first = skip_set((1, 0), (1, 1))
     SkipPlan(SMALL, first, schedule=((0, first), (3, LARGE)))  # it may drop an FFN, which has no KV
 
@@ -288,54 +236,14 @@ def test_a_malformed_schedule_is_refused(schedule: Any, message: str) -> None:
         SkipPlan(SMALL, SMALL, schedule=schedule)
 
 
-def test_a_schedule_and_an_online_stage_exclude_each_other() -> None:
-    stage = OnlineStage(threshold=0.9)
-    with pytest.raises(PlanError, match="not both"):
-        SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)), online=stage)
-    assert SkipPlan(SMALL, SMALL, online=stage).online == stage
-    assert stage.window == 20, "the authors' default"
-
-
-WRONG = [*({"window": value} for value in (0, 2.5, 2**31)), *({"threshold": value} for value in (float("nan"), None))]
-
-
-@pytest.mark.parametrize("wrong", [*WRONG, {"scale": "x"}])
+@pytest.mark.parametrize(
+    "wrong", [{"window": 0}, {"window": 2.5}, {"threshold": float("nan")}, {"threshold": None}, {"scale": "x"}]
+)
 def test_an_impossible_online_stage_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="; use"):
         OnlineStage(**{"threshold": 0.9, **wrong})
-
-
-def test_a_plan_describes_itself_in_json_without_its_vectors() -> None:
-    bias = np.zeros((4, 2, 3))
-    bias[2, 0] = [3, 0, 4]
-    decode = skip_set((0, 1), (2, 0), scale=0.5, bias=bias)
-    plan = SkipPlan(
-        skip_set((0, 1)), decode, model=MODEL, strategy="adaskip", compensation="affine", mode="e2e",
-        online=OnlineStage(5, 0.75, "median"), bulk=Bulk(skip_set((3, 0), scale=0.25), head=0, tail=9),
-    )  # fmt: skip
-    data = json.loads(json.dumps(plan.to_dict()))
-    assert data["decode"] == {
-        "skip": {"attention": [2], "ffn": [0], "n_layer": 4},
-        "scale": [[1.0, 0.5], [1.0, 1.0], [0.5, 1.0], [1.0, 1.0]],
-        "bias": {"shape": [4, 2, 3], "rows": [4], "nan": False, "bf16": True, "start": 0},
-        **dict.fromkeys(("down", "up")),
-    }
-    assert data["bulk"] == {
-        "skip": {
-            "skip": {"attention": [3], "ffn": [], "n_layer": 4},
-            "scale": [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.25, 1.0]],
-            **dict.fromkeys(("bias", "down", "up")),
-        },
-        "head": 0,
-        "tail": 9,
-        "windowed": [],
-        "window_size": 252,
-    }
-    assert data["online"] == {"window": 5, "threshold": 0.75, "scale": "median"} and data["model"] == vars(MODEL)
-    assert [data[name] for name in ("strategy", "compensation", "mode")] == ["adaskip", "affine", "e2e"]
-    grown = SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE))).to_dict()
-    assert grown["bulk"] is None
-    assert [(start, len(of["skip"]["attention"])) for start, of in grown["schedule"]] == [(0, 1), (7, 2)]
+    with pytest.raises(PlanError, match="not both"):
+        SkipPlan(SMALL, SMALL, schedule=((0, SMALL), (7, LARGE)), online=OnlineStage())
 
 
 def test_where_up_is_all_zeros_there_is_no_map() -> None:

@@ -1,27 +1,9 @@
 """Fixtures that tests of native code share."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 from oracles.expected import history_of
-from oracles.fixtures import Open, Tiny
-from oracles.readable import Bare
+from oracles.fixtures import Open
 from oracles.reference import ReferenceModel, ReferenceRun
-
-
-@pytest.fixture
-def bare(tiny: Tiny) -> Iterator[Open]:
-    """``bare(n_seq=2, unified=True)``: a tiny model in a context for several sequences, closed after the test."""
-    opened = []
-
-    def open_(**options: Any) -> Bare:
-        opened.append(Bare(tiny(), **options))
-        return opened[-1]
-
-    yield open_
-    for each in opened:
-        each.close()
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,8 @@ SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)]
 SPLITS: dict[str, dict[str, Any]] = {
     "one piece": {},
     "one piece, with all logits": {},
-    "n_ubatch 16": {"n_ubatch": 16},
     "n_batch 7": {"n_batch": 7},
     "token by token": {"n_batch": 1},
-    "last logits": {"logits_all": False},
     "last logits, n_ubatch 16": {"logits_all": False, "n_ubatch": 16},
 }
 
@@ -67,15 +65,9 @@ def test_with_logits_the_last_layer_does_not_see_every_token_and_has_none(open_t
         assert [[pair is None for pair in row] for row in activations] == [[False] * 2, [False] * 2, [True] * 2]
 
 
-def test_without_asking_there_are_none_and_fewer_bytes(open_tiny: Open) -> None:
-    n_bytes = []
-    for activations in (False, True):
-        llm, seen = open_tiny(), []
-        with llm.collect_statistics(lambda batch, seen=seen: seen.append(batch.activations), activations=activations):
-            llm.eval(tokens(20))
-        assert (seen[0] is not None) is activations
-        n_bytes.append(llm.counters.statistics_bytes)
-    # Seven streams, each once, as the output of a sublayer is the input of the next; but llama.cpp gathers the output
-    # tokens in front of the last junction of attention, so that its input is a tensor of its own. Their sums over the
-    # tokens are made here then, and not read.
-    assert n_bytes[1] - n_bytes[0] == 8 * (20 - 1) * N_EMBD * 4
+def test_without_asking_there_are_none(open_tiny: Open) -> None:
+    llm = open_tiny()
+    seen: list[Any] = []
+    with llm.collect_statistics(seen.append):
+        llm.eval(tokens(20))
+    assert [batch.activations for batch in seen] == [None]

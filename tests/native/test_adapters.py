@@ -4,10 +4,9 @@ For the reference the adapter is merged into the weights, and the control vector
 """
 
 import ctypes
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -37,22 +36,8 @@ def pieces() -> list[list[int]]:
     return [tokens(40)[start:end] for start, end in pairwise(PIECES)]
 
 
-class Changed(NamedTuple):
-    """A model with an adapter or a control vector: how to open it, for llama.cpp and for NumPy, and how it is set."""
-
-    open: Callable[[], Any]
-    numpy: ReferenceModel
-    options: dict[str, Any]
-
-
-def steer(llm: Any, model: ReferenceModel | None) -> Any:
-    """Set the control vector of all layers, or clear it."""
-    data, n = None, 0
-    if model is not None:
-        values = np.ascontiguousarray(model.control[1:], np.float32)
-        data, n = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size
-    assert llama_cpp.llama_set_adapter_cvec(llm.ctx, data, n, N_EMBD, 1, N_LAYER - 1) == 0
-    return llm
+Changed = tuple[Any, ReferenceModel]
+"""A model with an adapter or a control vector, in llama.cpp and in NumPy."""
 
 
 @pytest.fixture
@@ -63,8 +48,7 @@ def lora(tiny: Tiny, tmp_path: Path, open_tiny: Open) -> Changed:
     for name in {name.rpartition(".")[0] for name in matrices}:
         b, a = (matrices[f"{name}.lora_{each}"].astype(np.float64) for each in "ba")
         model.weights[name] += SCALE * ALPHA / RANK * b @ a
-    options = {"lora_path": str(path), "lora_scale": SCALE}
-    return Changed(lambda: open_tiny(**options), model, options)
+    return open_tiny(lora_path=str(path), lora_scale=SCALE), model
 
 
 @pytest.fixture
@@ -73,7 +57,10 @@ def control_vector(tiny: Tiny, open_tiny: Open) -> Changed:
     model = ReferenceModel(tiny())
     model.control = np.random.default_rng(7).normal(0, 0.5, model.control.shape).astype(np.float32)
     model.control[0] = 0
-    return Changed(lambda: steer(open_tiny(), model), model, {})
+    llm, values = open_tiny(), np.ascontiguousarray(model.control[1:])
+    data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    assert llama_cpp.llama_set_adapter_cvec(llm.ctx, data, values.size, N_EMBD, 1, N_LAYER - 1) == 0
+    return llm, model
 
 
 @pytest.fixture(params=["lora", "control_vector"])
@@ -82,28 +69,24 @@ def changed(request: pytest.FixtureRequest) -> Changed:
 
 
 def test_an_adapter_without_a_plan_is_bit_identical_to_stock(lora: Changed, tiny: Tiny) -> None:
-    (expected,) = run_stock([Job(str(tiny()), pieces(), {**OPTIONS, **lora.options})])
-    assert relative_error(expected, ReferenceRun(lora.numpy).eval(tokens(40)).logits) < TOLERANCE
-    llm = lora.open()
+    llm, model = lora
+    options = {**OPTIONS, "lora_path": llm.lora_path, "lora_scale": SCALE}
+    (expected,) = run_stock([Job(str(tiny()), pieces(), options)])
+    assert relative_error(expected, ReferenceRun(model).eval(tokens(40)).logits) < TOLERANCE
     np.testing.assert_array_equal(eval_logits(llm, pieces()), expected)
     with llm.collect_statistics(lambda batch: None, keep_logits=True):
         np.testing.assert_array_equal(eval_logits(llm, pieces()), expected)
 
 
-def test_without_a_plan_under_one_and_with_each_sublayer_skipped_alone_it_equals_the_reference(
-    changed: Changed,
-) -> None:
-    llm = changed.open()
+def test_the_whole_model_each_sublayer_skipped_alone_and_a_bulk_are_the_references(changed: Changed) -> None:
+    (llm, model), none = changed, SkipSet.none(N_LAYER)
     for chosen in (None, CHOSEN, *ALONE):
         llm.set_plan(None if chosen is None else same(chosen))
-        assert error_under(llm, changed.numpy, chosen, pieces()) < TOLERANCE
-
-
-def test_k_and_v_that_a_bulk_keeps_are_those_of_the_changed_model(changed: Changed) -> None:
-    none, llm = SkipSet.none(N_LAYER), changed.open()
+        assert error_under(llm, model, chosen, pieces()) < TOLERANCE
     plan = SkipPlan(none, none, bulk=Bulk(CHOSEN, head=2, tail=6))
-    history = history_of(changed.numpy, plan)
+    history = history_of(model, plan)
     llm.set_plan(plan)
+    llm.reset()
     for each in (llm, history):
         each.eval(tokens(40))
     assert error(llm, history) < TOLERANCE
@@ -111,18 +94,9 @@ def test_k_and_v_that_a_bulk_keeps_are_those_of_the_changed_model(changed: Chang
 
 def test_statistics_are_those_of_the_changed_models_sublayers(changed: Changed) -> None:
     # What a control vector adds belongs to none: it comes after the FFN's output and before the next input.
-    llm, expected = changed.open(), ReferenceRun(changed.numpy).eval(tokens(40))
+    llm, model = changed
+    expected = ReferenceRun(model).eval(tokens(40))
     for size in (40, 7, 1):
         actual = collect(llm, tokens(40), size)
         np.testing.assert_allclose(mean_similarity(actual), mean_similarity(expected), rtol=0, atol=2e-6)
         np.testing.assert_allclose(norm_ratio(actual), norm_ratio(expected), rtol=0, atol=5e-6)
-
-
-def test_a_control_vector_that_is_cleared_leaves_the_logits_of_stock(control_vector: Changed, tiny: Tiny) -> None:
-    (expected,) = run_stock([Job(str(tiny()), pieces(), OPTIONS)])
-    llm = control_vector.open()
-    llm.set_plan(same(CHOSEN))
-    eval_logits(llm, pieces())
-    steer(llm, None)
-    llm.set_plan(None)
-    np.testing.assert_array_equal(eval_logits(llm, pieces()), expected)

@@ -5,6 +5,7 @@ compensation 1 must equal the same model with that sublayer's output projection 
 bit: adding zero changes no float, and all other operations are the same.
 """
 
+import itertools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ import pytest
 from llama_cpp import Llama
 from oracles.fixtures import Open, Tiny
 from oracles.stock import OPTIONS, Job, eval_logits, run_stock
-from oracles.tiny_families import FAMILIES, PARTLY, SKIPPABLE, tokens
+from oracles.tiny_families import FAMILIES, SKIPPABLE, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import NotSkippableError
 from adaskip_cpp.model.plan import Bulk
-from adaskip_cpp.model.skip_set import SkipSet
+from adaskip_cpp.model.skip_set import KINDS, SkipSet
 
 FLASH = {"flash_attn": True}
 Q8_0 = {"type_k": 8, "type_v": 8, **FLASH}
@@ -43,34 +44,33 @@ def cut(tokens: list[int]) -> list[list[int]]:
     return [tokens[:29], tokens[29:36], *([token] for token in tokens[36:])]
 
 
-def sublayers(name: str) -> list[tuple[int, str]]:
-    """All sublayers of a family, in the order of the residual stream."""
-    return [(layer, kind) for layer in range(FAMILIES[name].n_layer) for kind in ("attention", "ffn")]
-
-
 @pytest.mark.parametrize(
     ("name", "changes"), [*((name, each) for name in FAMILIES for each in ({}, LAST)), ("llama", FLASH)]
 )
-def test_the_whole_model_equals_stock_and_each_sublayer_skipped_stock_on_the_zeroed_model(
+def test_the_whole_model_equals_stock_and_sublayers_skipped_stock_on_the_zeroed_model(
     name: str, changes: dict[str, Any], tiny: Tiny, open_tiny: Open
 ) -> None:
     options = {**OPTIONS, **changes}
     llm = open_tiny(name, **options, exact_batches=True)
     rows = [row for row in llm.sublayers if row.in_bulk]
     assert rows or name in ("mamba", "gemma3n")
-    zeroed = [[], *([(row.layer, row.kind)] for row in rows)]
-    whole, *expected = run_stock([Job(str(tiny(name, zero=each)), cut(tokens(40)), options) for each in zeroed])
+    # With no attention left, or none of one cache of a sliding-window model, the graph's inputs lose their readers.
+    all_of_a_kind = [[row for row in rows if row.kind == kind and row.skippable] for kind in KINDS]
+    groups = [*([row] for row in rows), *filter(None, all_of_a_kind)]
+    zeroed = [[(row.layer, row.kind) for row in group] for group in groups]
+    jobs = [Job(str(tiny(name, zero=each)), cut(tokens(40)), options) for each in ([], *zeroed)]
+    whole, *expected = run_stock(jobs)
     np.testing.assert_array_equal(eval_logits(llm, cut(tokens(40))), whole)
     assert np.isfinite(whole).all()
     wrong = {}
-    for row, logits in zip(rows, expected, strict=True):
+    for group, logits in zip(groups, expected, strict=True):
         # Silencing a sublayer moves the logits by 0.2 to 1.4 of their norm; below 0.1 a wrong skip could hide.
         assert changes is LAST or np.linalg.norm(logits - whole) > 0.1 * np.linalg.norm(whole)
-        if row.skippable:
-            llm.set_plan(SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]}))
+        if all(row.skippable for row in group):
+            llm.set_plan(SkipPlan.manual(llm.n_layer, **{group[0].kind: [row.layer for row in group]}))
             actual = eval_logits(llm, cut(tokens(40)))
             if not np.array_equal(actual, logits):
-                wrong[row.layer, row.kind] = float(np.linalg.norm(actual - logits) / np.linalg.norm(logits))
+                wrong[str(group)] = float(np.linalg.norm(actual - logits) / np.linalg.norm(logits))
     assert not wrong
 
 
@@ -124,62 +124,31 @@ def test_each_sublayer_skipped_in_the_bulk_leaves_the_memory_of_the_zeroed_model
     assert not wrong
 
 
-def nodes(llm: Any, prompt: list[int], plan: SkipPlan | None) -> int:
-    """Nodes of the graph that was computed."""
-    llm.set_plan(plan)
-    eval_logits(llm, [prompt])
-    return int(llm.counters.nodes)
-
-
 @pytest.mark.parametrize("name", SKIPPABLE)
-def test_a_skipped_sublayer_leaves_nothing_but_its_compensation(
-    name: str, open_tiny: Open, open_model: Open, tmp_path: Path
-) -> None:
-    # Without its first layer a model's graph is that of a model of one layer less, as llama.cpp builds it; and a
-    # compensation other than 1 is one node.
+def test_a_skipped_sublayer_leaves_no_node(name: str, open_tiny: Open, open_model: Open, tmp_path: Path) -> None:
+    # Without its first layer a model's graph is that of a model of one layer less, as llama.cpp builds it.
     llm, n_layer = open_tiny(name), SKIPPABLE[name].n_layer
     shallow = open_model(write_model(tmp_path / "shallow.gguf", name, n_layer=n_layer - 1))
-    assert nodes(llm, tokens(9), SkipPlan.manual(n_layer, [0], [0])) == nodes(shallow, tokens(9), None)
-    for row in llm.sublayers:
-        bare, scaled = (
-            nodes(llm, tokens(9), SkipPlan.manual(n_layer, scale=scale, **{row.kind: [row.layer]}))
-            for scale in (None, 1.5)
-        )
-        assert scaled == bare + 1 < llm.counters.nodes_full
-
-
-@pytest.mark.parametrize("kind", ["attention", "ffn"])
-@pytest.mark.parametrize("name", SKIPPABLE)
-def test_every_sublayer_of_a_kind_can_be_skipped_at_once(name: str, kind: str, tiny: Tiny, open_tiny: Open) -> None:
-    # With no attention left, or none of one cache of a sliding-window model, the graph's inputs lose their readers.
-    llm = open_tiny(name)
-    silenced = tiny(name, zero=[(layer, kind) for layer in range(llm.n_layer)])
-    (expected,) = run_stock([Job(str(silenced), cut(tokens(40)), OPTIONS)])
-    llm.set_plan(SkipPlan.manual(llm.n_layer, **{kind: range(llm.n_layer)}))
-    np.testing.assert_array_equal(eval_logits(llm, cut(tokens(40))), expected)
+    llm.set_plan(SkipPlan.manual(n_layer, [0], [0]))
+    for each in (llm, shallow):
+        each.eval(tokens(9))
+    assert llm.counters.nodes == shallow.counters.nodes_full
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_sublayer_is_found_and_those_that_cannot_be_taken_apart_have_a_reason(name: str, open_tiny: Open) -> None:
-    rows, expected = open_tiny(name).sublayers, NOT_SKIPPABLE.get(name, set())
-    refused = {(row.layer, row.kind) for row in rows if not row.skippable}
-    assert [(row.layer, row.kind) for row in rows] == sublayers(name)
-    assert refused == expected
-    assert {(row.layer, row.kind) for row in rows if not row.in_bulk} == (set() if name in SHARED_KV else refused)
+def test_every_sublayer_is_found_and_those_that_cannot_be_skipped_in_a_phase_are_refused_there(
+    name: str, open_tiny: Open
+) -> None:
+    llm, expected = open_tiny(name), NOT_SKIPPABLE.get(name, set())
+    rows, none = llm.sublayers, SkipSet.none(llm.n_layer)
+    assert [(row.layer, row.kind) for row in rows] == list(itertools.product(range(llm.n_layer), KINDS))
+    assert {(row.layer, row.kind) for row in rows if not row.skippable} == expected
+    assert {(row.layer, row.kind) for row in rows if not row.in_bulk} == (set() if name in SHARED_KV else expected)
     assert all(bool(row.reason) != row.skippable for row in rows)
     if name == "gemma3n":
         told = {"the model keeps several residual streams, and each layer mixes all of them"}
         assert {row.reason for row in rows} == told
-
-
-@pytest.mark.parametrize("name", PARTLY)
-def test_a_plan_with_a_sublayer_that_cannot_be_skipped_in_its_phase_is_refused_and_the_model_still_runs(
-    name: str, tiny: Tiny, open_tiny: Open
-) -> None:
-    llm = open_tiny(name)
-    (expected,) = run_stock([Job(str(tiny(name)), cut(tokens(40)), OPTIONS)])
-    none = SkipSet.none(llm.n_layer)
-    for row in llm.sublayers:
+    for row in rows:
         everywhere = SkipPlan.manual(llm.n_layer, **{row.kind: [row.layer]})
         in_bulk = SkipPlan(none, none, bulk=Bulk(everywhere.prefill))
         for plan, is_taken in ((everywhere, row.skippable), (in_bulk, row.in_bulk)):
@@ -187,4 +156,3 @@ def test_a_plan_with_a_sublayer_that_cannot_be_skipped_in_its_phase_is_refused_a
                 llm.set_plan(plan)
             assert llm.plan == (plan if is_taken else None)
             llm.set_plan(None)
-    np.testing.assert_array_equal(eval_logits(llm, cut(tokens(40))), expected)

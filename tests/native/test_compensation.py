@@ -1,7 +1,7 @@
 """What stands in for a skipped sublayer, v := s u + b + up (down u), against a NumPy pass, and what it costs.
 
-Tolerances: those of test_skip.py for the NumPy float64 pass. A vector or a map that is wrong, missing, transposed or
-misplaced changes the logits by more than 0.1.
+test_sequences.py draws scales, vectors and maps of every phase. Tolerances are those of test_skip.py for the NumPy
+float64 pass. A vector or a map that is wrong, missing, transposed or misplaced changes the logits by more than 0.1.
 """
 
 import platform
@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf import GGMLQuantizationType
-from oracles.expected import error, error_under, generated, history_of, split
+from oracles.expected import error_under
 from oracles.fixtures import Open, Tiny
 from oracles.observed import activations_of
 from oracles.reference import ReferenceModel, relative_error, write_dequantised
-from oracles.skip_sets import PARTS, filled, only, same
+from oracles.skip_sets import PARTS, filled, only, same, skip_set
 from oracles.tiny_families import FAMILIES, N_EMBD, N_LAYER, SKIPPABLE, tokens
 
-from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.skip_set import SkipSet
 
 TOLERANCE = 5e-6
@@ -27,55 +26,11 @@ SUBLAYERS = [(layer, kind) for layer in range(N_LAYER) for kind in (0, 1)]
 KINDS = {"vector": PARTS[:1], "map": PARTS[1:], "vector and map": PARTS}
 
 
-def random_set(seed: int, without: npt.NDArray[np.bool_] | None = None, parts: tuple[str, ...] = PARTS) -> SkipSet:
-    """Each sublayer with probability 0.4, maps of rank 1 to 8, scales of 1 or not; always those in ``without`` too."""
-    rng = np.random.default_rng(seed)
-    skip = rng.random((N_LAYER, 2)) < 0.4
-    skip[rng.integers(N_LAYER), rng.integers(2)] = True
-    if without is not None:
-        skip |= without
-    scale = np.where(rng.random(skip.shape) < 0.5, 1.0, rng.uniform(0.5, 1.5, skip.shape))
-    return filled(skip, seed, scale, int(rng.integers(1, 9)), parts)
-
-
-# -- the result ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sublayer", SUBLAYERS, ids=str)
-def test_each_sublayer_can_be_replaced(
-    sublayer: tuple[int, int], kind: str, open_tiny: Open, reference: ReferenceModel
-) -> None:
-    llm = open_tiny()
-    for scale in (1.0, 1.3):
-        chosen = filled(only(sublayer), scale=scale, parts=KINDS[kind])
-        llm.set_plan(same(chosen))
-        pieces = [tokens(40)[:30], *split(tokens(40)[30:], 1)]
-        assert error_under(llm, reference, chosen, pieces) < TOLERANCE
-        bare = SkipSet(chosen.skip, chosen.scale)
-        assert error_under(llm, reference, bare, pieces) > 0.1, "what stands in matters"
-
-
 @pytest.mark.parametrize("rank", [1, 2, 31, N_EMBD, 2 * N_EMBD])
 def test_any_rank_will_do(rank: int, open_tiny: Open, reference: ReferenceModel) -> None:
     chosen = filled(only((0, 1), (2, 0)), rank=rank)
     llm = open_tiny(under=same(chosen))
     assert error_under(llm, reference, chosen, [tokens(40)]) < TOLERANCE
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "scale alone"])
-def test_prefill_and_decode_have_sets_of_their_own(kind: str, open_tiny: Open, reference: ReferenceModel) -> None:
-    llm, parts = open_tiny(), KINDS.get(kind, ())
-    for seed in range(4):
-        prefill = random_set(seed, parts=parts)
-        decode = random_set(seed + 100, without=prefill.skip, parts=PARTS if seed % 2 and parts else parts)
-        plan = SkipPlan(prefill, decode)
-        history = history_of(reference, plan)
-        llm.set_plan(plan)
-        llm.reset()
-        generated(llm, history, tokens(20), 10)
-        assert [cell.skip_set for cell in history.cells] == [prefill] * 20 + [decode] * 9
-        assert error(llm, history) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -134,26 +89,31 @@ def test_where_weights_are_smaller_than_f32_an_x86_processor_computes_maps_in_bf
         assert relative_error(stream, exact) < 1e-2
 
 
-# -- what it costs ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sublayer", SUBLAYERS, ids=str)
 def test_a_scale_and_a_vector_are_a_node_each_and_a_map_is_three(sublayer: tuple[int, int], open_tiny: Open) -> None:
-    llm, nodes = open_tiny(), {}
-    for scale in (1.0, 1.3):
-        for parts in ((), *KINDS.values()):
-            llm.reset()
-            llm.set_plan(same(filled(only(sublayer), scale=scale, parts=parts)))
-            llm.eval(tokens(5))
-            nodes[scale, len(parts)] = llm.counters.nodes
-    assert nodes[1.0, 0] < llm.counters.nodes_full
-    expected = {(scale, n): (scale > 1) + (0, 1, 3, 4)[n] for scale, n in nodes}
-    assert {key: n - nodes[1.0, 0] for key, n in nodes.items()} == expected
+    llm = open_tiny()
+
+    def nodes(chosen: SkipSet) -> int:
+        llm.reset()
+        llm.set_plan(same(chosen))
+        llm.eval(tokens(5))
+        return int(llm.counters.nodes)
+
+    skip = only(sublayer)
+    bare = nodes(SkipSet(skip, np.ones((N_LAYER, 2))))
+    assert bare < llm.counters.nodes_full
+    for scale, n in ((1.0, 0), (1.3, 1)):
+        for parts, n_of_parts in (((), 0), (KINDS["vector"], 1), (KINDS["map"], 3), (PARTS, 4)):
+            assert nodes(filled(skip, scale=scale, parts=parts)) == bare + n + n_of_parts
+    mapped = filled(skip, parts=KINDS["map"])
+    up = mapped.up.copy()
+    up[sublayer] = 0
+    assert nodes(SkipSet(skip, mapped.scale, None, mapped.down, up)) == bare
 
 
 def test_the_plan_owns_its_vectors_and_maps(open_tiny: Open, reference: ReferenceModel) -> None:
     """Of any dtype and order in memory, and whatever becomes of the caller's arrays; it reads what it needs alone."""
-    chosen, llm = random_set(2), open_tiny()
+    chosen, llm = skip_set((1,), (0, 2), 1.1, seed=2), open_tiny()
     for dtype, order in ((np.float32, "C"), (np.float64, "F")):
         names = ("skip", "scale", *PARTS)
         given = SimpleNamespace(**{name: np.array(getattr(chosen, name), dtype, order=order) for name in names})

@@ -1,8 +1,4 @@
-"""Prompts that are put together from several earlier ones, each of which was saved.
-
-Against the forward pass in NumPy of test_edits.py, with its tolerances: every token has the K and V of the prompt that
-it is taken from.
-"""
+"""Prompts that are put together from several saved ones: each token has K and V of its prompt, as in test_edits.py."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,21 +13,19 @@ from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.tiny_families import tokens
 
-from adaskip_cpp import SkipPlan
-from adaskip_cpp.engine.edits import Run, Saved, beside
+from adaskip_cpp.engine.edits import Run, beside
 from adaskip_cpp.errors import NativeError, StateError
 from adaskip_cpp.model.edits import APART, WIDE
 
 EDITS = replace(MOVED, most_moves=APART + WIDE)
 
 
-def runs() -> Any:
-    return st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), max_size=4)
+gaps_and_lengths = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 12)), max_size=4)
 
 
 @settings(deadline=None)
-@given(runs(), runs(), st.integers(1, 4), st.integers(1, 3))
-def test_parts_of_runs_take_no_place_twice(
+@given(gaps_and_lengths, gaps_and_lengths, st.integers(1, 4), st.integers(1, 3))
+def test_no_place_is_taken_twice(
     found: list[tuple[int, int]], taken: list[tuple[int, int]], least: int, mend: int
 ) -> None:
     def placed(gaps: list[tuple[int, int]]) -> Iterator[Run]:
@@ -40,23 +34,20 @@ def test_parts_of_runs_take_no_place_twice(
             yield Run(start=7 + at + gap, to=at + gap, n=n)
             at += gap + n
 
+    def places_of(run: Run) -> set[int]:
+        return {*range(run.to, run.to + run.n)}
+
     theirs, ours = list(placed(found)), list(placed(taken))
-    places = {place for run in ours for place in range(run.to, run.to + run.n)}
-    parts = beside(theirs, ours, least=least, mend=mend)
+    taken_places = set().union(*map(places_of, ours))
+    parts, places = beside(theirs, ours, least=least, mend=mend), set(taken_places)
     for part in parts:
-        mine = set(range(part.to, part.to + part.n))
-        assert part.n >= least and part.start == part.to + 7 and not mine & places
+        assert part.n >= least and part.start == part.to + 7 and not places_of(part) & places
         [run] = [run for run in theirs if run.to <= part.to < run.to + run.n]
         assert part.to + part.n <= run.to + run.n
         # What stands before a part in its run is taken, or mended.
         assert part.to == run.to or part.to - mend - 1 in places or {*range(part.to - mend, part.to)} & places
-        places |= mine
-    free = [
-        run
-        for run in theirs
-        if not {*range(run.to, run.to + run.n)} & {p for r in ours for p in range(r.to, r.to + r.n)}
-    ]
-    assert all(run in parts for run in free if run.n >= least)
+        places |= places_of(part)
+    assert all(run in parts for run in theirs if run.n >= least and not places_of(run) & taken_places)
 
 
 def documents() -> tuple[list[int], list[list[int]], list[int]]:
@@ -81,9 +72,7 @@ def read_alone(llm: Any, oracle: Oracle, prompts: list[list[int]]) -> None:
 
 @pytest.mark.parametrize("how", SETTINGS)
 @pytest.mark.parametrize("held", ["nothing", "a document", "another text"])
-def test_documents_that_were_read_alone_are_put_together(
-    how: str, held: str, open_tiny: Open, numpy_model: Open
-) -> None:
+def test_documents_that_were_read_alone_are_joined(how: str, held: str, open_tiny: Open, numpy_model: Open) -> None:
     family, options, plan, tolerance = SETTINGS[how]
     llm = open_tiny(family, under=plan, **OPTIONS, **options, reuse=EDITS)
     oracle = Oracle(numpy_model(family), plan, edits=EDITS)
@@ -97,47 +86,23 @@ def test_documents_that_were_read_alone_are_put_together(
         assert llm.n_moved > 0.2 * len(prompt)
 
 
-def test_a_saved_prompt_is_read_where_its_moves_or_its_plan_forbid_it(
-    open_tiny: Open, reference: ReferenceModel, whole: Open
-) -> None:
-    head, (a, b, c), question = documents()
-    prompt = head + a + c + b + question
-    small = replace(EDITS, most_moves=APART - 1)
-    skipping = SkipPlan.manual(3, attention=[1])
-    for reuse, plan in ((small, None), ("prefix", None), (EDITS, skipping)):
-        llm = open_tiny(under=plan, **OPTIONS, reuse=EDITS)
-        read_alone(llm, Oracle(reference, plan, edits=EDITS), [head + each for each in (b, c)])
-        llm.set_plan(None)
-        llm.set_reuse(reuse)
-        with counting(llm) as counts:
-            assert relative_error(logits_of(llm, prompt), whole(prompt)) < 1e-5
-        assert llm.n_moved == 0 and sum(counts) == len(prompt) - (len(head) if reuse is small else 0)
-
-
-def test_what_begins_a_prompt_is_not_moved(open_tiny: Open, reference: ReferenceModel, whole: Open) -> None:
+def test_what_begins_a_prompt_is_not_moved(open_tiny: Open, reference: ReferenceModel) -> None:
     """So the whole model may read it, also where it is longer than what the memory and the prompt begin with."""
-    llm, oracle = open_tiny(**OPTIONS, reuse=EDITS), Oracle(reference, edits=EDITS)
-    head, (a, b, c), question = documents()
-    read_alone(llm, oracle, [head + a + b, head + c])
-    first, prompt = head + question + c, head + a + b + tokens(9, seed=40)[1:] + c + question
-    for each in (first, prompt):
-        read_both(llm, oracle, each)
-    assert llm._adaskip.kv_valid("prefill", 900) == 900
+    llm, (head, (a, _, c), question) = open_tiny(**OPTIONS, reuse=EDITS), documents()
+    read_alone(llm, Oracle(reference, edits=EDITS), [head + c])
+    for prompt in (head + question + a, head + c + a + question):
+        logits_of(llm, prompt)
+    assert llm.n_moved > 0
     llm.set_reuse("prefix")
-    assert llm._adaskip.kv_valid("prefill", 900) > len(head + a + b)
-    with counting(llm) as counts:
-        assert relative_error(logits_of(llm, prompt), whole(prompt)) < 1e-5
-    assert sum(counts) == len(prompt) - len(head + a + b + tokens(9, seed=40)[1:]) - EDITS.mend
+    assert llm._adaskip.kv_valid("prefill", 900) == len(head + c) + EDITS.mend
 
 
-@pytest.mark.parametrize("way", ["it is gone", "there is no room", "it is damaged", "a window has left it"])
-def test_a_saved_prompt_that_cannot_be_loaded_is_read(way: str, open_tiny: Open, numpy_model: Open) -> None:
-    family, options = ("gemma3", {"swa_full": False}) if way == "a window has left it" else ("llama", {})
-    n_ctx = 256 if way == "there is no room" else 512
-    llm = open_tiny(family, **{**OPTIONS, "n_ctx": n_ctx}, **options, reuse=EDITS)
+@pytest.mark.parametrize("way", ["it is gone", "there is no room", "it is damaged"])
+def test_a_saved_prompt_that_cannot_be_loaded_is_read(way: str, open_tiny: Open, reference: ReferenceModel) -> None:
+    llm = open_tiny(**{**OPTIONS, "n_ctx": 256 if way == "there is no room" else 512}, reuse=EDITS)
+    oracle = Oracle(reference, edits=EDITS)
     head, (a, b, c), question = documents()
     more = tokens(120, seed=30)[1:]
-    oracle = Oracle(numpy_model(family), edits=EDITS)
     read_alone(llm, oracle, [head + more + each for each in (a, b)])
     [first, second] = llm.saved_prompts
     if way == "it is gone":
@@ -146,10 +111,6 @@ def test_a_saved_prompt_that_cannot_be_loaded_is_read(way: str, open_tiny: Open,
         llm.saved_prompts = [first._replace(take=lambda: bytearray(first.take() or b"")[:-9]), second]
     prompt = head + c + b + a + question + tokens(20, seed=31)[1:]
     logits = logits_of(llm, prompt)
-    if way == "a window has left it":
-        expected = ReferenceRun(numpy_model(family)).eval(prompt).logits[-1]
-        assert relative_error(logits, expected) < 1e-3 and llm.n_moved == 0
-        return
     oracle.history.saved = oracle.history.saved[1:]
     expected = oracle.read(prompt)
     if way == "there is no room":  # for the second beside what was taken of the first
@@ -159,6 +120,15 @@ def test_a_saved_prompt_that_cannot_be_loaded_is_read(way: str, open_tiny: Open,
     with counting(llm) as counts:
         logits_of(llm, prompt + question)
     assert sum(counts) == len(question), "the memory holds what was read"
+
+
+def test_a_saved_prompt_that_a_window_has_left_is_read(open_tiny: Open, numpy_model: Open) -> None:
+    llm = open_tiny("gemma3", **OPTIONS, swa_full=False, reuse=EDITS)
+    (head, (a, b, c), question), more = documents(), tokens(120, seed=30)[1:]
+    read_alone(llm, Oracle(numpy_model("gemma3"), edits=EDITS), [head + more + each for each in (a, b)])
+    prompt = head + c + b + a + question
+    expected = ReferenceRun(numpy_model("gemma3")).eval(prompt).logits[-1]
+    assert relative_error(logits_of(llm, prompt), expected) < 1e-3 and llm.n_moved == 0
 
 
 @pytest.mark.parametrize("n_batches", range(6))
@@ -206,16 +176,6 @@ def test_places_that_are_taken_are_refused(open_tiny: Open) -> None:
     assert llm._adaskip.kv_valid("prefill", 5) == 5, "what stays in its place was not moved"
 
 
-def test_without_states_nothing_is_saved(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = open_tiny(**OPTIONS)
-    llm.eval(tokens(9))
-    with monkeypatch.context() as patched:
-        patched.setattr(llm, "_save_sequence", lambda: None)
-        with pytest.raises(StateError, match="could not save"):
-            llm.save_prompt()
-    assert isinstance(llm.save_prompt(), Saved) and llm.save_prompt().tokens.tolist() == tokens(9)
-
-
 def test_a_prompt_of_another_model_or_with_an_image_is_refused(open_tiny: Open, open_model: Open, tiny: Tiny) -> None:
     """Another model of the same shape would take the state, and answer from K and V that are not its own."""
     llm, other = open_tiny(**OPTIONS, reuse=EDITS), open_model(tiny(seed=7), **OPTIONS)
@@ -224,8 +184,6 @@ def test_a_prompt_of_another_model_or_with_an_image_is_refused(open_tiny: Open, 
     llm.saved_prompts = [other.save_prompt()]
     with pytest.raises(StateError, match="of another model"):
         logits_of(llm, head + question + a + question)
-    llm.saved_prompts = []
-    llm.eval(head + a)
-    llm.input_ids[5] = -1
+    other.input_ids[5] = -1
     with pytest.raises(StateError, match="holds an image"):
-        llm.save_prompt()
+        other.save_prompt()

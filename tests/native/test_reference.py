@@ -1,8 +1,4 @@
-"""The oracles themselves: the NumPy pass equals stock, and figures of a request are those of the paper.
-
-Stock llama-cpp-python runs in its own process with F32 K and V and without flash attention. Skipped sublayers follow:
-what we compute equals stock in test_architectures.py and the NumPy pass in test_skip.py.
-"""
+"""The oracles themselves: the NumPy pass equals stock without flash attention, and figures are those of the paper."""
 
 import numpy as np
 import pytest

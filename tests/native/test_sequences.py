@@ -92,18 +92,9 @@ KINDS = {
 class WatchedLlama(AdaSkipLlama):
     """Tells what ``create_completion`` generates, which saved states it loads and saves, and which evaluations restart.
 
-    And the first position that the memory still has where a prompt comes, which sliding windows may have left.
-
-    Of tokens that begin a character it would generate any number, in search of the character's end.
+    And the first position that the memory still has where a prompt comes. ``limit`` bounds what it generates: of tokens
+    that begin a character any number, in search of the character's end.
     """
-
-    limit: int
-    generated: list[int]
-    loaded: list[Any]
-    saved: list[Any]
-    restarted: deque[bool]
-    oldest: deque[int]
-    is_evaluating: bool
 
     @classmethod
     def open(cls, path: Path, kind: Kind) -> "WatchedLlama":
@@ -113,7 +104,11 @@ class WatchedLlama(AdaSkipLlama):
     def begin(self) -> None:
         """Forget every call before this one."""
         self.limit, self.is_evaluating = N_CTX, False
-        self.generated, self.loaded, self.saved, self.restarted, self.oldest = [], [], [], deque(), deque()
+        self.generated: list[int] = []
+        self.loaded: list[Any] = []
+        self.saved: list[Any] = []
+        self.restarted: deque[bool] = deque()
+        self.oldest: deque[int] = deque()
         self.saved_prompts = []
         self.set_cache(None)
         self.reset()
@@ -292,9 +287,6 @@ class Calls(RuleBasedStateMachine):
 
     @precondition(lambda self: self.kind.reuse != "prefix")
     @rule(reuse=reuses)
-    def set_reuse(self, reuse: Reuse) -> None:
-        self.change_reuse(reuse)
-
     def change_reuse(self, reuse: Reuse) -> None:
         self.llm.set_reuse(reuse)
         self.history.set_edits(edits_of(reuse))
@@ -441,9 +433,7 @@ class Calls(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_sequence_of_calls_gives_the_logits_of_a_fresh_model(
-    kind: str, tiny: Tiny, explore: Callable[[Callable[[], Any]], None]
-) -> None:
+def test_any_calls_give_the_right_logits(kind: str, tiny: Tiny, explore: Callable[[Callable[[], Any]], None]) -> None:
     path = tiny(KINDS[kind].family)
     explore(partial(Calls, path, ReferenceModel(path), KINDS[kind]))
 

@@ -1,11 +1,11 @@
 """Several sequences on the bare context, copied, shifted and cut by llama.cpp's own functions, against NumPy.
 
 Hypothesis draws what is done. ``llama_decode`` must refuse a batch whose sequences hold a position that the plan cannot
-read, and otherwise compute what the reference does. Tolerance: float32 against float64. ``llama_memory_seq_div`` is not
-among the calls: llama.cpp's ``pos_div`` turns keys the wrong way, with and without a plan.
+read. ``llama_memory_seq_div`` is not among the calls: llama.cpp turns its keys the wrong way, with and without a plan.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition
 from oracles.drawn_plans import NOTHING, plans
 from oracles.drawn_sequences import rule
-from oracles.fixtures import Open, Tiny
+from oracles.fixtures import Tiny
 from oracles.readable import decode
 from oracles.reference import ReferenceModel, ReferenceRun, Windows, relative_error
 from oracles.sequence_oracle import Cell, is_readable
+from oracles.skip_sets import same, skip_set
 from oracles.stock import EXACT
 from oracles.tiny_families import N_LAYER, N_VOCAB
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.errors import NotSkippableError, PlanError
-from adaskip_cpp.model.plan import Bulk
+from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
 N_SEQ = 3
@@ -42,6 +43,11 @@ def open_with_sequences(path: Path, unified: bool, **options: Any) -> AdaSkipLla
     params.n_seq_max, params.kv_unified = N_SEQ, unified
     with patch("llama_cpp.llama_cpp.llama_context_default_params", lambda: params):
         return AdaSkipLlama(str(path), n_ctx=384, n_batch=64, verbose=False, **EXACT, **options)
+
+
+def logits_of(llm: AdaSkipLlama, index: int) -> np.ndarray:
+    row = llama_cpp.llama_get_logits_ith(llm.ctx, index)
+    return np.ctypeslib.as_array(row, shape=(N_VOCAB,)).copy()
 
 
 @dataclass(eq=False)
@@ -82,13 +88,7 @@ class Calls(RuleBasedStateMachine):
     """
 
     def __init__(
-        self,
-        path: Path,
-        model: ReferenceModel,
-        unified: bool,
-        options: dict[str, Any],
-        elided: tuple[int, ...],
-        llm: AdaSkipLlama | None = None,
+        self, path: Path, model: ReferenceModel, unified: bool, options: dict[str, Any], elided: Any, llm: Any = None
     ) -> None:
         super().__init__()
         self.model, self.unified, self.elided, self.stays_open = model, unified, elided, llm is not None
@@ -150,12 +150,8 @@ class Calls(RuleBasedStateMachine):
                 text, skip_set.skip, skip_set.scale, skip_set.bias, skip_set.down, skip_set.up, keeps_kv=in_bulk
             )
             self.sequences[i].cells += [SharedCell(skip_set, in_bulk) for _ in text]
-            actual = [self.logits(at) for at, row in enumerate(rows) if row[0] == i]
+            actual = [logits_of(self.llm, at) for at, row in enumerate(rows) if row[0] == i]
             assert relative_error(actual, expected.logits) < TOLERANCE
-
-    def logits(self, index: int) -> np.ndarray:
-        row = llama_cpp.llama_get_logits_ith(self.llm.ctx, index)
-        return np.ctypeslib.as_array(row, shape=(N_VOCAB,)).copy()
 
     @precondition(is_filled)
     @rule(source=sequence, into=sequence, part=st.floats(0, 1))
@@ -216,30 +212,52 @@ KINDS: dict[str, tuple[bool, dict[str, Any], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_sequence_of_calls_on_the_bare_context_gives_the_logits_of_the_reference_or_is_refused(
-    kind: str, tiny: Tiny, explore: Callable[[Callable[[], Any]], None]
-) -> None:
+def test_any_calls_are_right_or_refused(kind: str, tiny: Tiny, explore: Callable[[Callable[[], Any]], None]) -> None:
     explore(partial(Calls, tiny(), ReferenceModel(tiny()), *KINDS[kind]))
 
 
-def test_windows_read_one_sequence_at_a_time(bare: Open, reference: ReferenceModel) -> None:
-    context, run, text = bare(), ReferenceRun(reference), list(range(30, 38))
+@pytest.fixture
+def llm(tiny: Tiny) -> Iterator[Any]:
+    with closing(open_with_sequences(tiny(), True)) as opened:
+        yield opened
+
+
+def test_windows_read_one_sequence_at_a_time_and_a_common_cache(
+    llm: Any, reference: ReferenceModel, tiny: Tiny
+) -> None:
+    run, text, none = ReferenceRun(reference), list(range(30, 38)), NOTHING.prefill
     for at in range(20):  # the cells of the two lie in turn
-        context.decode(s0=(at, [3 + at]), s1=(at, [4 + at]))
+        assert decode(llm.ctx, [(0, at, 3 + at, True), (1, at, 4 + at, True)]) == 0
     run.eval(list(range(4, 24)))
-    none = SkipSet.none(N_LAYER)
-    context.set_plan(SkipPlan(none, none, bulk=Bulk(none, head=2, windowed=(0, 1, 2), window_size=5)))
-    context.native.set_phase("bulk")
+    llm.set_plan(SkipPlan(none, none, bulk=Bulk(none, head=2, windowed=(0, 1, 2), window_size=5)))
+    llm._adaskip.set_phase("bulk")
     expected = run.eval(text, windows=Windows((0, 1, 2), 5, 2)).logits
-    assert relative_error(context.decode(s1=(20, text))["s1"], expected) < TOLERANCE
+    assert decode(llm.ctx, [(1, 20 + i, token, True) for i, token in enumerate(text)]) == 0
+    assert relative_error([logits_of(llm, i) for i in range(len(text))], expected) < TOLERANCE
+    assert decode(llm.ctx, [(0, 20, 9, True), (1, 28, 9, True)]) < 0
     with pytest.raises(PlanError, match="look back at a window, which read one sequence at a time"):
-        context.decode(s0=(20, [9]), s1=(28, [9]))
+        llm._adaskip.raise_failure(RuntimeError())
+    with closing(open_with_sequences(tiny(), False)) as other:
+        assert not any(row.windowable for row in other.sublayers)
+        with pytest.raises(NotSkippableError, match="cannot look back at a window: it reads its K and V in another"):
+            other.set_plan(SkipPlan(none, none, bulk=Bulk(none, windowed=(0,))))
 
 
-def test_where_every_sequence_has_its_own_cells_no_attention_is_windowed(tiny: Tiny) -> None:
-    llm = open_with_sequences(tiny(), False)
-    assert not any(row.windowable for row in llm.sublayers)
-    none = SkipSet.none(N_LAYER)
-    with pytest.raises(NotSkippableError, match="cannot look back at a window: it reads its K and V in another way"):
-        llm.set_plan(SkipPlan(none, none, bulk=Bulk(none, windowed=(0,))))
-    llm.close()
+def test_what_counts_the_tokens_of_one_request_is_refused(llm: Any) -> None:
+    chosen = skip_set(ffn=(1, 2))
+    for name, plan in {
+        "a schedule": same(chosen, schedule=((0, chosen), (2, skip_set((1,), (2,))))),
+        "an online stage": same(chosen, online=OnlineStage(2, -1.0, "paper")),
+    }.items():
+        with pytest.raises(PlanError, match=f"the plan has {name}.* for {N_SEQ} sequences"):
+            llm.set_plan(plan)
+        assert llm.plan is None
+
+
+def test_divided_positions_are_read_as_what_they_were(llm: Any) -> None:
+    llm.set_plan(same(skip_set(ffn=(1, 2))))
+    assert decode(llm.ctx, [(0, i, 3 + i, True) for i in range(8)]) == 0
+    llama_cpp.llama_memory_seq_div(llama_cpp.llama_get_memory(llm.ctx), 0, 0, -1, 2)
+    assert llm._adaskip.kv_valid("prefill", 4) == 4
+    llm.set_plan(None)
+    assert llm._adaskip.kv_valid("prefill", 4) == 0 and decode(llm.ctx, [(0, 4, 7, True)]) < 0

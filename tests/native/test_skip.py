@@ -1,8 +1,7 @@
 """Skipped sublayers in llama.cpp against the NumPy float64 pass of the same tiny model.
 
-Tolerance: stock itself differs from that pass by 1e-6 to 2e-6 (float32 rounding, see test_reference.py), and with flash
-attention, which rounds to F16 on the CPU, by 1e-3 to 3e-3; the smallest change that a wrong skip or scale makes is
-above 1e-2.
+Tolerance: stock differs from that pass by 1e-6 to 2e-6, and with flash attention, which rounds to F16 on the CPU, by
+1e-3 to 3e-3. The smallest change that a wrong skip or scale makes is above 1e-2.
 """
 
 from typing import Any
@@ -57,9 +56,7 @@ CUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-def test_logits_under_one_plan_after_another_are_the_references(
-    cut: str, open_tiny: Open, reference: ReferenceModel
-) -> None:
+def test_logits_under_plans_in_turn_are_the_references(cut: str, open_tiny: Open, reference: ReferenceModel) -> None:
     size, options = CUTS[cut]
     llm, found = open_tiny(**options), {}
     for name, chosen in SETS.items():

@@ -1,49 +1,38 @@
-"""Contexts in two threads, of one model or of two, compute what each computes alone, to the bit.
-
-`make test-tsan` runs this under ThreadSanitizer, which sees the races that came out well.
-"""
+"""Contexts in two threads compute what each computes alone, to the bit. `make test-tsan` runs it under a sanitizer."""
 
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from threading import Barrier
 from typing import Any
 
 import llama_cpp
 import numpy as np
 import pytest
+from oracles.every_plan import every_plan
 from oracles.fixtures import Open
 from oracles.readable import decode
-from oracles.skip_sets import skip_set
-from oracles.tiny_families import N_VOCAB
+from oracles.tiny_families import N_EMBD, N_LAYER, N_VOCAB
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.native import NativeContext, elide_kv
-from adaskip_cpp.model.plan import Bulk, OnlineStage
 
 N_ROUNDS = 12
 Plans = Sequence[SkipPlan | None]
 Results = list[np.ndarray]
 
-
-ONE, OTHER = skip_set((1,), (0,), 1.3, seed=0), skip_set((1,), (2,), 0.8, seed=2)
-ELIDED: Plans = (
-    SkipPlan(ONE, ONE),
-    SkipPlan(OTHER, ONE, schedule=((0, ONE), (2, OTHER))),
-    SkipPlan(OTHER, OTHER, online=OnlineStage(window=2, threshold=-1.0)),
-)
-PLANS: Plans = (*ELIDED, None, replace(ELIDED[0], bulk=Bulk(OTHER, windowed=(0, 2), window_size=3)))
+PLANS: Plans = [*every_plan(N_LAYER, N_EMBD).values()]
+ELIDED: Plans = [plan for plan in PLANS if plan is not None and N_LAYER - 1 in plan.without_kv]
 
 
 @contextmanager
 def new_context(model: Any, elided: bool) -> Iterator[Any]:
-    """A ``llama_context`` that no other object knows, without KV for layer 1 if it is elided."""
+    """A ``llama_context`` that no other object knows, without KV for the last layer if it is elided."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_threads, params.n_threads_batch = 256, 1, 1
-    with elide_kv(np.array([False, True, False]) if elided else None):
+    with elide_kv(np.arange(N_LAYER) == N_LAYER - 1 if elided else None):
         ctx = llama_cpp.llama_init_from_model(model, params)
     try:
         yield ctx
@@ -93,17 +82,9 @@ def unordered() -> Iterator[None]:
             process.AnnotateIgnoreSyncEnd(None, 0)
 
 
-def use_at_once(both: Barrier, *work: Any) -> Results:
-    both.wait()
-    with unordered():
-        return use(*work)
-
-
 @pytest.mark.parametrize("elided", [False, True], ids=["all KV", "elided KV"])
 @pytest.mark.parametrize("same_model", [True, False], ids=["one model", "two models"])
-def test_two_contexts_in_two_threads_compute_what_each_does_alone(
-    same_model: bool, elided: bool, open_tiny: Open
-) -> None:
+def test_two_contexts_in_threads_compute_what_each_does_alone(same_model: bool, elided: bool, open_tiny: Open) -> None:
     model = open_tiny().model
     work = [
         (model, PLANS, False, 0),
@@ -111,8 +92,14 @@ def test_two_contexts_in_two_threads_compute_what_each_does_alone(
     ]
     alone = [use(*each) for each in work]
     both = Barrier(2, timeout=60)
+
+    def use_at_once(*each: Any) -> Results:
+        both.wait()
+        with unordered():
+            return use(*each)
+
     with ThreadPoolExecutor(2) as pool:
-        together = [future.result() for future in [pool.submit(use_at_once, both, *each) for each in work]]
+        together = [*pool.map(use_at_once, *zip(*work, strict=True))]
     for actual, expected in zip(together, alone, strict=True):
         for each, right in zip(actual, expected, strict=True):
             np.testing.assert_array_equal(each, right)

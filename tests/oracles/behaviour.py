@@ -1,83 +1,65 @@
-"""What a user of llama_cpp.Llama calls, as a program: prints one JSON object of results.
-
-Usage: behaviour.py stock|ours MODEL. Run on both, the outputs must be equal.
-"""
+"""What a user of llama_cpp.Llama calls, as a program: behaviour.py stock|ours MODEL prints the results as JSON."""
 
 import hashlib
+import importlib
 import json
 import sys
+from itertools import islice
 from typing import Any
-
-GRAMMAR = 'root ::= "yes" | "no"'
-
-
-def load() -> Any:
-    """The Llama class that is asked for, imported in a process that has not seen the other one."""
-    if sys.argv[1] == "ours":
-        from adaskip_cpp import AdaSkipLlama
-
-        return AdaSkipLlama
-    from llama_cpp import Llama
-
-    return Llama
-
-
-def digest(array: Any) -> str:
-    """Bit-exact identity of an array."""
-    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def main() -> None:
     """Calls everything once."""
-    cls = load()
+    module, name = ("adaskip_cpp", "AdaSkipLlama") if sys.argv[1] == "ours" else ("llama_cpp", "Llama")
+    cls = getattr(importlib.import_module(module), name)  # first, as the package chooses the library of llama_cpp
     from llama_cpp import LlamaGrammar, LlamaRAMCache
 
     options = {"n_ctx": 256, "n_batch": 32, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 3}
     llm = cls(sys.argv[2], **options)
+
+    def complete(prompt: str, max_tokens: int, llm: Any = llm, **more: Any) -> Any:
+        return choice(llm.create_completion(prompt, max_tokens=max_tokens, **{"temperature": 0, **more}))
+
+    def chat(**more: Any) -> Any:
+        messages = [{"role": "user", "content": "the other of the"}]
+        return choice(llm.create_chat_completion(messages, max_tokens=8, temperature=0, **more))
+
     results: dict[str, Any] = {}
-
-    def text(response: Any) -> Any:
-        return response["choices"][0]
-
-    results["completion"] = text(llm.create_completion("the other", max_tokens=12, temperature=0))
-    results["sampled"] = text(llm.create_completion("the other", max_tokens=12, temperature=1.0, seed=5))
-    results["call"] = text(llm("the", max_tokens=5, temperature=0))
-    results["streamed"] = [
-        text(chunk) for chunk in llm.create_completion("the", max_tokens=8, temperature=0, stream=True)
-    ]
-    results["stopped"] = text(llm.create_completion("the", max_tokens=30, temperature=0, stop=["e"]))
-    results["grammar"] = text(
-        llm.create_completion("the", max_tokens=8, temperature=0, grammar=LlamaGrammar.from_string(GRAMMAR))
-    )
-    messages = [{"role": "user", "content": "the other of the"}]
-    results["chat"] = text(llm.create_chat_completion(messages, max_tokens=8, temperature=0))
-    results["chat streamed"] = [
-        text(chunk) for chunk in llm.create_chat_completion(messages, max_tokens=8, temperature=0, stream=True)
-    ]
+    results["completion"] = complete("the other", 12)
+    results["sampled"] = complete("the other", 12, temperature=1.0, seed=5)
+    results["call"] = choice(llm("the", max_tokens=5, temperature=0))
+    results["streamed"] = complete("the", 8, stream=True)
+    results["stopped"] = complete("the", 30, stop=["e"])
+    results["grammar"] = complete("the", 8, grammar=LlamaGrammar.from_string('root ::= "yes" | "no"'))
+    results["chat"] = chat()
+    results["chat streamed"] = chat(stream=True)
     prompt = llm.tokenize(b"the other of the in an", special=True)
     results["tokens"] = prompt
-    results["prefix"] = [
-        token for token, _ in zip(llm.generate([*prompt, 300 % llm.n_vocab()], temp=0), range(6), strict=False)
-    ]
+    results["prefix"] = list(islice(llm.generate([*prompt, 300 % llm.n_vocab()], temp=0), 6))
     results["n_tokens"] = llm.n_tokens
     state = llm.save_state()
-    results["after save"] = text(llm.create_completion("of", max_tokens=6, temperature=0))
+    results["after save"] = complete("of", 6)
     llm.load_state(state)
-    results["after load"] = [token for token, _ in zip(llm.generate(prompt, temp=0), range(6), strict=False)]
+    results["after load"] = list(islice(llm.generate(prompt, temp=0), 6))
     llm.reset()
-    results["after reset"] = text(llm.create_completion("of", max_tokens=6, temperature=0))
+    results["after reset"] = complete("of", 6)
     llm.set_cache(LlamaRAMCache())
-    results["cached"] = [text(llm.create_completion("the in", max_tokens=6, temperature=0)) for _ in range(2)]
+    results["cached"] = [complete("the in", 6) for _ in range(2)]
 
     everything = cls(sys.argv[2], logits_all=True, **options)
     everything.eval(prompt)
-    results["all logits"] = digest(everything.scores[: everything.n_tokens])
-    results["logprobs"] = text(everything.create_completion("the", max_tokens=4, temperature=0, logprobs=2))
+    results["all logits"] = hashlib.sha256(everything.scores[: everything.n_tokens].tobytes()).hexdigest()
+    results["logprobs"] = complete("the", 4, everything, logprobs=2)
 
     embedder = cls(sys.argv[2], embedding=True, **options)
     results["embedding"] = embedder.embed("the other", normalize=True)
     results["embeddings"] = embedder.create_embedding(["the", "of the"])["data"]
     print(json.dumps(results, default=float))
+
+
+def choice(response: Any) -> Any:
+    """What is chosen in an answer, or in each piece of a stream."""
+    return response["choices"][0] if isinstance(response, dict) else [each["choices"][0] for each in response]
 
 
 main()

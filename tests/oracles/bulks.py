@@ -15,23 +15,24 @@ NOTHING = SkipSet.none(N_LAYER)
 TOLERANCE = {"llama": 1e-5, "gemma3": 1e-3, "gptneox-parallel": 1e-3}
 
 
-def chosen(*sublayers: tuple[int, int], seed: int = 0, scale: Any = None, bias: bool = True) -> SkipSet:
+def chosen(*sublayers: tuple[int, int], seed: int = 0, bias: bool = True) -> SkipSet:
     """A set of these sublayers, each with a scale, a linear map and a vector."""
     skip = only(*sublayers)
-    values = np.random.default_rng(seed).uniform(0.7, 1.3, skip.shape) if scale is None else scale
-    return filled(skip, seed, values, parts=PARTS if bias else PARTS[1:])
+    scale = np.random.default_rng(seed).uniform(0.7, 1.3, skip.shape)
+    return filled(skip, seed, scale, parts=PARTS if bias else PARTS[1:])
 
 
 def plan(bulk: SkipSet, prefill: SkipSet = NOTHING, decode: SkipSet | None = None, **more: Any) -> SkipPlan:
-    of_bulk = Bulk(bulk, **{"head": 4, "tail": 8, **more})
-    return SkipPlan(prefill, prefill if decode is None else decode, bulk=of_bulk)
+    return SkipPlan(prefill, decode or prefill, bulk=Bulk(bulk, **{"head": 4, "tail": 8, **more}))
 
 
 def phases(llm: Any, call: Callable[[], Any]) -> dict[str, list[int]]:
     """The positions that a call evaluates, by phase."""
     seen: dict[str, list[int]] = {}
-    with llm.collect_statistics(
-        lambda batch: seen.setdefault(batch.phase, []).extend(batch.positions.tolist()), keep_logits=True
-    ):
+
+    def sink(batch: Any) -> None:
+        seen.setdefault(batch.phase, []).extend(batch.positions.tolist())
+
+    with llm.collect_statistics(sink, keep_logits=True):
         call()
     return seen

@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LOST", "change", "put"]
-
 LOST = object()
 """In the place of a value: the key goes."""
 
 
 def put(data: Any, path: str, value: Any) -> None:
-    """Set what is at a path such as ``"points.1.plan"`` to a value."""
+    """Set the value at a path such as ``"points.1.plan"``."""
     *folders, name = (int(part) if part.isdigit() else part for part in path.split("."))
     for folder in folders:
         data = data[folder]
@@ -22,7 +20,6 @@ def put(data: Any, path: str, value: Any) -> None:
 
 
 def change(file: Path, path: str, value: Any) -> None:
-    """Do that in a file."""
     data = json.loads(file.read_text())
     put(data, path, value)
     file.write_text(json.dumps(data))

@@ -10,8 +10,6 @@ from click.testing import CliRunner, Result
 import adaskip_cpp
 from adaskip_cpp.cli.main import main
 
-__all__ = ["RUN", "fails", "line", "python", "run"]
-
 RUN = "-c", "from adaskip_cpp.cli.main import main; main()", "run"
 """What :func:`python` is given for ``adaskip-cpp run ...``."""
 
@@ -40,6 +38,4 @@ def python(folder: Path, *command: object, **variables: str) -> subprocess.Compl
     """What ``python`` ends with after a command in a folder, with this package and these environment variables."""
     environment = {**os.environ, "PYTHONPATH": str(Path(adaskip_cpp.__file__).parents[1]), **variables}
     arguments = [sys.executable, *map(str, command)]
-    return subprocess.run(
-        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

@@ -12,8 +12,6 @@ from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
-__all__ = ["NOTHING", "plans", "skip_sets"]
-
 NOTHING = SkipPlan(SkipSet.none(N_LAYER), SkipSet.none(N_LAYER))
 
 
@@ -32,11 +30,11 @@ def skip_sets(draw: st.DrawFn, attention: Collection[int] = ()) -> SkipSet:
 def plans(
     draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[int] = (), windowable: Sequence[int] = ()
 ) -> SkipPlan:
-    """Nothing, or sets of which each skips every attention of the one before, in every form that a plan has.
+    """Plans in every form: each set skips every attention of the one before.
 
-    Beside any of them the bulk of a prompt may have a set, unless some attentions have no KV that it could keep:
-    ``attention`` are those that are always skipped, ``windowable`` those that may look back at a window in the bulk.
-    Without ``thresholds`` there is no online stage and no schedule.
+    The attentions of ``attention`` are always skipped; they have no KV that a bulk could keep, so there is none then.
+    Those of ``windowable`` may look back at a window in the bulk. Without ``thresholds`` there is no online stage and
+    no schedule.
     """
     plan = draw(_without_bulk(thresholds, attention))
     if attention or not draw(st.booleans()):
@@ -56,11 +54,8 @@ def _without_bulk(draw: st.DrawFn, thresholds: Sequence[float], attention: Colle
     prefill = draw(skip_sets(attention)) if form != "decode only" else NOTHING.prefill
     decode = prefill if form == "same" else draw(skip_sets(prefill.attention))
     if form == "online":
-        stage = OnlineStage(
-            window=draw(st.integers(1, 4)),
-            threshold=draw(st.sampled_from(thresholds)),
-            scale=draw(st.sampled_from(["none", "paper", "median"])),
-        )
+        window, threshold = draw(st.integers(1, 4)), draw(st.sampled_from(thresholds))
+        stage = OnlineStage(window, threshold, draw(st.sampled_from(["none", "paper", "median"])))
         return SkipPlan(prefill, decode, online=stage)
     if form == "schedule":
         later = draw(skip_sets(decode.attention))

@@ -8,8 +8,6 @@ from typing import Any
 import hypothesis
 from hypothesis import stateful
 
-__all__ = ["called", "rule", "run_drawn_sequences"]
-
 called: Counter[str] = Counter()
 """How often the calls of all state machines ran to their end in this process, by name."""
 
@@ -30,7 +28,7 @@ def rule(**arguments: Any) -> Callable[[Callable[..., None]], Any]:
 
 def run_drawn_sequences(machine: Callable[[], stateful.RuleBasedStateMachine], *, shrinks: bool = True) -> None:
     """Run a state machine. ``shrinks``: whether a sequence that fails is reported in its shortest form."""
-    phases = [hypothesis.Phase.generate, *([hypothesis.Phase.shrink] if shrinks else [])]
+    phases = [hypothesis.Phase.generate] + [hypothesis.Phase.shrink] * shrinks
     options = hypothesis.settings(
         max_examples=10,
         stateful_step_count=20,

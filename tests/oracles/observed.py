@@ -7,27 +7,21 @@ from oracles.reference import Trace
 
 
 def collect(llm: Any, tokens: list[int], size: int | None = None) -> Trace:
-    """Evaluate a request in pieces of ``size`` tokens and put its ubatches together by position."""
-    n_layer, n_embd, size = llm.n_layer, llm.n_embd(), size or len(tokens)
-    sums, seen = np.full((3, n_layer, 2, len(tokens)), np.nan), []
-    layer_dot, totals = np.full((n_layer, len(tokens)), np.nan), np.zeros((2, n_layer, 2, n_embd))
-
-    def sink(batch: Any) -> None:
-        for index, values in enumerate((batch.dot, batch.u_sq, batch.v_sq)):
-            assert values.shape == (n_layer, 2, len(batch.positions)) and values.dtype == np.float32
-            sums[index][:, :, batch.positions] = values
-        assert batch.layer_dot.shape == (n_layer, len(batch.positions)) and batch.layer_dot.dtype == np.float32
-        layer_dot[:, batch.positions] = batch.layer_dot
-        assert batch.sum_u.shape == (n_layer, 2, n_embd) and batch.sum_u.dtype == np.float32
-        totals[:] += batch.sum_u, batch.sum_v
-        seen.extend(batch.positions.tolist())
-
+    """Evaluate a request in pieces of ``size`` tokens and put its ubatches together."""
+    batches: list[Any] = []
+    size = size or len(tokens)
     llm.reset()
-    with llm.collect_statistics(sink):
+    with llm.collect_statistics(batches.append):
         for start in range(0, len(tokens), size):
             llm.eval(tokens[start : start + size])
-    assert seen == list(range(len(tokens))), "each token is delivered exactly once, in order"
-    return Trace(np.empty((0, 0)), *sums, layer_dot, *totals)
+    positions = np.concatenate([batch.positions for batch in batches])
+    assert positions.tolist() == list(range(len(tokens))), "each token is delivered exactly once, in order"
+    names = ("dot", "u_sq", "v_sq", "layer_dot", "sum_u", "sum_v")
+    parts = [[getattr(batch, name) for batch in batches] for name in names]
+    assert {array.dtype for each in parts for array in each} == {np.dtype(np.float32)}
+    figures = [np.concatenate(each, axis=-1, dtype=np.float64) for each in parts[:4]]
+    assert figures[0].shape == (llm.n_layer, 2, len(tokens))
+    return Trace(np.empty((0, 0)), *figures, *(np.sum(each, axis=0, dtype=np.float64) for each in parts[4:]))
 
 
 def copied(batch: Any) -> Any:
@@ -37,9 +31,11 @@ def copied(batch: Any) -> Any:
 
 def activations_of(llm: Any, prompt: list[int], **options: Any) -> list[tuple[Any, list[int]]]:
     """Activations and positions of every ubatch of a prompt."""
-    seen = []
-    with llm.collect_statistics(
-        lambda batch: seen.append((copied(batch), batch.positions.tolist())), activations=True, **options
-    ):
+    seen: list[tuple[Any, list[int]]] = []
+
+    def sink(batch: Any) -> None:
+        seen.append((copied(batch), batch.positions.tolist()))
+
+    with llm.collect_statistics(sink, activations=True, **options):
         llm.eval(prompt)
     return seen

@@ -1,42 +1,23 @@
 """What this process holds: bytes that malloc gave out, and resident memory once all that is free went back. Linux."""
 
-import ctypes
 import gc
-import os
-from pathlib import Path
+import sys
 
-__all__ = ["CAN_MEASURE", "malloc_bytes", "resident_bytes"]
+import psutil
 
-
-class _Mallinfo2(ctypes.Structure):
-    """``struct mallinfo2`` of glibc: of its main arena, that of the first thread, and of all that is mapped."""
-
-    _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
-        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
-    ]
-
-
-_libc = ctypes.CDLL(None) if os.name == "posix" else None
-CAN_MEASURE = hasattr(_libc, "mallinfo2")  # glibc 2.33
+CAN_MEASURE = sys.platform == "linux" and hasattr(psutil, "heap_info")  # psutil 7.2 has it, with glibc
 
 
 def malloc_bytes() -> int:
     """Bytes in use: of C and C++, and of Python's objects above 512 bytes."""
     gc.collect()
-    assert _libc is not None
-    _libc.mallinfo2.restype = _Mallinfo2
-    info = _libc.mallinfo2()
-    return int(info.uordblks + info.hblkhd)
+    heap = psutil.heap_info()
+    return int(heap.heap_used + heap.mmap_used)
 
 
 def resident_bytes() -> int:
-    """Resident memory that is no file's, after malloc returned to the system what it holds free.
-
-    Of libraries the system drops pages when others want memory, which would hide as much that grew.
-    """
+    """Resident memory that is no file's: of libraries the system drops pages when others want memory."""
     gc.collect()
-    assert _libc is not None
-    _libc.malloc_trim(0)
-    _, resident, of_files, *_ = map(int, Path("/proc/self/statm").read_text().split())
-    return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+    psutil.heap_trim()
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)

@@ -1,5 +1,6 @@
 """Profiles by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,10 @@ FIGURES = ("similarity", "norm_ratio", "median_ratio", "layer_similarity", "mean
 
 def statistics(similarity: Any, *, ratio: float = 1.5, **changes: Any) -> PhaseStatistics:
     similarity = np.array(similarity, float)
-    observed = ~np.isnan(similarity)
-    rng = np.random.default_rng(len(similarity))
-    mean_u, mean_v = rng.normal(size=(2, *similarity.shape, 5)).astype(np.float32)
-    fields = {
-        "norm_ratio": np.where(observed, ratio, NAN),
-        "median_ratio": np.where(observed, ratio / 2, NAN),
-        "layer_similarity": similarity.mean(axis=1) if similarity.size else similarity,
-        "mean_u": mean_u,
-        "mean_v": mean_v,
-        "n_tokens": 100,
-        **changes,
-    }
-    return PhaseStatistics(similarity, **fields)
+    ratios = np.where(np.isnan(similarity), NAN, ratio)
+    of_layers = similarity.mean(axis=1) if similarity.size else similarity
+    u, v = np.random.default_rng(len(similarity)).normal(size=(2, *similarity.shape, 5)).astype(np.float32)
+    return replace(PhaseStatistics(similarity, ratios, ratios / 2, of_layers, u, v, 100), **changes)
 
 
 def measured(u: np.ndarray, v: np.ndarray) -> PhaseStatistics:
@@ -37,31 +29,20 @@ def measured(u: np.ndarray, v: np.ndarray) -> PhaseStatistics:
     A layer's input is that of its attention, its output that of its FFN.
     """
     norm_u, norm_v = np.linalg.norm(u, axis=3), np.linalg.norm(v, axis=3)
-    return PhaseStatistics(
-        ((u * v).sum(axis=3) / (norm_u * norm_v)).mean(axis=2),
-        np.sqrt((v**2).sum(axis=(2, 3)) / (u**2).sum(axis=(2, 3))),
-        np.median(norm_v / norm_u, axis=2),
-        ((u[:, 0] * v[:, 1]).sum(axis=2) / (norm_u[:, 0] * norm_v[:, 1])).mean(axis=1),
-        u.mean(axis=2).astype(np.float32),
-        v.mean(axis=2).astype(np.float32),
-        u.shape[2],
-    )
+    similarity = ((u * v).sum(axis=3) / (norm_u * norm_v)).mean(axis=2)
+    of_layers = ((u[:, 0] * v[:, 1]).sum(axis=2) / (norm_u[:, 0] * norm_v[:, 1])).mean(axis=1)
+    norm_ratio = np.sqrt((v**2).sum(axis=(2, 3)) / (u**2).sum(axis=(2, 3)))
+    median_ratio, n_tokens = np.median(norm_v / norm_u, axis=2), u.shape[2]
+    mean_u, mean_v = (each.mean(axis=2).astype(np.float32) for each in (u, v))
+    return PhaseStatistics(similarity, norm_ratio, median_ratio, of_layers, mean_u, mean_v, n_tokens)
 
 
 def profile(similarity: Any, **changes: Any) -> Profile:
     """A profile whose ratios are 1.5 and 0.75 in prefill, 1.2 and 0.6 in decode."""
-    fields = {
-        "prefill": statistics(similarity),
-        "decode": statistics(similarity, ratio=1.2),
-        "n_requests": 2,
-        "n_tokens": 100,
-        "model": ModelInfo("ab" * 32, "llama", len(similarity)),
-        "corpus": "some text [with brackets], two pages",
-        "package_version": "0.1.0",
-        "created": "2026-01-02T03:04:05+00:00",
-        **changes,
-    }
-    return Profile(**fields)
+    model = ModelInfo("ab" * 32, "llama", len(similarity))
+    about = "some text [with brackets], two pages", "0.1.0", "2026-01-02T03:04:05+00:00"
+    phases = statistics(similarity), statistics(similarity, ratio=1.2)
+    return replace(Profile(*phases, 2, 100, model, *about), **changes)
 
 
 EXAMPLE = profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]])
@@ -74,15 +55,13 @@ MAPPED = [0, 1, 2, 3, 6, 7, 8]
 def maps(n_layer: int = 3, rank: int = 2, n_embd: int = 5) -> LinearMaps:
     """Random maps of all sublayers but one, the FFN of layer 1, and of the layers but this."""
     rng = np.random.default_rng(rank)
-    shapes = (n_layer, 3, rank, n_embd), (n_layer, 3, n_embd, rank)
-    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    arrays = [rng.normal(size=(n_layer, 3, *size)).astype(np.float32) for size in ((rank, n_embd), (n_embd, rank))]
     for array in arrays:
         array[1, 1:] = NAN
     return LinearMaps(*arrays)
 
 
-MAPPED_EXAMPLE = profile([[0.5, 0.9], [0.99, NAN], [0.7, 0.99]], maps=maps())
-"""The same with linear maps."""
+MAPPED_EXAMPLE = replace(EXAMPLE, maps=maps())
 
 
 def tiny_profile(model: Path, **changes: Any) -> Profile:

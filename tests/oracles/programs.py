@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-__all__ = ["environment"]
-
 TESTS = Path(__file__).resolve().parents[1]
 
 

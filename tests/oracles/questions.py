@@ -8,8 +8,6 @@ from adaskip_cpp.measuring.tasks import QuestionItem
 
 
 class ByteLlama(FakeLlama):
-    """FakeLlama with a way back from tokens to text."""
-
     def detokenize(self, tokens: list[int]) -> bytes:
         return bytes(token - 2 for token in tokens if token >= 2)
 

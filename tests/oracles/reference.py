@@ -5,11 +5,11 @@ Gemma 3 has norms after the sublayers and on queries and keys, GEGLU, and slidin
 biases and GELU, and its attention and FFN both read the layer's input. They are taken in chain order, attention first:
 ``a = x + attention(x)``, then ``y = a + ffn(x)``.
 
-``ReferenceModel`` holds the weights, ``ReferenceRun`` one sequence: its KV grows with each ``eval``, so that a prompt
-in pieces and token by token is the same computation as in one piece. Keys are kept as they are before the rotary
-embedding, so that positions can move.
+``ReferenceModel`` holds the weights, ``ReferenceRun`` one sequence. Its KV grows with each ``eval``, so a prompt may
+come in pieces. Keys are kept as they are before the rotary embedding, so that positions can move.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,20 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
-
-__all__ = [
-    "KvHoleError",
-    "OnlineReference",
-    "ReferenceModel",
-    "ReferenceRun",
-    "Trace",
-    "Windows",
-    "mean_similarity",
-    "median_ratio",
-    "norm_ratio",
-    "relative_error",
-    "write_dequantised",
-]
+from oracles.gguf_files import write
 
 Array = npt.NDArray[np.floating[Any]]
 ATTENTION, FFN = 0, 1
@@ -71,15 +58,8 @@ class Trace:
         joined = [np.concatenate([getattr(t, name) for t in traces], axis=-1) for name in ("dot", "u_sq", "v_sq")]
         return Trace(np.concatenate([t.logits for t in traces]), *joined)
 
-    def at(self, index: int) -> "Trace":
-        """The logits and the figures of one token alone."""
-        return self._part(slice(index, index + 1))
-
-    def first(self, n: int) -> "Trace":
-        """The figures per token of the first ``n`` tokens; without the layers, the sums and the streams."""
-        return self._part(slice(n))
-
-    def _part(self, of: slice) -> "Trace":
+    def part(self, of: slice) -> "Trace":
+        """The logits and the figures per sublayer of some tokens; nothing else."""
         return Trace(self.logits[of], self.dot[..., of], self.u_sq[..., of], self.v_sq[..., of])
 
 
@@ -111,14 +91,14 @@ class ReferenceModel:
         self.window = [value("attention.sliding_window") if each else None for each in slides]
         base = float(value("rope.freq_base", 10000.0))
         self.rope_base = [float(value("rope.freq_base_swa", base)) if each else base for each in slides]
-        self.weights = {t.name: _dequantise(t).astype(self.dtype) for t in reader.tensors}
+        self.weights = {t.name: dequantize(t.data, t.tensor_type).astype(self.dtype) for t in reader.tensors}
         self.output = self.weights.get("output.weight", self.weights["token_embd.weight"])
         self.control = np.zeros((self.n_layer, self.n_embd))  # is added to the stream after each layer
 
     def embed(self, tokens: Sequence[int]) -> Array:
         """The stream's first values; Gemma multiplies them by sqrt(n_embd)."""
         rows: Array = self.weights["token_embd.weight"][np.asarray(tokens)]
-        return rows * self.dtype.type(np.sqrt(self.n_embd)) if self.is_gemma else rows
+        return rows * math.sqrt(self.n_embd) if self.is_gemma else rows
 
     def linear(self, x: Array, layer: int, name: str) -> Array:
         """Multiply by a layer's projection and add its bias, if it has one."""
@@ -136,7 +116,7 @@ class ReferenceModel:
         """RMS norm: x / sqrt(mean(x^2) + epsilon) * weight; a layer norm subtracts the mean first, and adds a bias."""
         bias = self.weights.get(f"{name}.bias")
         x = x if bias is None else x - x.mean(axis=-1, keepdims=True)
-        size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.dtype.type(self.epsilon))
+        size = np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
         y = np.asarray(x / size * self.weights[f"{name}.weight"])
         return y if bias is None else y + bias
 
@@ -176,15 +156,11 @@ class ReferenceRun:
         self._keys = [empty] * model.n_layer  # before the rotary embedding; NaN where the attention did not run
         self._values = [empty] * model.n_layer
 
-    @property
-    def n_past(self) -> int:
-        """Number of tokens in the sequence."""
-        return len(self.positions)
-
     def copy(self) -> "ReferenceRun":
         """The same sequence, from here on independent of this one."""
         other = ReferenceRun(self.model)
-        other.positions, other._keys, other._values = self.positions.copy(), list(self._keys), list(self._values)
+        other.take(self, 0, len(self.positions))
+        other.positions = self.positions.copy()
         return other
 
     def eval(
@@ -205,42 +181,39 @@ class ReferenceRun:
         A skipped attention writes no K and V, unless it ``keeps_kv``, of its input as it is. An attention that runs
         after positions at which it was skipped raises a KvHoleError.
         """
-        model = self.model
-        skipped = np.zeros((model.n_layer, 2), bool) if skip is None else np.asarray(skip, bool)
-        factor = np.ones((model.n_layer, 2)) if scale is None else np.asarray(scale, np.float64)
-        vector = np.zeros((model.n_layer, 2, model.n_embd)) if bias is None else np.asarray(bias, np.float64)
-        sums = np.zeros((3, model.n_layer, 2, len(tokens)))
-        layer_dot, totals = np.zeros((model.n_layer, len(tokens))), np.zeros((2, model.n_layer, 2, model.n_embd))
-        streams = np.zeros((2, model.n_layer, 2, len(tokens), model.n_embd), model.dtype)
-        start = self.positions.max(initial=-1) + 1
-        self.positions = np.concatenate([self.positions, np.arange(start, start + len(tokens))])
+        model, shape = self.model, (self.model.n_layer, 2)
+        skipped = np.asarray(np.zeros(shape) if skip is None else skip, bool)
+        factor = np.asarray(np.ones(shape) if scale is None else scale, model.dtype)
+        vector = np.asarray(np.zeros((*shape, model.n_embd)) if bias is None else bias, model.dtype)
+        maps = None if down is None or up is None else (np.asarray(down, model.dtype), np.asarray(up, model.dtype))
+        u, v = np.zeros((2, *shape, len(tokens), model.n_embd), model.dtype)
+        self._advance(len(tokens))
         nothing = np.full((len(tokens), model.n_head_kv, model.head_dim), np.nan, model.dtype)
-        x, windowed = model.embed(tokens), () if windows is None else windows.layers
+        x = model.embed(tokens)
         for layer in range(model.n_layer):
             layer_input = x
             for kind, branch in ((ATTENTION, self._attention), (FFN, self._ffn)):
-                u = x
-                if not skipped[layer, kind]:
-                    source = layer_input if model.is_parallel else u
-                    x = u + branch(source, layer, windows if layer in windowed else None)
+                at = layer, kind
+                u[at] = x
+                if not skipped[at]:
+                    source = layer_input if model.is_parallel else x
+                    x = x + branch(source, layer, windows if windows and layer in windows.layers else None)
                 else:
                     if kind == ATTENTION:
-                        self._store(layer, *(self._kv(u, layer) if keeps_kv else (nothing, nothing)))
-                    x = u * model.dtype.type(factor[layer, kind]) + vector[layer, kind].astype(model.dtype)
-                    if down is not None and up is not None:
-                        inner = u @ np.asarray(down)[layer, kind].T.astype(model.dtype)
-                        x = x + inner @ np.asarray(up)[layer, kind].T.astype(model.dtype)
-                for index, (a, b) in enumerate(((u, x), (u, u), (x, x))):
-                    sums[index, layer, kind] = np.sum(a * b, axis=-1, dtype=np.float64)
-                totals[:, layer, kind] = u.sum(axis=0), x.sum(axis=0)
-                streams[:, layer, kind] = u, x
-            layer_dot[layer] = np.sum(layer_input * x, axis=-1, dtype=np.float64)
+                        self._store(layer, *(self._kv(x, layer) if keeps_kv else (nothing, nothing)))
+                    x = x * factor[at] + vector[at]
+                    if maps is not None:
+                        x = x + u[at] @ maps[0][at].T @ maps[1][at].T
+                v[at] = x
             x = x + model.control[layer].astype(model.dtype)
-        return Trace(model.norm(x, "output_norm") @ model.output.T, *sums, layer_dot, *totals, *streams)
+        sums: list[Any] = [np.sum(a * b, axis=-1, dtype=np.float64) for a, b in ((u, v), (u, u), (v, v))]
+        layer_dot = np.sum(u[:, ATTENTION] * v[:, FFN], axis=-1, dtype=np.float64)
+        totals: list[Any] = [np.sum(each, axis=2, dtype=np.float64) for each in (u, v)]
+        return Trace(model.norm(x, "output_norm") @ model.output.T, *sums, layer_dot, *totals, u, v)
 
     def rewind(self, n_past: int) -> None:
         """Forget every token from the ``n_past``-th on."""
-        self.keep(np.arange(self.n_past) < n_past)
+        self.keep(np.arange(len(self.positions)) < n_past)
 
     def keep(self, chosen: npt.NDArray[np.bool_]) -> None:
         """Forget every token but those in ``chosen``, bool [n_past]."""
@@ -250,10 +223,13 @@ class ReferenceRun:
 
     def take(self, other: "ReferenceRun", start: int, n: int) -> None:
         """Append positions of another sequence, with the K and V that they have there."""
-        taken, first = slice(start, start + n), self.positions.max(initial=-1) + 1
-        self.positions = np.concatenate([self.positions, np.arange(first, first + n)])
+        self._advance(n)
         for layer in range(self.model.n_layer):
-            self._store(layer, other._keys[layer][taken], other._values[layer][taken])
+            self._store(layer, *(part[layer][start : start + n] for part in (other._keys, other._values)))
+
+    def _advance(self, n: int) -> None:
+        start = self.positions.max(initial=-1) + 1
+        self.positions = np.concatenate([self.positions, np.arange(start, start + n)])
 
     def _store(self, layer: int, keys: Array, values: Array) -> None:
         self._keys[layer] = np.concatenate([self._keys[layer], keys])
@@ -269,7 +245,7 @@ class ReferenceRun:
     def _attention(self, x: Array, layer: int, windows: Windows | None) -> Array:
         model, n = self.model, len(x)
         if np.isnan(self._keys[layer]).any():
-            raise KvHoleError(f"attention of layer {layer} did not run for all of {self.n_past - n} positions")
+            raise KvHoleError(f"attention of layer {layer} did not run for all earlier positions")
         h = model.norm(x, f"blk.{layer}.attn_norm")
         q = model.project(h, layer, "q").reshape(n, model.n_head, model.head_dim)
         if model.is_gemma:
@@ -282,10 +258,9 @@ class ReferenceRun:
             np.repeat(part.transpose(1, 0, 2), group, axis=0)
             for part in (model.rotate(self._keys[layer], layer, self.positions), self._values[layer])
         )
-        scores = q @ keys.transpose(0, 2, 1) / model.dtype.type(np.sqrt(model.head_dim))
+        scores = q @ keys.transpose(0, 2, 1) / math.sqrt(model.head_dim)
         distance = own[:, None] - self.positions
-        window = model.window[layer]
-        unseen = (distance < 0) | (distance >= (window or np.inf))
+        unseen = (distance < 0) | (distance >= (model.window[layer] or np.inf))
         if windows is not None:
             unseen |= (distance >= windows.size) & (self.positions >= windows.n_sinks)
         scores = np.where(unseen, -np.inf, scores)
@@ -297,10 +272,9 @@ class ReferenceRun:
     def _ffn(self, x: Array, layer: int, _: Windows | None) -> Array:
         model = self.model
         h = model.norm(x, f"blk.{layer}.ffn_norm")
-        if model.is_parallel:
-            return model.linear(model.activate(model.linear(h, layer, "ffn_up")), layer, "ffn_down")
-        gate = model.activate(model.linear(h, layer, "ffn_gate"))
-        y = model.linear(gate * model.linear(h, layer, "ffn_up"), layer, "ffn_down")
+        up = model.linear(h, layer, "ffn_up")
+        inner = model.activate(up if model.is_parallel else model.linear(h, layer, "ffn_gate"))
+        y = model.linear(inner if model.is_parallel else inner * up, layer, "ffn_down")
         return model.norm(y, f"blk.{layer}.post_ffw_norm") if model.is_gemma else y
 
 
@@ -331,7 +305,7 @@ class OnlineReference:
         if self.n_tokens == self.window:
             return
         self._seen.append(trace)
-        seen = Trace.concatenate(self._seen).first(self.window)
+        seen = Trace.concatenate(self._seen).part(slice(self.window))
         self.n_tokens = seen.dot.shape[-1]
         observed = ~self.skip[:, FFN]
         self.similarity = np.where(observed, mean_similarity(seen)[:, FFN], np.nan)
@@ -375,23 +349,13 @@ def write_dequantised(
     reader = GGUFReader(source)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name == "general.architecture":
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
             continue
-        value, kind = field.contents(), field.types[0]
-        if name == "general.file_type":
-            value = 0  # LLAMA_FTYPE_ALL_F32
-        writer.add_key_value(name, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+        kind = field.types[0]
+        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
     for tensor in reader.tensors:
         kind = matrices if len(tensor.shape) == 2 else GGMLQuantizationType.F32
-        writer.add_tensor(tensor.name, quantize(_dequantise(tensor), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        values = dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, quantize(values, kind), raw_dtype=kind)
+    write(writer)
     return Path(target)
-
-
-def _dequantise(tensor: Any) -> npt.NDArray[np.float32]:
-    if tensor.tensor_type == GGMLQuantizationType.F32:
-        return np.asarray(tensor.data, np.float32)
-    return dequantize(tensor.data, tensor.tensor_type)

@@ -1,7 +1,6 @@
 """llama.cpp's rpc-servers on this machine: a second kind of device, to test that graphs are divided between devices.
 
-``start_rpc_servers`` and ``register_rpc_server`` are for tests, here and in the process of the stock library. Run as a
-program, this file serves the CPU at one port until its stdin ends, which is when whoever started it does.
+Run as a program, this file serves the CPU at one port until its stdin ends, which is when whoever started it does.
 """
 
 import atexit
@@ -13,8 +12,6 @@ import sys
 import threading
 import time
 from typing import Any
-
-__all__ = ["register_rpc_server", "start_rpc_servers"]
 
 
 def start_rpc_servers(n: int) -> list[str]:
@@ -50,20 +47,17 @@ def _ggml(*names: str) -> Any:
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
 
-def _await(port: int, patience_s: float = 60) -> None:
-    end = time.monotonic() + patience_s
-    while True:
+def _await(port: int) -> None:
+    for _ in range(600):
         try:
             return socket.create_connection(("127.0.0.1", port)).close()
         except OSError:
-            if time.monotonic() > end:
-                raise
             time.sleep(0.1)
+    raise TimeoutError(f"no rpc-server at port {port}")
 
 
 def _serve(port: int) -> None:

@@ -1,20 +1,17 @@
 """What a model's cache must hold after any sequence of calls, and what it must compute from it.
 
-The oracle keeps, per position, its token and the set that it was computed under, and applies the documented rules. A
-cached position may be read if it was computed by the whole model, under a set of the plan in force, under what that
-plan's online stage made of one, or under the bulk set of a plan that may be read besides, and if no attention that is
-to run now was skipped there; else it and everything after it is evaluated again, as prompt. Of a prompt's new tokens
-those are its bulk that are neither among the first of the sequence nor among the last of the prompt; its set skips no
-attention in this sense, as K and V are kept. The reference, which refuses to read a position without K and V, evaluates
-that history.
+The oracle keeps, per position, its token and the set that it was computed under, and applies the rules of
+:func:`is_readable`. What cannot be read, and everything after it, is evaluated again, as prompt. Of a prompt's new
+tokens those are its bulk that are neither among the first of the sequence nor among the last of the prompt. The
+reference, which refuses to read a position without K and V, evaluates that history.
 
-Where prompts may be edited, one takes the runs of tokens that both have from the cells of the one before, and what is
-new is read in the order of positions. A moved cell has the K and V of its old place, and counts its moves; what was
-moved too often cannot be read.
+An edited prompt takes the runs of tokens that both have from the cells of the one before, and what is new is read in
+the order of positions. A moved cell has the K and V of its old place, and counts its moves.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -29,24 +26,18 @@ from adaskip_cpp.model.edits import APART, WIDE, Edits
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
 
-__all__ = ["Cell", "Cells", "History", "common_prefix", "is_readable"]
-
 
 @dataclass(frozen=True)
 class Cell:
-    """One cached position: its token, what it was computed under, and if an online stage made that, of what and how.
-
-    ``in_bulk`` tells whether the attentions of that set kept K and V, ``windows`` which others looked back at a window,
-    ``computed`` the sequence and the place in it that a cell which was moved, ``n_moves`` times, has its K and V of.
-    """
+    """One cached position: its token, and what it was computed under."""
 
     token: int
     skip_set: SkipSet
-    made_of: tuple[SkipSet, OnlineStage] | None = None
-    in_bulk: bool = False
+    made_of: tuple[SkipSet, OnlineStage] | None = None  # from which set an online stage made that one
+    in_bulk: bool = False  # whether skipped attentions kept K and V
     windows: Windows | None = None
     n_moves: int = 0
-    computed: tuple[ReferenceRun, int] | None = None
+    computed: tuple[ReferenceRun, int] | None = None  # where a moved cell has its K and V from
 
     @classmethod
     def bulk_of(cls, token: int, plan: SkipPlan) -> Cell:
@@ -69,7 +60,11 @@ def bulks_of(plans: Sequence[SkipPlan]) -> set[tuple[SkipSet, Windows | None]]:
 
 
 def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet, readable: Sequence[SkipPlan] = ()) -> bool:
-    """Whether a set of a plan may read a cached position, with the bulk of ``readable`` plans besides its own."""
+    """Whether a set of a plan may read a cached position, with the bulk of ``readable`` plans besides its own.
+
+    It may read what the whole model computed, a set of the plan, what its online stage made of one, or such a bulk,
+    unless an attention that runs now was skipped there. In a bulk none is, as K and V are kept.
+    """
     if cell.in_bulk:
         is_whole = cell.skip_set.n_skip == 0 and cell.windows is None
         return is_whole or (cell.skip_set, cell.windows) in bulks_of([plan, *readable])
@@ -99,23 +94,22 @@ class Cells:
         if common < len(self._done):
             self._run.rewind(common)
             del self._done[common:], self._traces[common:]
-        while len(self._done) < len(cells):
-            start = len(self._done)
-            if (computed := cells[start].computed) is not None:
-                run, place = computed
-                self._run.take(run, place, 1)
-                self._traces += [Trace(*[np.empty(0)] * 4)]
-                self._done += cells[start : start + 1]
-                continue
-            each, in_bulk, windows = cells[start].skip_set, cells[start].in_bulk, cells[start].windows
-            under = [(c.skip_set, c.in_bulk, c.windows, c.computed) == (each, in_bulk, windows, None) for c in cells]
-            end = next((i for i in range(start, len(cells)) if not under[i]), len(cells))
-            tokens = [cell.token for cell in cells[start:end]]
-            compensation = each.scale, each.bias, each.down, each.up
-            trace = self._run.eval(tokens, each.skip, *compensation, keeps_kv=in_bulk, windows=windows)
-            self._traces += [trace.at(i) for i in range(len(tokens))]
-            self._done += cells[start:end]
+        for (each, in_bulk, windows, is_moved), group in itertools.groupby(cells[common:], _under):
+            same = list(group)
+            if is_moved:
+                for run, place in (cell.computed for cell in same if cell.computed is not None):
+                    self._run.take(run, place, 1)
+                    self._traces.append(Trace(*[np.empty(0)] * 4))
+            else:
+                tokens = [cell.token for cell in same]
+                trace = self._run.eval(tokens, each.skip, each.scale, each.bias, each.down, each.up, in_bulk, windows)
+                self._traces += [trace.part(slice(i, i + 1)) for i in range(len(tokens))]
+            self._done += same
         return self._run
+
+
+def _under(cell: Cell) -> tuple[SkipSet, bool, Windows | None, bool]:
+    return cell.skip_set, cell.in_bulk, cell.windows, cell.computed is not None
 
 
 def common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
@@ -194,19 +188,15 @@ class History:
         return tokens
 
     def _append_prompt(self, tokens: list[int], n_after: int = 0) -> None:
-        plan = self.plan
+        plan, bulk = self.plan, self.plan.bulk
         for i, token in enumerate(tokens):
-            n_left = len(tokens) - i + n_after
-            if plan.bulk is not None and len(self.cells) >= plan.bulk.head and n_left > plan.bulk.tail:
-                self.cells.append(Cell.bulk_of(token, plan))
-            else:
-                self.cells.append(Cell(token, plan.prefill))
+            in_bulk = bulk is not None and len(self.cells) >= bulk.head and len(tokens) - i + n_after > bulk.tail
+            self.cells.append(Cell.bulk_of(token, plan) if in_bulk else Cell(token, plan.prefill))
         self.logits_are_current = self.logits_are_current or bool(tokens)
 
     def _n_readable(self, skip_set: SkipSet, cells: Sequence[Cell] | None = None) -> int:
-        cells = self.cells if cells is None else cells
+        cells, most_moves = self.cells if cells is None else cells, self.edits.most_moves if self.edits else 0
         for position, cell in enumerate(cells):
-            most_moves = self.edits.most_moves if self.edits is not None else 0
             if cell.n_moves > most_moves or not is_readable(cell, self.plan, skip_set, self.readable):
                 return position
         return len(cells)
@@ -232,17 +222,14 @@ class History:
         rest = [(each, self._runs(each.cells, tokens, wide=APART)) for each in self.saved]
         is_replaced = False  # by a saved state, even if the plan turns out to read nothing of it
         while rest:
-            free = {
-                id(each): beside([Run(0, 0, n, 0), *theirs], taken, least=self.edits.least, mend=self.edits.mend)
-                for each, (n, theirs) in rest
-            }
-            best = max((each for each, _ in rest), key=lambda each: sum(run.n for run in free[id(each)]))
-            taken += free[id(best)]
-            is_replaced |= bool(free[id(best)])
+            least, mend = self.edits.least, self.edits.mend
+            free = [beside([Run(0, 0, n, 0), *theirs], taken, least=least, mend=mend) for _, (n, theirs) in rest]
+            index = max(range(len(rest)), key=lambda index: sum(run.n for run in free[index]))
+            taken += free[index]
+            is_replaced |= bool(free[index])
+            best, _ = rest.pop(index)
             n = self._n_readable(self.plan.prefill, best.cells)
-            readable = [run._replace(n=min(run.n, n - run.start)) for run in free[id(best)] if run.start < n]
-            runs += [(run, best) for run in readable]
-            rest = [each for each in rest if each[0] is not best]
+            runs += [(run._replace(n=min(run.n, n - run.start)), best) for run in free[index] if run.start < n]
         window = max(filter(None, self.reference.model.window), default=0)
         if not (runs or is_replaced) or (self.cells and oldest > max(0, first - window + 1)):
             return
@@ -260,13 +247,11 @@ class History:
     def _runs(self, cells: Sequence[Cell], tokens: list[int], wide: int = WIDE) -> tuple[int, list[Run]]:
         """With how many cells a prompt begins, and which runs of the others it has, without what is mended."""
         assert self.edits is not None
-        held, mend, bulk = [cell.token for cell in cells], self.edits.mend, self.plan.bulk
-        first, end = (
-            common_prefix(held, tokens),
-            len(tokens) - max(self.edits.tail, bulk.tail if bulk is not None else 0),
-        )
+        held, mend = [cell.token for cell in cells], self.edits.mend
+        first, bulk_tail = common_prefix(held, tokens), self.plan.bulk.tail if self.plan.bulk is not None else 0
+        end = max(0, len(tokens) - max(self.edits.tail, bulk_tail))
         both = np.array(held, np.int32), np.array(tokens, np.int32)
-        found = find_runs(*both, first=first, end=max(0, end), least=mend + self.edits.least)
+        found = find_runs(*both, first=first, end=end, least=mend + self.edits.least)
         found = [run._replace(n_moves=wide if run.n_moves == WIDE else 1) for run in found]
         runs = [run for run in found if run.n_moves <= self.edits.most_moves]
         return first, [Run(run.start + mend, run.to + mend, run.n - mend, run.n_moves) for run in runs]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import re
 import signal
@@ -34,23 +33,23 @@ BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
 
 
 def frontier_of(n_layer: int, **more: Any) -> Frontier:
-    """A frontier with made-up figures, each of its two plans skipping what the one before it skips.
+    """Two plans with made-up figures: in prompts of 1,024 tokens they lose 0.03 and 0.06 nats per token.
 
-    For prompts of 1,024 tokens "careful" loses 0.03 nats per token, and "fast" 0.06. In prompts of twice as many tokens
-    losses are taken for 1.25 times as large: 0.0375 and 0.075.
+    In prompts of twice as many tokens losses are taken for 1.25 times as large: 0.0375 and 0.075.
     """
-
-    speedups = {1024: 1.2, 2048: 1.3}, {1024: 1.5, 2048: 1.6}
-    plans = (SkipPlan.manual(n_layer, attention=each, ffn=[2], phase="bulk") for each in ([], [1]))
-    points = map(functools.partial(point, judged_at=1024), plans, (0.03, 0.06), speedups)
-    return frontier(list(points), **more)
+    careful, fast = (SkipPlan.manual(n_layer, attention=each, ffn=[2], phase="bulk") for each in ([], [1]))
+    points = [
+        point(careful, 0.03, {1024: 1.2, 2048: 1.3}, judged_at=1024),
+        point(fast, 0.06, {1024: 1.5, 2048: 1.6}, judged_at=1024),
+    ]
+    return frontier(points, **more)
 
 
 FRONTIER = frontier_of(3)
 
 
 def edited_frontier(*losses: float) -> Frontier:
-    """That one, and edited prompts of 1,024 tokens that lose so many nats in few moves, and in many."""
+    """``FRONTIER``, and edited prompts of 1,024 tokens that lose so many nats in few moves, and in many."""
     return replace(FRONTIER, edits=edit_points(losses, [Edits(most_moves=FEW), Edits(most_moves=MANY)]))
 
 
@@ -121,8 +120,8 @@ class Server:
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """Send JSON, or bytes as they are."""
-        content = {"content": body} if isinstance(body, bytes) else {"json": body}
-        return httpx.post(self.url + path, timeout=60, **content, **options)
+        options["content" if isinstance(body, bytes) else "json"] = body
+        return httpx.post(self.url + path, timeout=60, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=60, **options)
@@ -143,10 +142,10 @@ class Server:
         except psutil.NoSuchProcess:
             return []
 
-    def stop(self, timeout: float = 60) -> int:
+    def stop(self) -> int:
         """End it by a signal, and return its exit code."""
         self.process.send_signal(END)
-        code = self.process.wait(timeout)
+        code = self.process.wait(60)
         self.reader.join()
         return code
 
@@ -154,8 +153,8 @@ class Server:
 def refusal(*words: object) -> str:
     """What ``adaskip-cpp serve`` says, in this process, when it does not start. Its port is taken, so it never does."""
     with socket.create_server(("", 0)) as taken:
-        words = ("serve", *words, "--port", taken.getsockname()[1])
-        result = CliRunner().invoke(main, [str(word) for word in words], prog_name="adaskip-cpp")
+        command = ["serve", *map(str, words), "--port", str(taken.getsockname()[1])]
+        result = CliRunner().invoke(main, command, prog_name="adaskip-cpp")
     assert result.exit_code in (1, 2), result.output
     return " ".join(result.stderr.split())
 
@@ -177,24 +176,20 @@ def serving(
     group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # Windows sends signals to groups alone
     if descriptors is not None:
         command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, creationflags=group, env={**os.environ, **(environment or {})}
-    )
+    variables = {**os.environ, **(environment or {})}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, creationflags=group, env=variables)
     assert process.stderr is not None
     lines: list[str] = []
-    text = ""
     for line in process.stderr:
         lines.append(line)
-        text += line.strip() + " "
-        if found := re.search(r"A page to try it: (http://\S+)\. ", text):
+        if found := re.search(r"A page to try it: (http://\S+)\. ", " ".join("".join(lines).split()) + " "):
             break
     else:
-        raise AssertionError(f"no server: {text}")
-    reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True)
+        raise AssertionError(f"no server: {lines}")
+    reader = threading.Thread(target=lines.extend, args=[process.stderr], daemon=True)
     reader.start()
-    server = Server(found[1], model, process, lines, reader)
     try:
-        yield server
+        yield Server(found[1], model, process, lines, reader)
     finally:
         if process.poll() is None:
             process.kill()

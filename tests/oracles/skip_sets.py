@@ -10,8 +10,6 @@ from oracles.tiny_families import N_EMBD, N_LAYER
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.model.skip_set import SkipSet
 
-__all__ = ["PARTS", "arguments", "filled", "only", "same", "skip_set"]
-
 PARTS = ("bias", "down", "up")
 
 
@@ -28,12 +26,11 @@ def filled(
     return SkipSet(skip, np.broadcast_to(scale, skip.shape), **{name: values[name] for name in parts})
 
 
+Layers = tuple[int, ...]
+
+
 def skip_set(
-    attention: tuple[int, ...] = (),
-    ffn: tuple[int, ...] = (),
-    scale: float = 1.0,
-    seed: int = -1,
-    n_layer: int = N_LAYER,
+    attention: Layers = (), ffn: Layers = (), scale: float = 1.0, seed: int = -1, n_layer: int = N_LAYER
 ) -> SkipSet:
     """With a seed: vectors and maps."""
     plain = SkipPlan.manual(n_layer, attention, ffn, scale).prefill

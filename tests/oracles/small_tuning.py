@@ -12,8 +12,6 @@ import adaskip_cpp.model.frontier
 from adaskip_cpp.measuring import corpus
 from adaskip_cpp.tuning import tune as tuning
 
-__all__ = ["ANSWER", "IDLE", "JUDGED_AT", "N_TIMED", "TEXTS", "make_small", "write_idle_model"]
-
 JUDGED_AT, ANSWER = 192, (64, 72)
 """Tokens of the prompts that plans are judged on, and of the answers that continue and that copy."""
 

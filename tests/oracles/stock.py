@@ -1,28 +1,27 @@
 """Run the stock llama-cpp-python, with its own libllama, in a process that never imports adaskip_cpp.
 
-The functions at the top are the only ones meant for tests. Run as a program, this file is the other process, of which
-there is one for all tests: it reads a list of jobs per line and leaves their results as files.
+Run as a program, this file is the other process, of which there is one for all tests: it reads pickled lists of jobs,
+and answers each with the list of their results, or a traceback.
 """
 
 import atexit
-import json
+import contextlib
 import os
+import pickle
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 from oracles import programs
 from oracles.rpc_server import register_rpc_server, start_rpc_servers
-
-__all__ = ["EXACT", "OPTIONS", "RPC_SERVERS", "Job", "eval_logits", "run_stock"]
 
 RPC_SERVERS = "ADASKIP_TESTS_RPC_SERVERS"
 """Environment variable: the number of rpc-servers whose devices models run on, of this process and of the other."""
@@ -53,16 +52,16 @@ def run_stock(jobs: Sequence[Job]) -> list[npt.NDArray[Any]]:
     """
     process = _process()
     assert process.stdin is not None and process.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        process.stdin.write(json.dumps({"jobs": [asdict(job) for job in jobs], "folder": folder}) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        if not answer:
-            _process.cache_clear()
-            raise RuntimeError(f"stock llama-cpp-python exited with {process.wait()}")
-        if error := json.loads(answer)["error"]:
-            raise RuntimeError(f"stock llama-cpp-python failed:\n{error}")
-        return [np.load(Path(folder, f"{index}.npy")) for index in range(len(jobs))]
+    pickle.dump(jobs, process.stdin)
+    process.stdin.flush()
+    try:
+        answer: list[npt.NDArray[Any]] | str = pickle.load(process.stdout)
+    except EOFError:
+        _process.cache_clear()
+        answer = f"it exited with {process.wait()}"
+    if isinstance(answer, str):
+        raise RuntimeError(f"stock llama-cpp-python failed:\n{answer}")
+    return answer
 
 
 def environment() -> dict[str, str]:
@@ -71,29 +70,44 @@ def environment() -> dict[str, str]:
 
 
 @cache
-def _process() -> "subprocess.Popen[str]":
-    process = subprocess.Popen(
-        [sys.executable, __file__], env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+def _process() -> "subprocess.Popen[bytes]":
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, __file__], env=environment(), stdin=pipe, stdout=pipe)
     atexit.register(process.kill)
     return process
 
 
 def eval_logits(llm: Any, pieces: Sequence[Sequence[int]]) -> npt.NDArray[np.float32]:
     """Evaluate pieces with a fresh context of any ``llama_cpp.Llama`` and return logits as ``run_stock`` does."""
-    import llama_cpp
-
     last = []
     llm.reset()
     for piece in pieces:
         llm.eval(list(piece))
-        row = llama_cpp.llama_get_logits_ith(llm._ctx.ctx, -1)
-        last.append(np.ctypeslib.as_array(row, shape=(llm.n_vocab(),)).copy())
+        last.append(last_logits(llm))
     return np.array(llm.scores[: llm.n_tokens]) if llm._logits_all else np.array(last)
 
 
+def last_logits(llm: Any) -> Any:
+    """Those of the token that was read last, [n_vocab]."""
+    import llama_cpp
+
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),)).copy()
+
+
+def _run(job: Job) -> npt.NDArray[Any]:
+    import llama_cpp
+
+    params = llama_cpp.llama_model_default_params()
+    for name, value in job.model_params.items():
+        setattr(params, name, value)
+    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", lambda: params):
+        llm = llama_cpp.Llama(job.model, verbose=False, **job.options)
+    with contextlib.closing(llm):
+        return eval_logits(llm, job.pieces) if job.texts is None else np.array(llm.embed(job.texts))
+
+
 def main() -> None:
-    """Run the jobs of every line of stdin, and answer each with a line."""
+    """Run the jobs of every list from stdin, and answer it."""
     import llama_cpp
 
     library = Path(llama_cpp.llama_cpp._lib._name).resolve()
@@ -101,24 +115,15 @@ def main() -> None:
         raise SystemExit(f"not the stock library: {library}")
     for endpoint in start_rpc_servers(int(os.environ.get(RPC_SERVERS, 0))):
         register_rpc_server(endpoint)
-    default_params = llama_cpp.llama_model_default_params
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever else is printed is no answer
-    for line in sys.stdin:
-        request, error = json.loads(line), None
+    while True:
+        jobs = pickle.load(sys.stdin.buffer)
         try:
-            for index, job in enumerate(request["jobs"]):
-                params = default_params()
-                for name, value in job["model_params"].items():
-                    setattr(params, name, value)
-                llama_cpp.llama_cpp.llama_model_default_params = lambda params=params: params
-                llm = llama_cpp.Llama(job["model"], verbose=False, **job["options"])
-                values = eval_logits(llm, job["pieces"]) if job["texts"] is None else np.array(llm.embed(job["texts"]))
-                np.save(Path(request["folder"], f"{index}.npy"), values)
-                llm.close()
+            answer: Any = [_run(job) for job in jobs]
         except Exception:
-            error = traceback.format_exc()
-        answers.write(json.dumps({"error": error}) + "\n")
+            answer = traceback.format_exc()
+        pickle.dump(answer, answers)
         answers.flush()
 
 

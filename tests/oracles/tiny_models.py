@@ -14,18 +14,13 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, TokenType
 from gguf.quants import quantize
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+from oracles.gguf_files import write
 from oracles.tiny_families import ENCODERS, FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
 
-__all__ = ["TEMPLATE", "add_chat_template", "write_lora", "write_model"]
-
-Kind = str  # "attention" or "ffn"
-
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
-)
+_MESSAGES = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+TEMPLATE = f"{{{{ bos_token }}}}{_MESSAGES}assistant: "
 WORDS = ("▁the", "▁a", "▁of", "▁to", "th", "he", "▁t", "▁", "in", "er", "an", "re", "on")
 MERGES = [*map(str.split, ("a a", "aa aa", "= =", "1 1", "11 1", "A A")), (" ", " "), (" ", "a"), ("\n", "\n")]
-N_BYTE_TOKENS = N_VOCAB - len(WORDS)  # three special tokens and all bytes
 # The projections that end a sublayer, with their biases. Behind them stands at most an RMS norm, and rms_norm(0) = 0.
 _OUTPUT = {
     "attention": ("attn_output", "attn_o", "ssm_out", "shortconv.out_proj"),
@@ -39,9 +34,9 @@ def write_model(
     *,
     seed: int = 0,
     n_layer: int | None = None,
-    zero: Collection[tuple[int, Kind]] = (),
+    zero: Collection[tuple[int, str]] = (),
     split: int = 0,
-    quantization: GGMLQuantizationType | None = None,
+    quantization: GGMLQuantizationType = GGMLQuantizationType.F32,
     pre: str = "",
 ) -> Path:
     """Write a tiny random model; returns its path, or that of the first of several files.
@@ -52,29 +47,19 @@ def write_model(
     """
     family = {**FAMILIES, **ENCODERS}[name] if isinstance(name, str) else name
     layers = n_layer or family.n_layer
-    shapes = dict(family.tensors(layers))
-    silenced = set()
-    for layer, kind in zero:
-        names = {
-            f"{family.block}.{layer}.{stem}.{part}" for stem in _OUTPUT[kind] for part in ("weight", "bias")
-        } & shapes.keys()
-        if not names:
-            raise ValueError(f"{name} has no {kind} in layer {layer}")
-        silenced |= names
+    ends = tuple(f"{family.block}.{layer}.{stem}." for layer, kind in zero for stem in _OUTPUT[kind])
     writer = GGUFWriter(path, family.architecture, split_max_tensors=split)
     _write_metadata(writer, family, layers)
     _write_byte_pairs(writer, pre) if pre else _write_tokenizer(writer)
-    for tensor, shape in shapes.items():
+    silenced = 0
+    for tensor, shape in family.tensors(layers):
         values = _values(tensor, shape, seed)
-        values = np.zeros_like(values) if tensor in silenced else values
-        if quantization is not None and len(shape) == 2:
-            writer.add_tensor(tensor, quantize(values, quantization), raw_dtype=quantization)
-        else:
-            writer.add_tensor(tensor, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        if tensor.startswith(ends):
+            values, silenced = np.zeros_like(values), silenced + tensor.endswith(".weight")
+        kind = quantization if len(shape) == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(tensor, quantize(values, kind), raw_dtype=kind)
+    assert silenced == len(zero), f"{name} has not all of {zero}"
+    write(writer)
     return min(Path(path).parent.glob(f"{Path(path).stem}-00001-of-*.gguf")) if split else Path(path)
 
 
@@ -90,10 +75,7 @@ def write_lora(path: str | Path, *, seed: int = 0, rank: int = 2, alpha: float =
             n_out, n_in = shape
             writer.add_tensor(f"{tensor}.lora_a", rng.normal(0, 0.2, (rank, n_in)).astype(np.float32))
             writer.add_tensor(f"{tensor}.lora_b", rng.normal(0, 0.2, (n_out, rank)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     return Path(path)
 
 
@@ -107,36 +89,27 @@ def add_chat_template(source: Path, target: Path) -> Path:
 
 def _values(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
     """Random values of a size that makes every sublayer change the residual stream by about its own size."""
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    noise = rng.standard_normal(shape)
+    noise = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
     stem = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    if name.endswith(".bias"):
-        values = 0.3 * noise
-    elif "norm" in stem:
+    gain = {"attn_q": 1.5, "attn_k": 1.5, "attn_qkv": 1.5, "ffn_down": 2, "ffn_down_exps": 2}.get(stem, 1.2)
+    values = gain * noise / np.sqrt(shape[-1])
+    if "norm" in stem:
         values = 1 + 0.2 * noise
-    elif stem == "ssm_a":
-        values = -np.exp(0.5 * noise)  # the state decays
-    elif stem == "rope_freqs":
-        values = 1 + np.abs(noise)
-    elif stem == "token_embd":
-        values = 0.5 * noise
-    else:
-        gain = {"attn_q": 1.5, "attn_k": 1.5, "attn_qkv": 1.5, "ffn_down": 2, "ffn_down_exps": 2}.get(stem, 1.2)
-        values = gain * noise / np.sqrt(shape[-1])
-    return np.asarray(values, dtype=np.float32)
+    others = {"bias": 0.3 * noise, "token_embd": 0.5 * noise, "rope_freqs": 1 + np.abs(noise)}
+    others["ssm_a"] = -np.exp(0.5 * noise)  # the state decays
+    return np.asarray(others.get(stem, values), np.float32)
 
 
 def _write_metadata(writer: GGUFWriter, family: Family, n_layer: int) -> None:
-    n_kv: int | list[int] = family.n_kv
-    if family.mixer:
-        n_kv = [0 if layer in family.mixer else family.n_kv for layer in range(n_layer)]
+    n_head, n_ff = (N_HEAD, N_FF) if family.ffn != "none" else (0, 0)
+    n_kv = [0 if layer in family.mixer else family.n_kv for layer in range(n_layer)]
     metadata: dict[str, Any] = {
         "context_length": N_CTX_TRAIN,
         "embedding_length": N_EMBD,
         "block_count": n_layer,
-        "feed_forward_length": 0 if family.ffn == "none" else N_FF,
-        "attention.head_count": 0 if family.ffn == "none" else N_HEAD,
-        "attention.head_count_kv": 0 if family.ffn == "none" else n_kv,
+        "feed_forward_length": n_ff,
+        "attention.head_count": n_head,
+        "attention.head_count_kv": (n_kv if family.mixer else family.n_kv) if n_head else 0,
         "attention.key_length": family.head_dim,
         "attention.value_length": family.head_dim,
         "rope.dimension_count": family.head_dim,
@@ -145,28 +118,21 @@ def _write_metadata(writer: GGUFWriter, family: Family, n_layer: int) -> None:
         **family.metadata,
     }
     writer.add_name("tiny")
+    kinds = {bool: GGUFValueType.BOOL, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
     for key, value in metadata.items():
         full = key if key.startswith("tokenizer.") else f"{family.architecture}.{key}"
-        match value:
-            case bool():
-                writer.add_bool(full, value)
-            case int():
-                writer.add_uint32(full, value)
-            case float():
-                writer.add_float32(full, value)
-            case list():
-                writer.add_array(full, value)
+        writer.add_key_value(full, value, kinds.get(type(value), GGUFValueType.ARRAY))
 
 
 def _write_tokenizer(writer: GGUFWriter) -> None:
     """A SentencePiece vocabulary of three special tokens, all bytes, and a few pieces."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
-    types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-    types += [TokenType.BYTE] * 256 + [TokenType.NORMAL] * len(WORDS)
+    special = {"<unk>": TokenType.UNKNOWN, "<s>": TokenType.CONTROL, "</s>": TokenType.CONTROL}
+    types = {f"<0x{byte:02X}>": TokenType.BYTE for byte in range(256)}
+    types = special | types | dict.fromkeys(WORDS, TokenType.NORMAL)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * N_BYTE_TOKENS + [-float(rank) for rank in range(len(WORDS))])
-    writer.add_token_types(types)
+    writer.add_token_list([*types])
+    writer.add_token_scores([-float(WORDS.index(token)) if token in WORDS else 0.0 for token in types])
+    writer.add_token_types([*types.values()])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -177,14 +143,13 @@ def _write_byte_pairs(writer: GGUFWriter, pre: str) -> None:
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     letter = {byte: chr(byte) for byte in plain} | {byte: chr(256 + rank) for rank, byte in enumerate(others)}
-    merges = [tuple("".join(letter[byte] for byte in part.encode()) for part in pair) for pair in MERGES]
-    tokens = [letter[byte] for byte in range(256)] + ["".join(pair) for pair in merges]
-    n_normal = len(tokens)
-    tokens += [f"<|{rank}|>" for rank in range(N_VOCAB - n_normal)]
+    merges = [["".join(letter[byte] for byte in part.encode()) for part in pair] for pair in MERGES]
+    normal = [letter[byte] for byte in range(256)] + ["".join(pair) for pair in merges]
+    control = [f"<|{rank}|>" for rank in range(N_VOCAB - len(normal))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([TokenType.NORMAL] * n_normal + [TokenType.CONTROL] * (N_VOCAB - n_normal))
+    writer.add_token_list(normal + control)
+    writer.add_token_types([TokenType.NORMAL] * len(normal) + [TokenType.CONTROL] * len(control))
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(N_VOCAB - 1)
     writer.add_bos_token_id(N_VOCAB - 1)

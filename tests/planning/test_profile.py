@@ -1,5 +1,6 @@
-"""adaskip_cpp.planning.profile: planning in every mode and for a speed-up."""
+"""adaskip_cpp.planning.profile, request and compensation: what a request makes of a profile, and what is refused."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -7,21 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles.costs import cost_model
-from oracles.profiles import EXAMPLE, MAPPED_EXAMPLE, NAN, profile, statistics
+from oracles.profiles import EXAMPLE, MAPPED_EXAMPLE, NAN, maps, measured, profile, statistics
 
 from adaskip_cpp.errors import BudgetError, PlanError
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
+from adaskip_cpp.model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
+from adaskip_cpp.planning.compensation import COMPENSATIONS
 from adaskip_cpp.planning.request import PlanRequest
-
-# --- planning ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_most_similar_sublayers_of_both_kinds_are_skipped_first() -> None:
-    plan = EXAMPLE.plan(3, mode="e2e")
-    assert (plan.prefill.attention, plan.prefill.ffn) == ((1,), (0, 2))
-    assert plan.prefill == plan.decode
-    assert (plan.model, plan.strategy, plan.compensation) == (EXAMPLE.model, "adaskip", "affine")
 
 
 @given(st.lists(st.tuples(*[st.one_of(st.just(NAN), st.sampled_from([0.1, 0.5, 0.9]))] * 2), min_size=1), st.data())
@@ -47,7 +41,9 @@ def test_compensation(name: str, scale: float) -> None:
     assert plan.online is not None and plan.online.scale == ("median" if name == "affine" else name)
 
 
-def test_linear_takes_the_maps_of_the_profile_in_every_mode() -> None:
+def test_linear_takes_the_maps_of_the_profile_in_every_mode_and_without_maps_is_affine_by_name_too() -> None:
+    linear, affine = (EXAMPLE.plan(3, compensation=name, mode="e2e") for name in ("linear", "affine"))
+    assert linear == affine and linear.compensation == "affine"
     assert MAPPED_EXAMPLE.maps is not None
     for mode in ("prefill", "decode", "e2e"):
         plan = MAPPED_EXAMPLE.plan(3, mode=mode)
@@ -57,30 +53,17 @@ def test_linear_takes_the_maps_of_the_profile_in_every_mode() -> None:
         for name in ("down", "up"):
             skipped = getattr(plan.decode, name)[plan.decode.skip]
             np.testing.assert_array_equal(skipped, getattr(MAPPED_EXAMPLE.maps, name)[:, :2][plan.decode.skip])
-        assert plan.prefill == (SkipSet.none(3) if mode == "decode" else plan.decode)
         assert plan.online is None or plan.online.scale == "median"
 
 
-def test_without_maps_linear_is_affine_by_name_too() -> None:
-    assert EXAMPLE.plan(3, compensation="linear", mode="e2e") == EXAMPLE.plan(3, compensation="affine", mode="e2e")
-    assert EXAMPLE.plan(3, compensation="linear", mode="e2e").compensation == "affine"
-
-
-# --- modes and the online stage ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["prefill", "e2e"])
-def test_the_fixed_set_holds_in_both_phases(mode: Any) -> None:
+@pytest.mark.parametrize(("mode", "scale"), [("prefill", 1.5), ("e2e", 1.5), ("decode", 1.2)])
+def test_the_most_similar_sublayers_are_skipped_in_the_phases_of_the_mode(mode: Any, scale: float) -> None:
+    """The phase that first uses a set gives its compensation."""
     plan = EXAMPLE.plan(3, compensation="paper", mode=mode)
-    assert plan.prefill == plan.decode and plan.mode == mode
-    assert (plan.decode.scale[plan.decode.skip] == 1.5).all(), "from prefill, where the set is first used"
-
-
-def test_decode_mode_runs_the_full_model_in_prefill() -> None:
-    plan = EXAMPLE.plan(3, compensation="paper", mode="decode")
-    assert plan.prefill == SkipSet.none(3) and plan.mode == "decode"
-    np.testing.assert_array_equal(plan.decode.skip, EXAMPLE.plan(3, mode="e2e").prefill.skip)
-    assert (plan.decode.scale[plan.decode.skip] == 1.2).all(), "from decode"
+    assert (plan.mode, plan.model, plan.strategy) == (mode, EXAMPLE.model, "adaskip")
+    assert plan.prefill == (SkipSet.none(3) if mode == "decode" else plan.decode)
+    assert (plan.decode.attention, plan.decode.ffn) == ((1,), (0, 2))
+    assert (plan.decode.scale[plan.decode.skip] == scale).all()
 
 
 def test_sublayers_are_ranked_by_prefill_in_every_mode() -> None:
@@ -90,38 +73,23 @@ def test_sublayers_are_ranked_by_prefill_in_every_mode() -> None:
         assert known.plan(1, mode=mode).decode.ffn == (1,)
 
 
-def test_the_online_threshold_is_the_nth_largest_similarity() -> None:
+def test_the_online_threshold_is_the_nth_largest_similarity_and_the_stage_can_be_left_out() -> None:
     for n, threshold in ((1, 0.99), (2, 0.99), (3, 0.9), (4, 0.7), (5, 0.5)):
         for mode in ("decode", "e2e"):
             assert EXAMPLE.plan(n, compensation="paper", mode=mode).online == OnlineStage(20, threshold, "paper")
-
-
-def test_the_online_stage_can_be_set_or_left_out() -> None:
     assert EXAMPLE.plan(3, online=False, mode="e2e").online is None
     assert EXAMPLE.plan(3, mode="prefill").online is None
     assert EXAMPLE.plan(0, mode="e2e").online is None, "nothing is to be skipped"
 
 
-# --- speed-ups --------------------------------------------------------------------------------------------------------
-
-
 COSTED = profile([[0.97, 0.9], [0.93, 0.8], [0.9, 0.95]], cost=cost_model(2, [1, 1, 1], [1, 2, 3], size=100))
-"""Layers cost 2, 3 and 4 of 11 s; at 100 tokens 2, 3 and 1 of 8 s, as only the last token runs the last FFN."""
-
-
-def test_a_baseline_skips_layers_until_the_speed_up_is_reached() -> None:
-    assert COSTED.plan(strategy="early_exit", speedup=1.1, context=100, mode="e2e").prefill.ffn == (2,)
-    assert COSTED.plan(strategy="early_exit", speedup=1.2, context=100, mode="e2e").prefill.ffn == (1, 2)
-    plan = COSTED.plan(strategy="skip_decode", speedup=1.6, context=100, mode="decode")
-    assert plan.skipped("decode").ffn == (1, 2), "decode is the phase of mode decode; the last set counts"
-    with pytest.raises(BudgetError, match="early_exit"):
-        COSTED.plan(strategy="early_exit", speedup=6, context=100, mode="e2e")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"compensation": "best"}, "'best'.*none, paper, median, affine"),
+        ({"compensation": []}, "unknown compensation"),
         ({"strategy": "best"}, "'best'.*adaskip"),
         ({"mode": "best"}, "'best'.*prefill, decode, e2e"),
         ({"speedup": 1.2}, "give context"),
@@ -133,7 +101,7 @@ def test_a_baseline_skips_layers_until_the_speed_up_is_reached() -> None:
         ({"mode": "prompt", "tail": 0}, "from 1 on"),
         ({"mode": "prompt", "windowed": -1}, "windowed is -1; use a whole number from 0 on"),
         ({"mode": "prompt", "window_size": 0}, "window_size is 0; use a whole number from 1 on"),
-        *(({name: 8}, f"mode 'e2e' takes no {name}; leave it out") for name in ("head", "tail", "windowed")),
+        ({"head": 8, "windowed": 8}, "mode 'e2e' takes no head and no windowed; leave it out"),
         ({"ffn": [1]}, "strategy='manual'"),
     ],
 )
@@ -142,18 +110,102 @@ def test_arguments_that_are_impossible_or_do_not_go_together_are_refused(options
         COSTED.plan(**{"mode": "e2e", **options})
 
 
+@pytest.mark.parametrize("speedup", [0.99, -1, NAN, math.inf, True, "2"])
+def test_a_speed_up_that_is_none_is_refused(speedup: float) -> None:
+    with pytest.raises(BudgetError, match="from 1 on"):
+        PlanRequest(speedup=speedup)
+
+
 def test_a_request_says_it_all() -> None:
     request = PlanRequest(2, mode="decode", compensation="paper")
     assert COSTED.plan(request) == COSTED.plan(2, mode="decode", compensation="paper")
     assert COSTED.plan(request, mode="e2e") == COSTED.plan(2, mode="e2e", compensation="paper")
-    assert (
-        PlanRequest(speedup=1.3).at(10)
-        == PlanRequest(speedup=1.3, context=10)
-        == PlanRequest(speedup=1.3, context=10).at(99)
-    )
+    at_10 = PlanRequest(speedup=1.3, context=10)
+    assert PlanRequest(speedup=1.3).at(10) == at_10 == at_10.at(99)
     assert PlanRequest(2).at(10) == PlanRequest(2)
 
 
-def test_a_speed_up_needs_a_cost_model() -> None:
-    with pytest.raises(PlanError, match="calibrate again, or give n_skip"):
-        EXAMPLE.plan(speedup=1.2, context=100, mode="e2e")
+N_LAYER, N_TOKENS, N_EMBD = 3, 200, 8
+EVERY = np.ones((N_LAYER, 2), bool)
+MAPS = maps(n_embd=N_EMBD)
+"""None for the FFN of layer 1, nor for all of that layer."""
+
+
+@pytest.fixture
+def streams() -> tuple[np.ndarray, np.ndarray]:
+    """Outputs are the inputs plus a constant vector of each sublayer, plus noise."""
+    rng = np.random.default_rng(3)
+    u = rng.normal(size=(N_LAYER, 2, N_TOKENS, N_EMBD))
+    return u, u + 2 * rng.normal(size=(N_LAYER, 2, 1, N_EMBD)) + 0.1 * rng.normal(size=u.shape)
+
+
+@pytest.fixture
+def figures(streams: Any) -> PhaseStatistics:
+    return measured(*streams)
+
+
+@pytest.mark.parametrize(("name", "figure"), [("none", None), ("paper", "norm_ratio"), ("median", "median_ratio")])
+def test_a_scalar_is_a_figure_of_the_statistics(figures: PhaseStatistics, name: str, figure: str | None) -> None:
+    chosen = COMPENSATIONS[name].skip_set(EVERY, figures, MAPS)
+    np.testing.assert_array_equal(chosen.scale, 1.0 if figure is None else getattr(figures, figure))
+    assert chosen.bias is chosen.down is chosen.up is None
+
+
+def test_affine_leaves_no_mean_error_and_less_error_than_any_scalar(streams: Any, figures: PhaseStatistics) -> None:
+    u, v = streams
+
+    def error(name: str) -> np.ndarray:
+        chosen = COMPENSATIONS[name].skip_set(EVERY, figures, MAPS)
+        assert chosen.down is chosen.up is None
+        bias = 0 if chosen.bias is None else chosen.bias[:, :, None]
+        return np.asarray(v - (chosen.scale[..., None, None] * u + bias))
+
+    np.testing.assert_allclose(error("affine").mean(axis=2), 0, atol=1e-6)
+    scale = COMPENSATIONS["affine"].skip_set(EVERY, figures).scale
+    np.testing.assert_array_equal(scale, figures.median_ratio)
+    for name in ("none", "paper", "median"):
+        assert ((error("affine") ** 2).sum(axis=(2, 3)) < (error(name) ** 2).sum(axis=(2, 3))).all()
+
+
+def assert_maps(chosen: SkipSet, expected: dict[tuple[int, int], int]) -> None:
+    """These sublayers have the map of a column of their layer, and the others none."""
+    for name in ("down", "up"):
+        wanted = np.zeros_like(getattr(MAPS, name)[:, :2])
+        for (layer, kind), column in expected.items():
+            wanted[layer, kind] = getattr(MAPS, name)[layer, column]
+        np.testing.assert_array_equal(getattr(chosen, name), wanted)
+
+
+def test_linear_is_a_map_after_a_scale_and_one_for_a_whole_layer(figures: PhaseStatistics) -> None:
+    chosen = COMPENSATIONS["linear"].skip_set(np.array([[1, 1], [1, 0], [0, 1]], bool), figures, MAPS)
+    scale = map_scale(figures.median_ratio)
+    np.testing.assert_array_equal(chosen.scale, [[1, 1], [scale[1, 0], 1], [1, scale[2, 1]]])
+    assert chosen.bias is None
+    assert_maps(chosen, {(0, 1): WHOLE, (1, 0): 0, (2, 1): 1})
+
+
+def test_a_sublayer_without_a_map_gets_what_affine_gives_it(streams: Any, figures: PhaseStatistics) -> None:
+    """A layer that is skipped whole needs no maps of its sublayers."""
+    u, v = streams
+    parts = MAPS.down.copy(), MAPS.up.copy()
+    for array in parts:
+        array[2, :WHOLE] = np.nan
+    chosen = COMPENSATIONS["linear"].skip_set(EVERY, figures, LinearMaps(*parts))
+    assert_maps(chosen, {(0, 1): WHOLE, (1, 0): 0, (2, 1): WHOLE})
+    ratio = np.median(np.linalg.norm(v[1, 1], axis=1) / np.linalg.norm(u[1, 1], axis=1))
+    np.testing.assert_allclose(chosen.scale, [[1, 1], [map_scale(figures.median_ratio)[1, 0], ratio], [1, 1]])
+    assert chosen.bias is not None and np.argwhere(chosen.bias.any(axis=2)).tolist() == [[1, 1]]
+    np.testing.assert_allclose(chosen.bias[1, 1], (v[1, 1] - ratio * u[1, 1]).mean(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("fitted", [None, MAPS], ids=["no maps", "none of this"])
+def test_linear_without_maps_is_affine_and_nothing_skipped_takes_no_vectors(
+    figures: PhaseStatistics, fitted: LinearMaps | None
+) -> None:
+    skip = np.zeros_like(EVERY)
+    skip[1, 1] = True
+    chosen = COMPENSATIONS["linear"].skip_set(skip, figures, fitted)
+    assert chosen == COMPENSATIONS["affine"].skip_set(skip, figures)
+    assert chosen.bias is not None and chosen.down is chosen.up is None
+    for name in ("affine", "linear"):
+        assert COMPENSATIONS[name].skip_set(EVERY & False, figures, fitted) == SkipSet.none(N_LAYER)

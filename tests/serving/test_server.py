@@ -1,15 +1,13 @@
 """``adaskip-cpp serve`` as its clients see it: a real process, the openai client, and what must be refused."""
 
-import asyncio
 import functools
 import json
 import shutil
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,12 @@ import pytest
 from oracles.grammars import FORK, WAYS
 from oracles.served import END, Server, frontier_of, refusal, serving
 
-from adaskip_cpp import AdaSkipLlama
-from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.model.identity import plan_path
-from adaskip_cpp.model.plan import DEFAULT_HEAD, DEFAULT_TAIL
 from adaskip_cpp.model.plan_file import save_plan
-from adaskip_cpp.model.settings import Settings
 
-LONG = " ".join(f"the an{i} of to" for i in range(60))
-"""Several hundred tokens of the tiny vocabulary."""
-
-CTX = 2048
-
-ENDLESS = {"logit_bias": {"2": -100}, "grammar": "root ::= [a-z ]+", "stream": True}
-"""An answer that no end-of-sequence token ends, of whole characters."""
+LONG = " ".join(f"the an{i} of to" for i in range(60))  # several hundred tokens of the tiny vocabulary
+COMPLETIONS, CHAT, CTX = "/v1/completions", "/v1/chat/completions", 2048
+ENDLESS = {"logit_bias": {"2": -100}, "grammar": "root ::= [a-z ]+"}  # no end-of-sequence token, whole characters
 
 
 @pytest.fixture(scope="module")
@@ -41,131 +31,54 @@ def server(served_model: Path, served_plan: Path) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as opened:
-        yield opened
-
-
-def ask(server: Server, prompt: str = LONG, **more: Any) -> dict[str, Any]:
-    answer = server.post("/v1/completions", {"prompt": prompt, "max_tokens": 4, "temperature": 0, **more})
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
-
-
-# --- the openai client ----------------------------------------------------------------------------------------------
-
-
-def test_the_openai_client_chats(client: openai.OpenAI) -> None:
+def test_the_openai_client_lists_completes_and_chats(server: Server) -> None:
     asked: Any = {"model": "tiny", "messages": [{"role": "user", "content": "the to"}], "max_tokens": 5}
     asked |= {"temperature": 0, "logit_bias": {"2": -100}}
-    answer: Any = client.chat.completions.create(**asked)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        assert [each.id for each in client.models.list()] == ["tiny"]
+        completion: Any = client.completions.create(model="tiny", prompt="the to", max_tokens=3, logprobs=2, echo=True)
+        answer: Any = client.chat.completions.create(**asked)
+        with client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}) as stream:
+            chunks: Any = list(stream)
+    logprobs = completion.choices[0].logprobs
+    assert len(logprobs.tokens) == completion.usage.total_tokens - 1 == len(logprobs.token_logprobs)
     assert answer.choices[0].message.content and answer.usage.completion_tokens >= 5 and answer.model == "tiny"
-    parts: Any = [{"role": "developer", "content": [{"type": "text", "text": "the to"}]}]
-    client.chat.completions.create(model="tiny", messages=parts, max_completion_tokens=1)
-    with client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}) as stream:
-        chunks: Any = list(stream)
     said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert said == answer.choices[0].message.content
     *_, last, end = chunks
     details = end.usage.prompt_tokens_details
     assert not end.choices and end.usage == answer.usage.model_copy(update={"prompt_tokens_details": details})
+    assert details.cached_tokens == end.usage.prompt_tokens - 1 == last.timings["cache_n"]
     assert last.timings["predicted_n"] == answer.usage.completion_tokens and last.adaskip["plan"] == "auto"
 
 
-def test_the_openai_client_completes_and_lists(client: openai.OpenAI) -> None:
-    assert [each.id for each in client.models.list()] == ["tiny"]
-    answer = client.completions.create(
-        model="tiny", prompt="the to", max_tokens=3, temperature=0, logprobs=2, echo=True
-    )
-    logprobs = answer.choices[0].logprobs
-    assert logprobs and logprobs.tokens and logprobs.token_logprobs and answer.choices[0].text.startswith("the to")
-    assert answer.usage and len(logprobs.tokens) == answer.usage.total_tokens - 1 == len(logprobs.token_logprobs)
-
-
-def test_tools_and_json_are_those_of_the_server_below(client: openai.OpenAI) -> None:
-    asked: Any = with_tool({"type": "object", "properties": {}})
-    answer: Any = client.chat.completions.create(model="tiny", **asked, max_tokens=30)
-    assert answer.choices[0].message.tool_calls[0].function.name == "go"
-    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
-    older: Any = with_schema(schema)
-    newer = {**older, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
-    for asked in (older, newer):
-        answer = client.chat.completions.create(model="tiny", **asked, max_tokens=60)
-        assert json.loads(answer.choices[0].message.content)["a"] in (True, False)
-
-
-# --- plans and prefixes ---------------------------------------------------------------------------------------------
-
-
-def test_an_answer_tells_what_was_skipped_read_and_reused(server: Server) -> None:
-    whole = ask(server, f"a {LONG}", adaskip={"plan": "none"})
-    assert whole["adaskip"]["plan"] == "none" and whole["adaskip"]["prompt_tokens_skipping"] == 0
-    n = whole["usage"]["prompt_tokens"]
-    assert whole["timings"]["prompt_n"] + whole["timings"]["cache_n"] == n
-    skipping = ask(server, f"of {LONG}")
-    told = skipping["adaskip"]
-    assert told["plan"] == "auto" and told["skipped"]["bulk"] == {"attention": [1], "ffn": [2]}
-    assert told["skipped"]["prefill"] == told["skipped"]["decode"] == {"attention": [], "ffn": []}
-    n = skipping["usage"]["prompt_tokens"]
-    assert told["prompt_tokens_skipping"] == n - DEFAULT_HEAD - DEFAULT_TAIL
-    again = ask(server, f"of {LONG}")
-    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == n - 1 == again["timings"]["cache_n"]
-    assert again["choices"][0]["text"] == skipping["choices"][0]["text"]
-
-
-def test_an_edited_prompt_is_read_where_it_was_edited(server: Server) -> None:
-    """Where the request asks for it; and from what was kept of it, when another prompt was read meanwhile."""
-    for number, wish in enumerate(["none", "auto"]):
-        before, after = f"in{number} the {LONG}", f"in{number} on he {LONG}"
-        told = []
-        for reuse in ("prefix", "edits"):
-            ask(server, before, cache_salt=reuse, adaskip={"plan": wish})
-            ask(server, f"to {LONG}", cache_salt="another")
-            told.append(ask(server, after, cache_salt=reuse, adaskip={"plan": wish, "reuse": reuse})["adaskip"])
-        whole, edited = told
-        assert whole["reuse"] == "prefix" and whole["prompt_tokens_moved"] == 0
-        assert edited["reuse"] == "edits" and edited["prompt_tokens_read"] < 100 < whole["prompt_tokens_read"]
-        assert edited["prompt_tokens_moved"] > whole["prompt_tokens_read"] - 100
-
-
 def test_a_frontier_beside_the_model_is_chosen_from_by_each_prompt(served_model: Path, tmp_path: Path) -> None:
-    """And a chat that grows over a change of plan reads nothing again, nor after a restart."""
     model = Path(shutil.copy(served_model, tmp_path / "m.gguf"))
-    with closing(AdaSkipLlama(str(model), n_ctx=256, n_threads=1, verbose=False)) as llm:
-        frontier = frontier_of(3, settings=Settings(n_batch=256, n_ubatch=128), machine=cost_settings(llm))
-    save_plan(plan_path(model), frontier)
-    options = ("--ctx", str(CTX), "--max-loss", "0.07", "--cache-dir", str(tmp_path / "kept"))
-    talk = {n: [1, *([7, 9, 30, 12] * CTX)[: n - 1]] for n in (100, 700, 1100)}
+    save_plan(plan_path(model), frontier_of(3))
+    talk = [1, *([7, 9, 30, 12] * CTX)]
+    with serving(model, "--ctx", str(CTX), "--max-loss", "0.07") as server:
 
-    def told(server: Server, n: int, plan: Any = "auto") -> Any:
-        return ask(server, talk[n], adaskip={"plan": plan})["adaskip"]  # type: ignore[arg-type]
+        def told(n: int, plan: Any = "auto") -> Any:
+            body = {"prompt": talk[:n], "max_tokens": 4, "adaskip": {"plan": plan}}
+            return server.post(COMPLETIONS, body).json()["adaskip"]
 
-    with serving(model, *options) as first:
-        points = first.get("/v1/models").json()["data"][0]["meta"]["adaskip"]
+        points = server.get("/v1/models").json()["data"][0]["meta"]["adaskip"]
         assert points["max_loss"] == 0.07 and [each["loss_measured"] for each in points["points"]] == [0.03, 0.06]
-        assert "Plans lose at most 0.07 nats per token" in " ".join(map(str.strip, first.lines))
-        assert told(first, 100)["plan"] == "none"
-        fast = told(first, 700)
+        assert "Plans lose at most 0.07 nats per token" in " ".join(map(str.strip, server.lines))
+        assert told(100)["plan"] == "none"
+        fast = told(700)
         assert (fast["plan"], fast["max_loss"]) == ("promise 0.07", 0.07)
         assert (fast["loss_measured"], fast["speedup_predicted"]) == (0.06, 1.5)
         assert fast["skipped"]["bulk"] == {"attention": [1], "ffn": [2]} and fast["prompt_tokens_skipping"] > 500
-        assert first.stop() == 0
-    with serving(model, *options) as second:
-        careful = told(second, 1100)
-        assert careful["skipped"]["bulk"] == {"attention": [], "ffn": [2]} and careful["loss_measured"] == 0.03
-        assert careful["prompt_tokens_reused"] >= 699
-        tight = told(second, 1100, {"max_loss": 0.04})
-        assert tight["prompt_tokens_reused"] == 100, "those that the whole model read"
-        assert told(second, 1100, {"speedup": 1.6})["loss_measured"] == 0.06
-        refused = {"prompt": talk[1100], "adaskip": {"plan": {"speedup": 3}}}
-        assert "ask for at most 1.6" in second.post("/v1/completions", refused).json()["error"]["message"]
-        whole = told(second, 1100, "none")
+        assert fast["skipped"]["prefill"] == fast["skipped"]["decode"] == {"attention": [], "ffn": []}
+        assert told(1100)["skipped"]["bulk"] == {"attention": [], "ffn": [2]}
+        whole = told(1100, "none")
         assert whole["plan"] == "none" and whole["prompt_tokens_skipping"] == 0
         assert whole["max_loss"] is whole["loss_measured"] is whole["speedup_predicted"] is None
-
-
-# --- what is refused ------------------------------------------------------------------------------------------------
+        counted = server.get("/metrics").text
+        assert 'adaskip_requests_total{path="/v1/completions",status="200"}' in counted
+        assert 'adaskip_prompts_reread_total{because="plan"}' in counted
+        assert "adaskip_time_to_first_token_seconds_bucket" in counted and server.metric("adaskip_kv_bytes") > 0
 
 
 def with_schema(schema: Any) -> dict[str, Any]:
@@ -179,58 +92,43 @@ def with_tool(parameters: Any, called: str = "go") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "a"}], "tools": [tool], "tool_choice": choice}
 
 
-def nested(n: int) -> dict[str, Any]:
-    return functools.reduce(lambda inner, _: {"type": "array", "items": inner}, range(n), {"type": "null"})
-
-
+NESTED: Any = functools.reduce(
+    lambda inner, _: {"type": "array", "items": inner}, range(100), dict[str, Any](type="null")
+)
 PLAIN = {"prompt": "the", "grammar": 'root ::= ("a" | " ")+', "top_k": 0, "top_p": 1, "min_p": 0}
 TWICE = {f"a {rank}": {"properties": {name: {"$ref": f"#/$defs/a {rank + 1}"} for name in "ab"}} for rank in range(40)}
 """Definitions of which each refers to the next one twice, under names that no rule of a grammar can have."""
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+BAD_COMPLETIONS: list[dict[str, Any]] = [
+    *({"prompt": prompt} for prompt in ([], 3, ["a", "b"], [[1, 10**9]], [[1, -1]], "the " * 5000)),
+    *({"temperature": value} for value in (1e39, 1e-39, -1, "nan")),
+    *({"repeat_penalty": 0}, {"frequency_penalty": "nan"}, {"seed": 2**70}, {"top_k": 2**31}, {"max_tokens": 2**31}),
+    *({"n": 2}, {"top_p": 2}, {"max_tokens": "many"}, {"logprobs": 100_000}),
+    *({"grammar": None, "logit_bias": bias} for bias in ({"100000000": 1}, {"²": 1}, {"1" * 5000: 1}, {"50": -1e308})),
+    *({"grammar": rules} for rules in ("root ::= ((", "root ::= <[4294967295]>", FORK, WAYS)),
+    *({"min_tokens": 10}, {"min_tokens": 10, "grammar": None, "logit_bias": {"50": 1}}),
+    *({"adaskip": {"plan": plan}} for plan in ("fast", {"speedup": 0}, {"speedup": 2}, "/etc/passwd")),
+    *({"adaskip": {"reuse": "all"}}, {"adaskip": {}}),
+]
+BAD_SCHEMAS: list[Any] = [
+    {"type": "string", "minLength": 10**7},
+    {"type": "array", "items": {"type": "null"}, "maxItems": 10**4},
+    *({"type": "string", "pattern": pattern} for pattern in ("^a{5000}$", "^]$")),
+    *({"$ref": name} for name in ("https://example.com/schema", "#/$defs/none")),
+    {"$ref": "#/$defs/a 0", "$defs": {**TWICE, "a 40": {"type": "null"}}},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+    *({"type": "frog"}, [], NESTED, {"enum": ["a" * 100_000]}),
+    {"properties": {f"n{rank}": {} for rank in range(4000)}},
+]
 BAD: list[tuple[str, Any, int]] = [
     *((COMPLETIONS, body, 400) for body in (b"{", b"[1]", b"\xff\xfe", b"[" * 100_000)),
     (COMPLETIONS, b'{"prompt": "the", "seed": %s}' % (b"1" * 5000), 400),
-    *((COMPLETIONS, {"prompt": prompt}, 400) for prompt in ([], 3, ["a", "b"], [[1, 10**9]], [[1, -1]], "the " * 5000)),
-    *((COMPLETIONS, {**PLAIN, "temperature": value}, 400) for value in (1e39, 1e-39, -1, "nan")),
-    *((COMPLETIONS, {**PLAIN, "repeat_penalty": value}, 400) for value in (0, "inf")),
-    *((COMPLETIONS, {**PLAIN, name: 2**31}, 400) for name in ("top_k", "max_tokens")),
-    *((COMPLETIONS, {**PLAIN, **more}, 400) for more in ({"frequency_penalty": "nan"}, {"seed": 2**70})),
-    *(
-        (COMPLETIONS, {"prompt": "the", **more}, 400)
-        for more in (
-            *({"n": 2}, {"top_p": 2}, {"max_tokens": "many"}, {"logprobs": 100_000}),
-            *({"logit_bias": bias} for bias in ({"100000000": 1}, {"²": 1}, {"1" * 5000: 1}, {"50": -1e308})),
-            *(
-                {"grammar": f"root ::= {rules}"}
-                for rules in ("((", "[a-z]? " * 100_000, "<[4294967295]>", "[" * 20_000)
-            ),
-            *({"grammar": rules} for rules in (r"root ::= [^\x00-\UFFFFFFFF]", FORK, WAYS)),
-            *({"min_tokens": 10, **more} for more in ({"grammar": 'root ::= "a"'}, {"logit_bias": {"50": 1}})),
-            *({"adaskip": {"plan": plan}} for plan in ("fast", {"speedup": 0}, {"speedup": 2}, "/etc/passwd")),
-            *({"adaskip": {"reuse": "all"}}, {"adaskip": {}}),
-        )
-    ),
+    *((COMPLETIONS, {**PLAIN, **body}, 400) for body in BAD_COMPLETIONS),
     *((CHAT, {"messages": messages}, 400) for messages in ([], "hello", [{"role": "nobody", "content": "x"}])),
-    *(
-        (CHAT, {"messages": [{"role": "user", "content": content}]}, 400)
-        for content in ([{"type": "image_url"}], "the " * 5000)
-    ),
-    *(
-        (CHAT, with_schema(schema), 400)
-        for schema in (
-            {"type": "string", "minLength": 10**7},
-            {"type": "array", "items": {"type": "null"}, "maxItems": 10**4},
-            *({"type": "string", "pattern": pattern} for pattern in ("^a{5000}$", "^]$")),
-            *({"$ref": name} for name in ("https://example.com/schema", "#/$defs/none")),
-            {"$ref": "#/$defs/a 0", "$defs": {**TWICE, "a 40": {"type": "null"}}},
-            {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
-            *({"type": "frog"}, [], nested(100), {"enum": ["a" * 100_000]}),
-            {"properties": {f"n{rank}": {} for rank in range(4000)}},
-        )
-    ),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
+    *((CHAT, with_schema(schema), 400) for schema in BAD_SCHEMAS),
     *((CHAT, with_tool(*tool), 400) for tool in ([{"type": "frog"}], [{"type": "object"}, "other"])),
-    (CHAT, {**with_tool(nested(100)), "tool_choice": "auto"}, 400),
+    (CHAT, {**with_tool(NESTED), "tool_choice": "auto"}, 400),
     ("/v1/completions%0a", {"prompt": "the"}, 404),
     ("/tokenize", b'{"prompt": 3}', 400),
     ("/detokenize", {"tokens": [10**9]}, 400),
@@ -239,7 +137,7 @@ BAD: list[tuple[str, Any, int]] = [
 ]
 
 
-@pytest.mark.parametrize("path, body, status", BAD, ids=[f"{path}-{str(body)[:40]}" for path, body, _ in BAD])
+@pytest.mark.parametrize("path, body, status", BAD, ids=[f"{path}-{str(body)[-40:]}" for path, body, _ in BAD])
 def test_a_bad_request_gets_an_error_as_openai_words_it(server: Server, path: str, body: Any, status: int) -> None:
     for stream in (False, True) if isinstance(body, dict) and "completions" in path else (False,):
         answer = server.post(path, {**body, "stream": True} if stream else body)
@@ -250,18 +148,16 @@ def test_a_bad_request_gets_an_error_as_openai_words_it(server: Server, path: st
             error = answer.json()["error"]
         assert error["message"] and error["type"] and str(server.model.parent) not in error["message"]
     assert not any("Traceback" in line for line in server.lines), "a client's mistake is none of the server's"
-    assert ask(server, "the to")["choices"]
+    assert server.post(COMPLETIONS, {"prompt": "the to"}).status_code == 200
 
 
 def test_the_log_holds_what_clients_wrote_only_where_it_is_asked_for(served_model: Path) -> None:
     secret = "kept to ourselves"
     bodies = [
-        ("/v1/completions", {"prompt": secret, "grammar": f'root ::= "{secret}" ('}),
-        ("/v1/completions", {"prompt": secret, "temperature": secret}),
-        ("/v1/completions", {"prompt": secret, "max_tokens": 1}),
-        ("/v1/chat/completions", with_schema({"type": secret})),
-        ("/v1/chat/completions", with_tool({"type": secret})),
-        ("/v1/chat/completions", with_tool({}, secret)),
+        (COMPLETIONS, {"prompt": secret, "grammar": f'root ::= "{secret}" ('}),
+        (COMPLETIONS, {"prompt": secret, "temperature": secret}),
+        (COMPLETIONS, {"prompt": secret, "max_tokens": 1}),
+        *((CHAT, body) for body in (with_schema({"type": secret}), with_tool({"type": secret}), with_tool({}, secret))),
     ]
     for options in ([], ["--log-prompts"]):
         with serving(served_model, "--plan", "none", *options) as server:
@@ -271,43 +167,38 @@ def test_the_log_holds_what_clients_wrote_only_where_it_is_asked_for(served_mode
             assert (secret in "".join(server.lines)) == bool(options)
 
 
-def test_a_body_that_is_too_long_is_not_read(server: Server) -> None:
-    def endless() -> Iterator[bytes]:
-        for _ in range(100):
-            yield b" " * 65536
-
-    refused = httpx.post(f"{server.url}/v1/completions", content=endless(), timeout=60)
-    assert refused.status_code == 413
-
-
-def bearer(key: str) -> dict[str, Any]:
-    return {"headers": {"authorization": f"Bearer {key}"}}
-
-
-def test_without_the_key_nothing_is_told(served_model: Path) -> None:
-    with serving(served_model, "--plan", "none", environment={"ADASKIP_API_KEY": "secret"}) as locked:
-        assert locked.get("/health").status_code == 200 and locked.get("/").status_code == 200
-        for path in ("/v1/models", "/metrics", "/openapi.json"):
-            answer = locked.get(path)
-            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-        assert locked.post("/v1/completions", {"prompt": "the"}).status_code == 401
-        assert locked.get("/v1/models", **bearer("secre")).status_code == 401
-        assert locked.get("/v1/models", **bearer("secret")).status_code == 200
-
-
 def test_each_key_of_a_file_has_what_it_wrote_for_itself(served_model: Path, tmp_path: Path) -> None:
-    """No answer tells one what another wrote; on disk, too, it is kept under the key that it is of."""
+    """No answer tells one what another wrote, nor does /slots; on disk, too, it is kept under the key that it is of."""
     (tmp_path / "keys").write_text("first\n\n  second \n")
     options = "--plan", "none", "--api-key-file", str(tmp_path / "keys"), "--cache-dir", str(tmp_path / "kept")
+
+    def bearer(key: str) -> dict[str, Any]:
+        return {"headers": {"authorization": f"Bearer {key}"}}
 
     def n_reused(server: Server, key: str, **more: Any) -> int:
         answer = server.post("/v1/completions", {"prompt": LONG, "max_tokens": 1, **more}, **bearer(key))
         return int(answer.json()["timings"]["cache_n"])
 
     with serving(served_model, *options, environment={"ADASKIP_API_KEY": "third"}) as server:
-        assert server.get("/v1/models", **bearer("third")).status_code == 401, "a file takes its place"
+        assert server.get("/health").status_code == server.get("/").status_code == 200
+        for path, key in (("/v1/models", "x"), ("/metrics", "x"), ("/openapi.json", "firs"), ("/slots", "third")):
+            answer = server.get(path, **bearer(key))
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert server.post("/v1/completions", {"prompt": "the"}).status_code == 401
         assert n_reused(server, "first") == 0 == n_reused(server, "second") == n_reused(server, "first", cache_salt="a")
         assert n_reused(server, "first") > 100 and n_reused(server, "second") > 100
+        idle = {"id": 0, "model": "tiny", "n_ctx": 8192, "speculative": False, "is_processing": False}
+        assert server.get("/slots", **bearer("first")).json() == [idle]
+        body = {"prompt": "the to of", "max_tokens": 5000, "stream": True, **ENDLESS}
+        with httpx.stream("POST", server.url + COMPLETIONS, json=body, timeout=60, **bearer("first")) as answer:
+            for _ in answer.iter_lines():
+                (slot,) = server.get("/slots", **bearer("second")).json()
+                if slot["is_processing"] and slot["next_token"][0]["n_decoded"] > 0:
+                    break
+        owner, n_decoded, n_cached = slot["owner"], slot["next_token"][0]["n_decoded"], slot["n_prompt_tokens_cache"]
+        told = {"n_prompt_tokens": 8, "n_prompt_tokens_processed": 8 - n_cached, "n_prompt_tokens_cache": n_cached}
+        told["next_token"] = [{"has_next_token": True, "n_remain": 5000 - n_decoded, "n_decoded": n_decoded}]
+        assert slot == {**idle, **told, "is_processing": True, "owner": owner} and len(owner) == 8, "and no text"
         assert server.stop() == 0
     kept = b"".join(path.read_bytes() for path in (tmp_path / "kept").iterdir())
     assert b"first" not in kept and b"second" not in kept
@@ -316,110 +207,73 @@ def test_each_key_of_a_file_has_what_it_wrote_for_itself(served_model: Path, tmp
         assert n_reused(server, "third") == 0 and n_reused(server, "second") > 100
 
 
-@pytest.mark.parametrize("chats", [False, True])
-def test_a_stream_tells_how_far_its_prompt_is(server: Server, chats: bool) -> None:
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_stream_tells_how_far_its_prompt_is(server: Server, path: str) -> None:
     """In the form of llama.cpp's server; the openai client reads it as a choice that says nothing."""
-    asked: Any = {"messages": [{"role": "user", "content": f"er {LONG}"}]} if chats else {"prompt": f"er {LONG}"}
-    path = "/v1/chat/completions" if chats else "/v1/completions"
-    body = {**asked, "max_tokens": 2, "stream": True, "return_progress": True, "cache_salt": str(chats)}
-    lines = [line for line in server.post(path, body).text.splitlines() if line.startswith("data: {")]
-    events = [json.loads(line.removeprefix("data: ")) for line in lines]
-    progress = [each["prompt_progress"] for each in events if "prompt_progress" in each]
-    n = events[-1]["timings"]["prompt_n"]
-    assert [each["processed"] for each in progress][:: len(progress) - 1] == [0, n]
-    assert {(each["total"], each["cache"]) for each in progress} == {(n, 0)} and progress[-1]["time_ms"] > 0
-    assert "prompt_progress" in events[len(progress) - 1], "all of them come first"
-    assert len({(each["id"], each["object"], each["model"]) for each in events}) == 1
-    said = [each["choices"][0] for each in events[: len(progress)]]
-    assert not any(each["delta"]["content"] if chats else each["text"] for each in said)
+    asked = {"prompt": LONG} if path == COMPLETIONS else {"messages": [{"role": "user", "content": LONG}]}
+    body = {**asked, "max_tokens": 2, "stream": True, "return_progress": True, "cache_salt": path}
+    for is_known in (False, True):
+        lines = [line for line in server.post(path, body).text.splitlines() if line.startswith("data: {")]
+        events = [json.loads(line.removeprefix("data: ")) for line in lines]
+        progress = [each["prompt_progress"] for each in events if "prompt_progress" in each]
+        done, timings = [each["processed"] for each in progress], events[-1]["timings"]
+        n_cached, n = timings["cache_n"], timings["cache_n"] + timings["prompt_n"]
+        assert n_cached == is_known * (n - 1) and {(each["total"], each["cache"]) for each in progress} == {
+            (n, n_cached)
+        }
+        assert done == sorted(set(done)) and (done[0], done[-1]) == (n_cached, n) and progress[-1]["time_ms"] > 0
+        assert is_known or len(done) >= 4, "under a plan with a bulk, which cuts a prompt in three"
+        assert "prompt_progress" in events[len(progress) - 1], "all of them come first"
+        assert len({(each["id"], each["object"], each["model"]) for each in events}) == 1
+        said = [each["choices"][0] for each in events[: len(progress)]]
+        assert not any(each["delta"]["content"] if path == CHAT else each["text"] for each in said)
     assert "prompt_progress" not in server.post(path, {**body, "return_progress": False}).text
-
-
-# --- many, and those who leave --------------------------------------------------------------------------------------
 
 
 def test_a_client_that_leaves_ends_its_answer(server: Server) -> None:
     before = server.metric("adaskip_tokens_total")
-    body = {"prompt": "the to of", "max_tokens": CTX, **ENDLESS}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+    with server.stream({"prompt": "the to of", "max_tokens": CTX, **ENDLESS}) as answer:
         next(answer.iter_lines())
-    assert ask(server, "the to")["choices"]
+    assert server.post(COMPLETIONS, {"prompt": "the to"}).status_code == 200
     assert server.metric("adaskip_tokens_total") - before < CTX
 
 
-def test_when_too_many_wait_the_next_is_told_so(server: Server) -> None:
-    """64 may wait. Each of 80 asks for as long an answer as there is, so that none ends before the last has asked."""
-
-    async def first_refused() -> httpx.Response:
-        body, limits = {"prompt": "the to of", "max_tokens": CTX, **ENDLESS, "stream": False}, httpx.Limits()
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as client:
-            asked = [asyncio.ensure_future(client.post("/v1/completions", json=body)) for _ in range(80)]
-            for each in asyncio.as_completed(asked):
-                if (answer := await each).status_code != 200:
-                    break
-            for other in asked:
-                other.cancel()
-            await asyncio.gather(*asked, return_exceptions=True)
-        return answer
-
-    refused = asyncio.run(first_refused())
-    assert refused.status_code == 429 and "waiting already" in refused.text
-    assert ask(server, "the to")["choices"], "those that left are not answered first"
-    assert server.metric("adaskip_queue_waiting") == 0
-
-
 def test_sigterm_lets_the_running_answer_finish_and_turns_others_away(served_model: Path) -> None:
-    with serving(served_model, "--plan", "none", "--ctx", str(CTX)) as ending:
-        body = {"prompt": "the to of", "max_tokens": 900, **ENDLESS}
-        waiting: list[httpx.Response] = []
-        other = threading.Thread(target=lambda: waiting.append(ending.post("/v1/completions", {"prompt": "the"})))
-        with httpx.stream("POST", f"{ending.url}/v1/completions", json=body, timeout=60) as answer:
+    with serving(served_model, "--plan", "none", "--ctx", str(CTX)) as ending, ThreadPoolExecutor(1) as other:
+        with ending.stream({"prompt": "the to of", "max_tokens": 900, **ENDLESS}) as answer:
             lines = answer.iter_lines()
             next(lines)
-            other.start()
+            waiting = other.submit(ending.post, COMPLETIONS, {"prompt": "the"})
             while ending.metric("adaskip_queue_waiting") == 0:
                 time.sleep(0.01)
             ending.process.send_signal(END)
             text = list(lines)
         assert any('"finish_reason":"length"' in line for line in text)
         assert ending.process.wait(60) == 0
-        other.join()
-        assert waiting[0].status_code == 503 and waiting[0].headers["retry-after"]
+        assert waiting.result().status_code == 503 and waiting.result().headers["retry-after"]
 
 
-def test_prometheus_reads_what_was_counted(server: Server) -> None:
-    ask(server)
-    text = server.get("/metrics").text
-    assert 'adaskip_requests_total{path="/v1/completions",status="200"}' in text
-    assert 'adaskip_prompts_reread_total{because="new"}' in text
-    for name in ("tokens_total", "time_to_first_token_seconds_bucket", "kv_bytes", "queue_waiting"):
-        assert f"adaskip_{name}" in text
-    assert server.metric("adaskip_kv_bytes") > 0
-
-
-def test_a_promise_without_a_frontier_is_refused(served_model: Path, served_plan: Path) -> None:
-    for plan in ((), ("--plan", served_plan)):
-        told = refusal(served_model, "--max-loss", "0.1", *plan)
-        assert "--max-loss chooses from the plans that `tune` found" in told
-
-
-def test_beyond_this_machine_it_asks_for_a_key(served_model: Path, tmp_path: Path) -> None:
-    assert "give --api-key-file, or --insecure" in refusal(served_model, "--host", "0.0.0.0")
-    with serving(served_model, "--host", "0.0.0.0", "--insecure", "--allow-host", "Box.lan") as open_to_all:
-        assert open_to_all.get("/health").status_code == 200
-        assert open_to_all.get("/health", headers={"host": "box.lan"}).status_code == 200
-        assert open_to_all.get("/health", headers={"host": "example.com"}).status_code == 403
-    (tmp_path / "keys").write_text(" \n")
-    assert "has no key; write one" in refusal(served_model, "--api-key-file", tmp_path / "keys")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="modes are POSIX's")
-def test_a_cache_folder_that_others_may_write_is_refused_before_anything_starts(
-    served_model: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_served_is_refused_at_the_start(served_model: Path, served_plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "no-keys").write_text(" \n")
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    assert refusal(served_model, "--cache-dir", tmp_path / "shared").startswith("Error: other users may write to")
+    for options, why in (
+        (["--max-loss", 0.1, "--plan", served_plan], "--max-loss chooses from the plans that `tune` found"),
+        (["--host", "0.0.0.0"], "give --api-key-file, or --insecure"),
+        (["--api-key-file", tmp_path / "no-keys"], "has no key; write one"),
+        (["--cache-dir", tmp_path / "shared"], "Error: other users may write to"),
+        ([tmp_path / "none.gguf"], "there is no model file"),
+        ([served_model], "give each its own name with --alias"),
+        (["--alias", "a", "--alias", "b"], "give one for each model"),
+    ):
+        if sys.platform != "win32" or tmp_path / "shared" not in options:  # modes are POSIX's
+            assert why in refusal(served_model, *options)
+
+
+def test_beyond_this_machine_it_listens_for_listed_names(served_model: Path) -> None:
+    with serving(served_model, "--host", "0.0.0.0", "--insecure", "--allow-host", "Box.lan") as open_to_all:
+        for host, status in (("127.0.0.1", 200), ("box.lan", 200), ("example.com", 403)):
+            assert open_to_all.get("/health", headers={"host": host}).status_code == status
 
 
 @pytest.mark.skipif(not shutil.which("sh"), reason="there is no shell that bounds descriptors")
@@ -430,7 +284,7 @@ def test_connections_that_ask_nothing_take_nothing_away(served_model: Path) -> N
         idle = [socket.create_connection((host, int(port))) for _ in range(150)]
         for _ in range(3):
             assert httpx.get(f"{server.url}/health", timeout=5).status_code == 200
-            ask(server, "the to")
+            assert server.post(COMPLETIONS, {"prompt": "the to"}).status_code == 200
             idle += [socket.create_connection((host, int(port))) for _ in range(50)]
         for each in idle:
             each.close()

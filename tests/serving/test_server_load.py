@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,10 @@ from adaskip_cpp import AdaSkipLlama
 pytestmark = pytest.mark.slow
 
 N_TOKENS = 3
-MARGIN = 0.05
-"""Logits by which the likeliest token leads in every step: the rounding of another batch cannot turn it."""
+MARGIN = 0.05  # logits by which the likeliest token leads in every step: another batch's rounding cannot turn it
 
 
-def good_prompts(model: Path, n: int = 12) -> dict[str, str]:
+def good_prompts(model: Path, n: int = 8) -> dict[str, str]:
     """Prompts, and what the library answers to each by itself."""
     rng = random.Random(0)
     llm = AdaSkipLlama(str(model), n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False)
@@ -50,15 +51,11 @@ def good_prompts(model: Path, n: int = 12) -> dict[str, str]:
 
 
 def one_client(
-    server: Server, prompts: dict[str, dict[str, str]], n_requests: int, seed: int, done: list[str], *, may_die: bool
-) -> None:
-    """Send requests of all kinds; what is wrong is an AssertionError, which ``done`` then lacks.
-
-    ``prompts`` are those of each model, most of which are for the first. Where processes die, what an answer costs its
-    client is told as such.
-    """
-    rng = random.Random(seed)
-    names = list(prompts)
+    server: Server, prompts: dict[str, dict[str, str]], n_requests: int, may_die: bool, seed: int
+) -> Counter[str]:
+    """Send requests of all kinds, most of them to the first model; return how many of which kind."""
+    done: Counter[str] = Counter()
+    rng, names = random.Random(seed), list(prompts)
 
     def is_told(error: dict[str, Any]) -> bool:
         return may_die and error["code"] == "worker_died"
@@ -67,7 +64,8 @@ def one_client(
         name = rng.choices(names, [10, 2, 1][: len(names)])[0]
         prompt, answer = rng.choice(list(prompts[name].items()))
         body = {"prompt": prompt, "max_tokens": N_TOKENS, "temperature": 0, "user": str(seed), "model": name}
-        kind = rng.choice(["good", "good", "stream", "leave", "broken", "too long", "oversized", "empty"])
+        bad: dict[str, Any] = {"too long": {**body, "prompt": "the " * 3000}, "oversized": {"prompt": "x" * 2_000_000}}
+        kind = rng.choice(["good", "good", "stream", "leave", *bad])
         if kind == "good":
             got = server.post("/v1/completions", body)
             if got.status_code == 200:
@@ -75,106 +73,63 @@ def one_client(
             else:
                 assert got.status_code == 500 and is_told(got.json()["error"])
                 kind = "told"
-        elif kind in ("stream", "leave"):
+        elif kind in bad:
+            got = server.post("/v1/completions", bad[kind])
+            error = got.json()["error"]
+            status = 413 if kind == "oversized" else 400
+            assert error["message"] and (got.status_code == status or (kind == "too long" and is_told(error)))
+        else:
             with server.stream(body) as got:
                 lines = got.iter_lines()
                 if kind == "leave":
                     if rng.random() < 0.5:
                         next(lines)
                 else:
-                    events = [line.removeprefix("data: ") for line in lines if line and line[0] != ":"]
-                    last = events.pop()
+                    *events, last = [line.removeprefix("data: ") for line in lines if line and line[0] != ":"]
                     if last == "[DONE]":
                         assert "".join(json.loads(each)["choices"][0]["text"] for each in events) == answer
                     else:
                         assert is_told(json.loads(last)["error"])
                         kind = "told"
-        else:
-            bad: Any = {
-                "broken": b'{"prompt": "th',
-                "too long": {"prompt": "the " * 3000, "model": name},
-                "oversized": {"prompt": "x" * 2_000_000},
-                "empty": {"prompt": []},
-            }[kind]
-            got = server.post("/v1/completions", bad)
-            error = got.json()["error"]
-            status = 413 if kind == "oversized" else 400
-            assert error["message"] and (got.status_code == status or (kind == "too long" and is_told(error)))
-        done.append(kind)
-
-
-def resident(pid: int) -> int:
-    """Kilobytes of memory of a process."""
-    return int(psutil.Process(pid).memory_info().rss) // 1024
+        done[kind] += 1
+    return done
 
 
 def load(
-    server: Server,
-    prompts: dict[str, dict[str, str]],
-    *,
-    n_clients: int = 8,
-    n_requests: int = 25,
-    may_die: bool = False,
+    server: Server, prompts: dict[str, dict[str, str]], n_clients: int, n_requests: int, *, may_die: bool = False
 ) -> Counter[str]:
-    """Send so many requests of so many clients each at a time; returns how many of which kind."""
-    done: list[str] = []
-    clients = [
-        threading.Thread(
-            target=one_client, args=(server, prompts, n_requests, seed, done), kwargs={"may_die": may_die}, daemon=True
-        )
-        for seed in range(n_clients)
-    ]
-    for each in clients:
-        each.start()
-    for each in clients:
-        each.join(300)
-    assert len(done) == n_clients * n_requests
-    return Counter(done)
+    """Send so many requests of so many clients each at a time; return how many of which kind."""
+    one = partial(one_client, server, prompts, n_requests, may_die)
+    with ThreadPoolExecutor(n_clients) as clients:
+        return sum(clients.map(one, range(n_clients)), Counter())
 
 
-def test_two_hundred_requests_of_eight_clients(tmp_path: Path) -> None:
-    """Against AdaSkipLlama by itself. The second round finds all caches filled, and shall need no more memory."""
-    model = write_model(tmp_path / "tiny.gguf")
-    prompts = {"tiny": good_prompts(model)}
-    options = ("--plan", "none", "--ctx", "2048", "--cache-size", "4M", "--cache-dir", str(tmp_path / "kept"))
-    with serving(model, *options) as server:
-        load(server, prompts)
-        processes = [server.process.pid, *server.workers()]
-        before = list(map(resident, processes))
-        load(server, prompts)
-        assert [server.process.pid, *server.workers()] == processes
-        for pid, earlier in zip(processes, before, strict=True):
-            assert resident(pid) < 1.05 * earlier
-        assert server.metric("adaskip_queue_waiting") == 0 == server.metric("adaskip_requests_running")
-        assert server.metric("adaskip_prefix_cache_bytes") <= 4e6
-        assert sum(path.stat().st_size for path in (tmp_path / "kept").iterdir()) <= 4e6
-        assert server.stop() == 0
-
-
-DEATHS = signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGSTOP
+def resident(pid: int) -> int:
+    return int(psutil.Process(pid).memory_info().rss)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors are counted in /proc")
 @pytest.mark.parametrize("n_models, n_requests", [(1, 24), (3, 8)])
-def test_requests_of_sixteen_clients_while_processes_die(
-    tmp_path: Path, n_models: int, n_requests: int, pytestconfig: pytest.Config
-) -> None:
-    """Every good one is answered right, or told that the process died of it; and nothing is left behind."""
+def test_many_clients_and_deaths(tmp_path: Path, n_models: int, n_requests: int, pytestconfig: pytest.Config) -> None:
+    """Against AdaSkipLlama by itself. A second round of requests finds all caches filled, and needs no more memory.
+
+    Every good request is answered right, or told that the process died of it; and nothing is left behind.
+    """
     names = ["tiny", "small", "wee"][:n_models]
     models = [write_model(tmp_path / f"{name}.gguf", seed=seed) for seed, name in enumerate(names)]
-    prompts = {name: good_prompts(model, 8) for name, model in zip(names, models, strict=True)}
+    prompts = {name: good_prompts(model) for name, model in zip(names, models, strict=True)}
     options = ["--plan", "none", "--ctx", "2048", "--keep", "2", "--stuck-timeout", "3"]
     options += ["--cache-size", "4M", "--cache-dir", str(tmp_path / "kept")]
     period, is_over, n_deaths = pytestconfig.option.deaths_seconds, threading.Event(), 0
 
     def kill() -> None:
         nonlocal n_deaths
-        rng = random.Random(0)
+        rng, deaths = random.Random(0), (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGSTOP)
         while not is_over.wait(period):
             found = server.workers()
             for each in rng.sample(found, min(len(found), 1)):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(each, rng.choice(DEATHS))
+                    os.kill(each, rng.choice(deaths))
                     n_deaths += 1
 
     def held() -> tuple[int, int, int]:
@@ -185,18 +140,28 @@ def test_requests_of_sixteen_clients_while_processes_die(
             time.sleep(0.1)
         assert len(server.workers()) == min(n_models, 2)
         about = Path("/proc", str(server.process.pid))
-        return resident(server.process.pid), len(list((about / "fd").iterdir())), len(list((about / "task").iterdir()))
+        return (
+            resident(server.process.pid),
+            len(list((about / "fd").iterdir())),
+            len(list((about / "task").iterdir())),
+        )
 
     with serving(models[0], *map(str, models[1:]), *options) as server:
-        load(server, prompts, n_requests=8)
-        before = held()
+        load(server, prompts, 8, 25)
+        before, workers = held(), {each: resident(each) for each in server.workers()}
+        if n_models == 1:
+            load(server, prompts, 8, 25)
+            assert held()[0] < 1.05 * before[0] and set(server.workers()) == set(workers)
+            assert all(resident(each) < 1.05 * earlier for each, earlier in workers.items())
+            assert server.metric("adaskip_queue_waiting") == 0 < server.metric("adaskip_prefix_cache_bytes") <= 4e6
+            assert sum(path.stat().st_size for path in (tmp_path / "kept").iterdir()) <= 4e6
         killing = threading.Thread(target=kill, daemon=True)
         killing.start()
-        done = load(server, prompts, n_clients=16, n_requests=n_requests, may_die=True)
+        done = load(server, prompts, 16, n_requests, may_die=True)
         is_over.set()
         killing.join()
         after = held()
-        print(f"{done}, {n_deaths} deaths; kB, descriptors and threads {before}, then {after}")
+        print(f"{done}, {n_deaths} deaths; bytes, descriptors and threads {before}, then {after}")
         assert done["told"] <= server.metric("adaskip_worker_deaths") <= n_deaths
         assert after[0] < 1.1 * before[0] and after[1:] <= (before[1] + 2, before[2] + 8)
         assert server.stop() == 0

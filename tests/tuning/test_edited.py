@@ -32,20 +32,18 @@ def measured(llm: Any, judge: Judge, memo: Memo | None = None) -> list[Any]:
     return edit_points(llm, judge, memo or Memo(), lambda share: None)
 
 
-@pytest.fixture
-def all_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default promise allows whatever new orders lose."""
-    monkeypatch.setattr(edited, "DEFAULT_LOSS", 9.0)
-
-
-def test_three_kinds_of_edits_are_measured(all_kinds: None, open_tiny: Open) -> None:
+def test_three_kinds_of_edits_are_measured(monkeypatch: pytest.MonkeyPatch, open_tiny: Open) -> None:
+    monkeypatch.setattr(edited, "DEFAULT_LOSS", 9.0)  # it allows whatever new orders lose
     llm = open_tiny(**OPTIONS, reuse="prefix")
-    judge, prompts = judge_of(llm), []
+    judge, prompts, together = judge_of(llm), list[Any](), list[Any]()
     generate = llm.generate
 
     def read(prompt: Any, **kwargs: Any) -> Any:
+        first = next(generate(prompt, **kwargs))
         prompts.append(list(prompt))
-        return generate(prompt, **kwargs)
+        if llm.saved_prompts:
+            together.append((list(prompt), [each.tokens.tolist() for each in llm.saved_prompts], llm.n_moved))
+        yield first
 
     llm.generate = read
     found = measured(llm, judge)
@@ -71,13 +69,11 @@ def test_three_kinds_of_edits_are_measured(all_kinds: None, open_tiny: Open) -> 
     assert all(each in before_last for each in others), "the edit changes the first place alone"
     alien = str(passkey_lines(llm, 1)[2][:100])[1:-1]
     assert alien in str(second) and all(alien not in str(prompt) for prompt in prompts[: FEW + 1]), "of another text"
-
-
-def test_the_prompts_of_all_texts_are_edited(open_tiny: Open) -> None:
-    """Two of four texts hid that copies failed in a third one."""
-    llm = open_tiny(**OPTIONS)
-    for each in measured(llm, judge_of(llm, n_texts=4)):
-        assert each.continuation.n_texts == each.copying.n_texts == 4 and each.passkeys.n == 24
+    # Of documents that were read alone all move but the first, a prefix. The first 16 tokens of each are read again.
+    prompt, saved, n_moved = together[0]
+    assert len(saved) == 5 and all(each[:64] == prompt[:64] for each in saved)
+    assert [token for each in saved for token in each[64:]] == prompt[64:-128]
+    assert n_moved == sum(len(each) - 64 - 16 for each in saved[1:])
 
 
 def test_edits_cost_nothing_where_tokens_see_nothing_of_each_other(tmp_path: Path, open_model: Open) -> None:
@@ -88,53 +84,31 @@ def test_edits_cost_nothing_where_tokens_see_nothing_of_each_other(tmp_path: Pat
         assert each.continuation.divergence.value < 1e-6 and each.copying.divergence.value < 1e-6
 
 
-def test_a_run_that_was_stopped_measures_no_edits_again(open_tiny: Open) -> None:
+def test_the_prompts_of_all_texts_are_edited_and_a_run_that_was_stopped_measures_none_again(open_tiny: Open) -> None:
+    """Two of four texts hid that copies failed in a third one."""
     llm, memo = open_tiny(**OPTIONS), Memo()
-    judge = judge_of(llm)
+    judge = judge_of(llm, n_texts=4)
     found, n_read = measured(llm, judge, memo), llm.n_evaluated
+    for each in found:
+        assert each.continuation.n_texts == each.copying.n_texts == 4 and each.passkeys.n == 24
     assert measured(llm, judge, memo) == found and llm.n_evaluated == n_read
 
 
 @pytest.mark.parametrize(
-    "family, options, n_prompt",
-    [
-        ("mamba", {}, N_PROMPT),
-        ("gemma3", {"swa_full": False}, N_PROMPT),
-        ("llama", {"logits_all": True}, N_PROMPT),
-        ("llama", {}, 500),
-    ],
-    ids=["a state", "a window that is lost", "logits of all tokens", "a short prompt"],
+    ("family", "options", "n_prompt"),
+    [("mamba", {}, N_PROMPT), ("gemma3", {"swa_full": False}, N_PROMPT), ("llama", {}, 500)],
+    ids=["a state", "a window that is lost", "a short prompt"],
 )
-def test_nothing_is_measured_where_nothing_is_moved(
-    family: str, options: dict[str, Any], n_prompt: int, open_tiny: Open
-) -> None:
+def test_nothing_is_measured_where_nothing_moves(family: str, options: Any, n_prompt: int, open_tiny: Open) -> None:
     """Edits that were never made would seem to lose nothing."""
     llm = open_tiny(family, **{**OPTIONS, **options})
     assert measured(llm, judge_of(llm, n_prompt)) == []
 
 
-def test_documents_that_were_read_alone_are_put_together(all_kinds: None, open_tiny: Open) -> None:
-    llm = open_tiny(**OPTIONS)
-    judge, reads = judge_of(llm), []
-    generate = llm.generate
-
-    def read(prompt: Any, **kwargs: Any) -> Any:
-        first = next(generate(prompt, **kwargs))
-        reads.append((list(prompt), [each.tokens.tolist() for each in llm.saved_prompts], llm.n_moved))
-        yield first
-
-    llm.generate = read
-    measured(llm, judge)
-    prompt, saved, n_moved = next(each for each in reads if each[1])
-    assert len(saved) == 5 and all(each[:64] == prompt[:64] for each in saved)
-    assert [token for each in saved for token in each[64:]] == prompt[64:-128]
-    # All documents but the first, which is a prefix, move; the first 16 tokens of each are read again.
-    assert n_moved == sum(len(each) - 64 - 16 for each in saved[1:])
-
-
 def test_documents_are_put_together_if_half_the_default_promise_is_twice_the_loss_of_new_orders(
-    all_kinds: None, monkeypatch: pytest.MonkeyPatch, open_tiny: Open
+    monkeypatch: pytest.MonkeyPatch, open_tiny: Open
 ) -> None:
+    monkeypatch.setattr(edited, "DEFAULT_LOSS", 9.0)
     llm, memo = open_tiny(**OPTIONS), Memo()
     judge = judge_of(llm)
     needed = 2 * 2 * measured(llm, judge, memo)[1].needs(N_PROMPT)

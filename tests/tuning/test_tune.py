@@ -20,7 +20,7 @@ from oracles.tiny_families import N_CTX_TRAIN
 import adaskip_cpp
 from adaskip_cpp import AdaSkipLlama, Frontier
 from adaskip_cpp.engine.settings import is_here
-from adaskip_cpp.errors import DataError, ModelFileError
+from adaskip_cpp.errors import DataError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.judge import Judge
 from adaskip_cpp.measuring.probes import KINDS, Probe, probes_of
@@ -132,25 +132,6 @@ def whole(done: tuple[Frontier, Calls], calls: Calls) -> Frontier:
     return done[0]
 
 
-def probes_that_judge(llm: AdaSkipLlama) -> list[Probe]:
-    return [
-        probe
-        for i, item in enumerate(hold_out(llm, [TEXTS], (2, 4), JUDGED_AT + ANSWER[0]).judge)
-        for probe in probes_of(
-            llm,
-            item.id,
-            item.tokens,
-            (JUDGED_AT * 7 // 8, JUDGED_AT),
-            n_continued=ANSWER[0],
-            n_copied=ANSWER[1],
-            key=(i, (i + 0.5) / 4),
-        )
-    ]
-
-
-# -- the frontier ----------------------------------------------------------------------------------------------------
-
-
 def test_it_finds_plans_that_skip_what_adds_nothing(whole: Frontier) -> None:
     first, last = whole.points
     assert first.harm(JUDGED_AT) < 1e-6 < 1e-3 < last.continuation.harm
@@ -162,7 +143,10 @@ def test_it_finds_plans_that_skip_what_adds_nothing(whole: Frontier) -> None:
 
 def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model: Path, whole: Frontier) -> None:
     llm = AdaSkipLlama(str(model), n_ctx=JUDGED_AT + 512, verbose=False, **whole.settings.to_kwargs())
-    probes = probes_that_judge(llm)
+    (n_continued, n_copied), cuts, probes = ANSWER, (JUDGED_AT * 7 // 8, JUDGED_AT), list[Probe]()
+    for i, item in enumerate(hold_out(llm, [TEXTS], (2, 4), JUDGED_AT + n_continued).judge):
+        key = i, (i + 0.5) / 4
+        probes += probes_of(llm, item.id, item.tokens, cuts, n_continued=n_continued, n_copied=n_copied, key=key)
     judge = Judge(llm, probes)
     assert whole.points
     for each in whole.points:
@@ -174,20 +158,21 @@ def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model:
     llm.close()
 
 
-def test_it_says_on_which_texts_and_where(whole: Frontier) -> None:
-    assert is_here(whole.machine) and whole.tried[0].chosen
-    searched, judged = (whole.about[name].split(", ") for name in ("searched_on", "judged_on"))  # type: ignore[union-attr]
+def test_it_tells_its_texts_speed_tokens_and_duration(done: tuple[Frontier, Calls], whole: Frontier) -> None:
+    found, calls = done
+    assert len(calls.told) == 1 and "tokens per second. The other stages take about" in calls.told[0]
+    assert is_here(found.machine) and found.tried[0].chosen
+    searched, judged = (found.about[name].split(", ") for name in ("searched_on", "judged_on"))  # type: ignore[union-attr]
     assert sorted(searched + judged) == sorted(TEXTS), "of four texts either part has two"
-    assert whole.about["calibrated_on"] == "manual"
+    assert found.about["calibrated_on"] == "manual"
+    n_timed = 3 * 3 * JUDGED_AT  # three rounds of stock, ours, and ours with a plan, in processes of their own
+    n_here = sum(calls.tokens.values()) - N_TIMED
+    assert found.n_read == pytest.approx(n_here + n_timed, abs=4)  # llama.cpp counts none as 1
+    assert found.n_read < tuning.MOST_TOKENS
+    assert calls.timed == [(found.settings, found.choose(JUDGED_AT), JUDGED_AT)] and found.speeds[0].of == "settings"
 
 
-def test_the_speed_is_that_of_the_plan_which_keeps_the_default_promise(
-    done: tuple[Frontier, Calls], whole: Frontier
-) -> None:
-    assert done[1].timed == [(whole.settings, whole.choose(JUDGED_AT), JUDGED_AT)] and whole.speeds[0].of == "settings"
-
-
-def test_a_plan_that_loses_more_and_is_slower_is_not_kept(
+def test_a_slower_plan_that_loses_more_is_no_point(
     whole: Frontier, monkeypatch: pytest.MonkeyPatch, tune: Tune
 ) -> None:
     """Here what loses more is slower, by invented speeds."""
@@ -197,41 +182,45 @@ def test_a_plan_that_loses_more_and_is_slower_is_not_kept(
 
 
 def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls: Calls, tune: Tune) -> None:
-    found = tune(tiny("mamba"))
+    """The model keeps a state, which cannot be rewound."""
+    found = tune(tiny("mamba"), context=1100)
     assert found.points == () and found.choose(5000) is None and calls.timed[0][1] is None
+    assert found.n_read == pytest.approx(sum(calls.tokens.values()) + 2 * 3 * JUDGED_AT, abs=4)
 
 
-# -- tokens ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_tokens_that_were_read_are_counted(done: tuple[Frontier, Calls]) -> None:
-    found, calls = done
-    n_timed = 3 * 3 * JUDGED_AT  # three rounds of stock, ours, and ours with a plan, in processes of their own
-    n_here = sum(calls.tokens.values()) - N_TIMED
-    assert found.n_read == pytest.approx(n_here + n_timed, abs=4)  # llama.cpp counts none as 1
-    assert found.n_read < tuning.MOST_TOKENS
-
-
-def test_where_tokens_run_out_the_plan_near_the_default_promise_is_judged(
-    whole: Frontier, tune: Tune, put: Put
+def test_each_judged_plan_leaves_fewer_tokens_and_one_is_judged_anyway(
+    whole: Frontier, one_promise: OnePromise, tune: Tune, put: Put
 ) -> None:
+    enough = tuning.MOST_TOKENS
     put(MOST_TOKENS=0)
-    found = tune()
-    assert len(whole.points) == 2 and [each.plan for each in found.points] == [whole.points[0].plan]
-
-
-def test_each_judged_plan_leaves_fewer_tokens(one_promise: OnePromise, tune: Tune, put: Put) -> None:
+    assert len(whole.points) == 2 and [each.plan for each in tune().points] == [whole.points[0].plan]
+    aimed = one_promise(0.05)
+    tune()
+    assert aimed[0] == pytest.approx(0.9 * 0.85 * 0.05), "with a margin, as it is the last"
     one_promise(9.0)
+    put(MOST_TOKENS=enough)
     n_read = tune().n_read
     put(MOST_TOKENS=n_read - 500)
     found = tune()
     assert len(found.points) == 1 and found.n_read < n_read - 500
 
 
-def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(tune: Tune, put: Put) -> None:
-    edits, aimed = edited_frontier(0.01).edits, list[float]()
-    put(edit_points=lambda *_: [*edits], _AIMS=AIMS, aim=lambda sets, needs, promise: aimed.append(promise))
+def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, tune: Tune, put: Put) -> None:
+    edits, find, found = edited_frontier(0.01).edits, Losses.sets, dict[int, Any]()
+    used, aimed = list[Any](), list[float]()
+
+    def finding(losses: Any, seconds: Any) -> Any:
+        return found.setdefault(seconds.keywords["context"], find(losses, seconds))
+
+    def aim(sets: Any, needs: Any, promise: float) -> None:
+        used.append(sets)
+        aimed.append(promise)
+
+    monkeypatch.setattr(Losses, "sets", finding)
+    put(edit_points=lambda *_: [*edits], _AIMS=AIMS, aim=aim)
     tune()
+    assert sorted(found) == [2048, 8192]
+    assert all(sets is found[n] for sets, (_, _, n) in zip(used, AIMS, strict=True))
     # In prompts twice as long plans lose 1.3 times as much, so they are sought for less. They are judged after 192
     # tokens, and nine tenths of the promise are near enough.
     left = Frontier((), edits=edits).left
@@ -239,28 +228,6 @@ def test_plans_are_sought_for_a_promise_and_for_what_edits_leave_of_it(tune: Tun
     assert aimed == pytest.approx([0.9 * left(n, promise, edited=edited) / grown[n] for promise, edited, n in AIMS])
     assert aimed[0] * grown[2048] == pytest.approx(0.9 * 0.05) and aimed[1] == pytest.approx(aimed[0] / 1.69)
     assert aimed[2] < aimed[0] and aimed[3] == pytest.approx(2 * aimed[0])
-
-
-def test_plans_for_a_length_are_sought_among_the_fastest_sets_for_that_length(
-    monkeypatch: pytest.MonkeyPatch, tune: Tune, put: Put
-) -> None:
-    find, found, used = Losses.sets, dict[int, Any](), list[Any]()
-
-    def finding(losses: Any, seconds: Any) -> Any:
-        return found.setdefault(seconds.keywords["context"], find(losses, seconds))
-
-    monkeypatch.setattr(Losses, "sets", finding)
-    put(_AIMS=AIMS, aim=lambda sets, needs, promise: used.append(sets))
-    tune()
-    assert sorted(found) == [2048, 8192]
-    assert all(sets is found[n] for sets, (_, _, n) in zip(used, AIMS, strict=True))
-
-
-def test_the_last_plan_that_tokens_allow_is_sought_with_a_margin(one_promise: OnePromise, tune: Tune, put: Put) -> None:
-    put(MOST_TOKENS=0)
-    aimed = one_promise(0.05)
-    tune()
-    assert aimed[0] == pytest.approx(0.9 * 0.85 * 0.05)
 
 
 @pytest.fixture
@@ -280,17 +247,18 @@ def one_promise(put: Put) -> OnePromise:
     return one
 
 
-def test_points_are_of_growing_speed(one_promise: OnePromise, tune: Tune, put: Put) -> None:
+def test_a_plan_that_is_hardly_faster_is_not_judged(one_promise: OnePromise, tune: Tune, put: Put) -> None:
     """Here the fast plan is judged first."""
-    put(_WORTHWHILE=9.0)
-    one_promise(9.0, EVERY_SET, IDLE_SET)
-    slow, fast = tune().points
+    for share, n_judged in ((0.0, 1), (9.0, 2)):
+        one_promise(9.0, EVERY_SET, IDLE_SET)
+        put(_WORTHWHILE=share)
+        points = tune().points
+        assert len(points) == n_judged
+    slow, fast = points
     assert slow.plan.bulk and slow.plan.bulk.skip.attention == () and slow.speedup(JUDGED_AT) < fast.speedup(JUDGED_AT)
 
 
-def test_a_plan_that_loses_a_pass_key_is_not_kept_and_not_judged_again(
-    one_promise: OnePromise, tmp_path: Path, tune: Tune, put: Put
-) -> None:
+def test_a_plan_that_loses_a_key_is_no_point(one_promise: OnePromise, tmp_path: Path, tune: Tune, put: Put) -> None:
     judged, memo, judge_plan = list[SkipPlan](), str(tmp_path / "memo.json"), figures.judged_plan
 
     def losing(judge: Judge, plan: SkipPlan) -> Any:
@@ -305,34 +273,20 @@ def test_a_plan_that_loses_a_pass_key_is_not_kept_and_not_judged_again(
     assert tune(memo=Memo(memo, "key")).points == found.points and len(judged) == 2
 
 
-def test_a_plan_that_is_hardly_faster_than_a_kept_one_is_not_judged(
-    one_promise: OnePromise, tune: Tune, put: Put
+def test_a_plan_that_nearly_needs_the_promise_is_the_last_and_failures_make_the_margin_larger(
+    one_promise: OnePromise, tune: Tune
 ) -> None:
-    one_promise(9.0)
-    n_judged = []
-    for share in (0.0, 1.0):
-        put(_WORTHWHILE=share)
-        n_judged.append(len(tune().points))
-    assert n_judged[0] == 1 < n_judged[1]
-
-
-def test_a_plan_that_nearly_needs_the_promise_is_the_last_for_it(one_promise: OnePromise, tune: Tune) -> None:
     aimed = one_promise(9.0)
     every = tune().points
     assert len(aimed) == len(every) + 1  # in vain at the end
     aimed = one_promise(max(each.needs(JUDGED_AT) for each in every) / 0.95)
     assert tune().points == every and len(aimed) == len(every)
-
-
-def test_after_each_failure_a_plan_is_sought_with_a_larger_margin(one_promise: OnePromise, tune: Tune) -> None:
     aimed = one_promise(1e-9, EVERY_SET, Candidate((1, 2)))
     tune()
     assert aimed == pytest.approx([0.9e-9, 0.9e-9 * 0.85, 0.9e-9 * 0.85**2])
 
 
-def test_for_the_most_useful_promises_any_plan_is_enough_at_first(
-    one_promise: OnePromise, tune: Tune, put: Put
-) -> None:
+def test_the_first_promises_take_any_plan_at_first(one_promise: OnePromise, tune: Tune, put: Put) -> None:
     one_promise(9.0)
     most = max(each.needs(JUDGED_AT) for each in tune().points)
     for share, n_aimed in ((0.6, 1), (0.4, 2)):  # of the promise that the first plan needs
@@ -343,27 +297,11 @@ def test_for_the_most_useful_promises_any_plan_is_enough_at_first(
     assert AIMS[: len(FIRST_AIMS)] == FIRST_AIMS and {*FIRST_AIMS} <= {*AIMS[len(FIRST_AIMS) :]}
 
 
-def test_it_tells_how_long_it_will_take(done: tuple[Frontier, Calls]) -> None:
-    told = done[1].told
-    assert len(told) == 1 and "tokens per second. The other stages take about" in told[0]
-
-
-# -- settings --------------------------------------------------------------------------------------------------------
-
-
-def test_a_model_with_too_few_positions_is_refused(tiny: Any, tune: Tune) -> None:
-    with pytest.raises(DataError, match=rf"context has {N_CTX_TRAIN} tokens.*take a model with more positions"):
-        tune(tiny("gpt2"))
-
-
-# -- a run that is stopped -------------------------------------------------------------------------------------------
-
-STAGES = ("Trying settings", "Calibrating", "Timing sublayers", "Searching", "Judging",
-          "Measuring the speed")  # fmt: skip
+STAGES = "Trying settings", "Calibrating", "Timing sublayers", "Searching", "Judging"
 
 
 @pytest.mark.parametrize(("stopped_in", "kept"), [("Searching", 3), ("Judging", 4), ("Measuring the speed", 5)])
-def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_stages_again(
+def test_a_run_that_was_stopped_goes_on(
     stopped_in: str, kept: int, calls: Calls, whole: Frontier, tmp_path: Path, tune: Tune
 ) -> None:
     memo, on_stage = str(tmp_path / "memo.json"), calls.on_stage
@@ -377,17 +315,16 @@ def test_a_run_that_was_stopped_goes_on_and_evaluates_nothing_of_its_finished_st
 
     with pytest.raises(KeyboardInterrupt):
         tune(memo=Memo(memo, "key"), on_stage=stopping)
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"memo", "memo-profile"}
     calls.tokens.clear()
     found = tune(memo=Memo(memo, "key"))
     assert all(calls.tokens.get(stage, 0) == 0 for stage in STAGES[:kept])
-    assert all(calls.tokens[stage] > 0 for stage in STAGES[max(kept, 3) : 5])
+    assert all(calls.tokens[stage] > 0 for stage in STAGES[max(kept, 3) :])
     assert replace(found, n_read=0, tried=()) == replace(whole, n_read=0, tried=())
     assert found.n_read == pytest.approx(whole.n_read, abs=8)  # of each opened model llama.cpp counts up to 2 too many
 
 
-def test_a_run_that_was_stopped_while_it_judged_judges_the_same_sets_and_none_again(
-    one_promise: OnePromise, tmp_path: Path, tune: Tune, put: Put
-) -> None:
+def test_a_stopped_run_judges_the_same_sets(one_promise: OnePromise, tmp_path: Path, tune: Tune, put: Put) -> None:
     """Tokens suffice for two sets. What was read again after the stop does not count, nor does what the memo has."""
     aimed, judged, judge_plan = one_promise(9.0), list[SkipPlan](), figures.judged_plan
     memo = partial(Memo, str(tmp_path / "memo.json"), "key")
@@ -409,26 +346,9 @@ def test_a_run_that_was_stopped_while_it_judged_judges_the_same_sets_and_none_ag
     assert len(judged) == 3, "the first once, the second twice"
 
 
-def test_nothing_is_written_but_the_memo(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: Tune
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    memo = Memo(str(tmp_path / "memo.json"), "key")
-    tune(memo=memo)
-    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"memo", "memo-profile"}
-    memo.remove()
-    assert [*tmp_path.iterdir()] == [] and [*model.parent.iterdir()] == [model]
-
-
-# -- what cannot be tuned --------------------------------------------------------------------------------------------
-
-
-def test_too_little_text_says_how_much_there_is(calls: Calls, tune: Tune) -> None:
+def test_too_little_text_and_too_few_positions_are_refused(tiny: Any, calls: Calls, tune: Tune) -> None:
     with pytest.raises(DataError, match=r"each half of the held-out text is too short: .* gives 0 items of 256 tokens"):
         tune(texts={"short": "the of to " * 50})
+    with pytest.raises(DataError, match=rf"context has {N_CTX_TRAIN} tokens.*take a model with more positions"):
+        tune(tiny("gpt2"))
     assert calls.tokens == {}, "before settings are tried, which takes minutes"
-
-
-def test_a_model_that_is_none_is_refused(tmp_path: Path, tune: Tune) -> None:
-    with pytest.raises(ModelFileError):
-        tune(tmp_path / "nope.gguf")
