@@ -94,7 +94,7 @@ def test_embeddings_have_no_bulk(open_tiny: Open) -> None:
 
 def test_who_decodes_on_the_context_without_us_has_no_bulk(open_tiny: Open) -> None:
     llm = open_tiny(under=plan(BULK))
-    llm.eval(tokens(40))
+    llm.eval_bulk(tokens(40))
     llm._batch.set_batch(batch=tokens(40), n_past=40, logits_all=True)
     seen = phases(llm, lambda: llama_cpp.llama_decode(llm.ctx, llm._batch.batch))
     assert seen == {"prefill": list(range(40, 80))}

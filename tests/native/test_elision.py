@@ -95,6 +95,13 @@ def test_logits_and_what_can_be_skipped_are_those_of_the_same_plan_with_all_the_
         elided.set_plan(None)
 
 
+def test_under_a_plan_with_a_bulk_every_attention_keeps_its_k_and_v(pair: Open) -> None:
+    chosen = skip_set((1,))
+    elided, full = pair(replace(same(chosen), bulk=Bulk(chosen)))
+    assert_alike(elided, full, tokens(30))
+    assert elided.elided_kv == () and elided.kv_bytes == full.kv_bytes
+
+
 def test_a_sliding_window_smaller_than_the_text_still_gives_the_same_logits(pair: Open) -> None:
     # 300 tokens through a window of 8 and caches of 256 and 512 cells: cells are reused.
     options: dict[str, Any] = {"n_ctx": 512, "n_batch": 32, "n_ubatch": 32, "swa_full": False}

@@ -196,8 +196,9 @@ def test_a_window_is_an_eighth_of_the_prompt_whatever_chooses_the_plan() -> None
     ):
         bulk = known.plan(wanted).bulk
         assert bulk is not None and bulk.window_size == size
-    with pytest.raises(BudgetError, match="4 attentions can look back at a window, not 5; ask for at most 4"):
-        known.plan(0, windowed=5)
+    for wanted in (PlanRequest(n_skip=0), PlanRequest(speedup=1.2, context=100)):
+        with pytest.raises(BudgetError, match="4 attentions can look back at a window, not 5; ask for at most 4"):
+            known.plan(replace(wanted, windowed=5))
 
 
 def test_what_the_bulk_alone_can_skip_is_skipped_there_alone() -> None:
