@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from oracles.expected import error, generated, history_of
 from oracles.fixtures import Open
-from oracles.reference import OnlineReference, ReferenceModel
+from oracles.reference import OnlineReference, ReferenceModel, relative_error
 from oracles.sequence_oracle import History
 from oracles.skip_sets import skip_set
 from oracles.tiny_families import N_EMBD, N_LAYER, tokens
@@ -183,6 +183,34 @@ def test_each_decoded_token_runs_under_the_set_of_its_number(schedule: Schedule,
     sets = [next(each for start, each in reversed(schedule) if start <= i) for i in range(N_TOKENS - 1)]
     assert [cell.skip_set for cell in history.cells] == [PREFILL] * 20 + sets
     assert answer == [int(history.trace(index).logits.argmax()) for index in range(19, 19 + N_TOKENS)]
+
+
+@pytest.mark.parametrize("window", [4, 6, 9, None], ids=str)
+@pytest.mark.parametrize("n_right", [0, 1, 3], ids=["wrong", "partly right", "right"])
+def test_a_draft_runs_under_the_set_of_its_first_token_and_counts_all_of_them(
+    n_right: int, window: int | None, threshold: float, both: Open
+) -> None:
+    # Drafts of three tokens make calls of four: windows of 6 and 9 end inside one. The first tokens of a draft are
+    # those that follow under the fixed set alone, as in the window.
+    plan = scheduled((0, A), (2, B), (5, C)) if window is None else online_plan(threshold, window=window)
+    truth = generated(*both(SkipPlan(plan.prefill, plan.decode)), tokens(20), 40)
+
+    def draft(ids: list[int]) -> list[int]:
+        done = len(ids) - 20
+        wrong = [(token + 1) % 200 + 3 for token in truth[done : done + 3]]
+        return [*truth[done : done + n_right], *wrong[n_right:]]
+
+    llm, history = both(plan, draft_model=lambda ids, **_: np.array(draft(ids.tolist()), dtype=np.intc))
+    history.draft = draft
+    expected = history.generate(tokens(20))
+    index = next(expected)
+    for token in itertools.islice(llm.generate(tokens(20), temp=0.0), N_TOKENS):
+        logits = history.trace(index).logits
+        assert token == logits.argmax() and relative_error(llm.scores[index : index + 1], logits) < TOLERANCE
+        if window is not None:
+            assert_learned(llm, history.stage)
+        index = expected.send(token)
+    assert window is None or llm.online.n_tokens == window
 
 
 def test_what_was_learned_can_be_read_until_the_next_request(threshold: float, both: Open) -> None:
