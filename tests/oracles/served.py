@@ -136,9 +136,10 @@ class Server:
         return httpx.stream("POST", f"{self.url}/v1/completions", json={**body, "stream": True}, timeout=60)
 
     def workers(self) -> list[int]:
-        """The ids of the processes that hold models."""
+        """The processes that hold models, none before it runs: a fork that is stopped earlier stops the server too."""
         try:
-            return [child.pid for child in psutil.Process(self.process.pid).children()]
+            server = psutil.Process(self.process.pid)
+            return [child.pid for child in server.children() if child.cmdline() != server.cmdline()]
         except psutil.NoSuchProcess:
             return []
 
