@@ -53,7 +53,8 @@ test-fast: $(VENV)/installed-dev
 # Tests of native/ alone: everything that another release of llama-cpp-python can change. Its environment has no more
 # packages than these tests need.
 test-native: $(VENV)/installed-$(if $(LLAMA_CPP_PYTHON),test-native,dev)
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not model and not slow" tests/native tests/engine/test_library.py tests/engine/test_behaviour.py tests/engine/test_embedding.py
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not model and not slow" tests/native \
+	  $(addprefix tests/engine/,test_library.py test_behaviour.py test_embedding.py)
 
 # Runs on two rpc-servers of this machine. ggml sees them as devices, so layers are divided between them.
 GGML_rpc := -DGGML_RPC=ON
