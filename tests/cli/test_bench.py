@@ -72,7 +72,6 @@ def test_a_frontier_chooses_a_plan_for_each_context(model: Path, monkeypatch: py
 def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own(
     here: bool, load: float | None, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a busy machine is warned of, where its load is known."""
     tuned = Settings(flash_attn=True, n_batch=16, n_ubatch=8)
     save_plan(plan_path(model), frontier([], settings=tuned))
     monkeypatch.setattr(running, "is_here", lambda machine: here)

@@ -1,4 +1,4 @@
-"""``adaskip-cpp calibrate``, and ``inspect``: a profile with its settings, and the sublayers of a model."""
+"""``adaskip-cpp calibrate``: a profile with its settings."""
 
 import sys
 from pathlib import Path
@@ -43,14 +43,3 @@ def test_the_settings_of_a_profile_are_those_that_the_model_was_opened_with(tiny
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
         assert found.cpu in (names or {"CPU"}), "as the kernel names it"
-
-
-def test_inspect_lists_the_sublayers(tiny: Any) -> None:
-    result = run("inspect", tiny())
-    assert "llama, 3 layers" in result.stdout
-    assert "6 of 6 sublayers can be skipped." in result.stdout
-    assert "3 attentions can use a window in the bulk" in result.stdout
-    assert run("inspect", tiny("gemma3")).stdout.count("window of 8") == 2  # layers 0 and 2
-    sharing = run("inspect", tiny("gemma4")).stdout
-    assert "6 of 8 sublayers can be skipped, 2 more in the bulk of a prompt." in sharing
-    assert "in the bulk only, window of 8: its KV is shared" in " ".join(sharing.split())

@@ -87,7 +87,6 @@ def test_a_busy_machine_is_noted_where_speeds_are_measured(
 def test_ctrl_c_writes_what_is_there_the_same_command_goes_on_and_in_the_end_measures_nothing_again(
     run: Run, tmp_path: Path, results: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the report says how to repeat it. Other settings begin anew."""
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "Judge", Mock(side_effect=KeyboardInterrupt))  # after the rounds of speed
         result = run(*ONE, code=130)
@@ -146,7 +145,6 @@ def test_promises_are_measured_with_and_without_a_profile(
 def test_what_cannot_be_measured_is_one_line_before_anything_is(
     run: Run, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the model, the options, or because a metric needs a package."""
     (tmp_path / "news.jsonl").write_text(json.dumps(record("multi_news", context="A fox.", answers=["fox"])) + "\n")
     (tmp_path / "dataset2maxlen.json").write_text('{"multi_news": 4}')
     monkeypatch.setitem(sys.modules, "rouge", None)

@@ -59,7 +59,6 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_it_writes_what_the_model_opens_with_and_prints_what_it_found_within_80_columns(
     tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And before it works, how to stop it and how long it takes. Settings that are given are not varied."""
     monkeypatch.setattr(tuning, "load_average", lambda: 2.5)
     before = files(folder)
     result = tune()
@@ -86,7 +85,6 @@ def test_it_writes_what_the_model_opens_with_and_prints_what_it_found_within_80_
 def test_ctrl_c_leaves_all_files_as_they_were_and_the_next_run_goes_on_and_cleans_up(
     where: str, tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the output can be elsewhere."""
     output = folder / "other.json"
     output.write_text("what was there")
     before, tried = files(folder), Mock(wraps=fastest_settings)
@@ -118,7 +116,6 @@ def test_with_other_options_it_begins_anew(
 def test_what_cannot_be_read_or_written_is_told_before_the_work(
     tune: Tune, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And that what teaches may not judge."""
     monkeypatch.setattr(AdaSkipLlama, "_evaluate", Mock(side_effect=AssertionError("evaluated")))
     assert "is given to --data and --text" in line(tune("--data", folder / "0.txt", code=1))
     assert "nope.txt" in line(tune("--text", "nope.txt", code=1))

@@ -95,7 +95,7 @@ def test_a_text_beyond_the_learned_positions_is_cut(open_tiny: Open) -> None:
 
 
 def test_a_text_without_tokens_is_not_embedded(open_model: Open, tmp_path: Path) -> None:
-    """Of a vocabulary that begins texts with no token. Stock writes out of bounds for it."""
+    """Its vocabulary begins texts with no token. Stock writes out of bounds for it."""
     llm = open_model(write_model(tmp_path / "bytes.gguf", pre="gpt-2"), embedding=True)
     with pytest.raises(RequestError, match="a text to embed is empty"):
         llm.embed(["the", ""])

@@ -89,7 +89,6 @@ def test_a_token_is_sampled_by_a_grammar_without_generate_too(llm: AdaSkipLlama)
 
 
 def test_the_library_makes_no_sampler_of_what_cannot_be_read(llm: AdaSkipLlama) -> None:
-    """For who calls llama.cpp itself."""
     for grammar in (CHAIN, FORK, "root ::= (("):
         assert not llama_cpp.llama_sampler_init_grammar(llm._model.vocab, grammar.encode(), b"root")
 

@@ -156,7 +156,6 @@ def test_an_answer_of_which_one_line_counts_ends_with_it(
 def test_every_result_is_there_at_the_end_and_a_round_that_was_cut_off_is_run_again_by_all(
     llm: Any, tmp_path: Path
 ) -> None:
-    """And progress goes up to one."""
     work, seen = Work(CONTENDERS, ITEMS, [QUESTION], N_CONTINUATION, tokens(8), 3), list[float]()
     with open_store(tmp_path, {}) as store:
         store.append(Record("round/1", "full", "speed", {"first_token": 9.0, "per_token": 9.0, "request": 9.0}))

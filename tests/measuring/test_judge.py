@@ -161,7 +161,7 @@ def test_each_answer_makes_an_online_choice_of_its_own(open_tiny: Open, numpy_mo
 
 
 def test_the_whole_model_reads_once_and_a_plan_the_bulk_of_a_text_once(open_tiny: Open) -> None:
-    """For another head or tail the whole model reads again, in the same batches."""
+    """The whole model reads again for another head or tail, in the same batches."""
     judge, scores, n_read = Judge(open_tiny(), PROBES), [], []
     others = [SkipPlan(NONE, NONE, bulk=Bulk(each, head=2, tail=tail)) for each, tail in ((NONE, 3), (FIXED, 5))]
     for plan in (BULK, BULK, *others, BULK):

@@ -123,7 +123,6 @@ def test_edits_keep_a_promise_in_continuations_and_copies_if_clear_pass_keys_are
 
 
 def test_plans_have_what_edits_leave_of_a_promise() -> None:
-    """Of 0.06 they leave 0.04, of 0.059 0.039."""
     assert EDITED.choose(AT, 0.06 + 1e-9, edited=True) is FAST.plan is EDITED.choose(AT, 0.059)
     assert EDITED.choose(AT, 0.059, edited=True) is SLOW.plan
     assert EDITED.choose(AT, 0.019, edited=True) is SLOW.plan, "there is no room for edits"

@@ -112,7 +112,7 @@ def test_a_scale_and_a_vector_are_a_node_each_and_a_map_is_three(sublayer: tuple
 
 
 def test_the_plan_owns_its_vectors_and_maps(open_tiny: Open, reference: ReferenceModel) -> None:
-    """Of any dtype and order in memory, and whatever becomes of the caller's arrays; it reads what it needs alone."""
+    """Arrays have any dtype and order in memory, and the caller may change them afterwards."""
     chosen, llm = skip_set((1,), (0, 2), 1.1, seed=2), open_tiny()
     for dtype, order in ((np.float32, "C"), (np.float64, "F")):
         names = ("skip", "scale", *PARTS)

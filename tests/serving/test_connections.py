@@ -38,7 +38,7 @@ ASKING = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 def test_headers_that_do_not_come_end_their_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one that sends a byte now and then, and of one that asks no more after an answer, in whatever it sends."""
+    """One client sends a byte now and then. Another asks no more after an answer."""
     monkeypatch.setattr(server, "HEAD", 0.5)
 
     async def clients(port: int) -> None:
@@ -58,7 +58,7 @@ def test_headers_that_do_not_come_end_their_connection(monkeypatch: pytest.Monke
 
 
 def test_a_connection_more_takes_the_place_of_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight, four of one address: four that wait for a head or a body give way one by one, four that run do not."""
+    """Eight may be open, four of one address. Those that wait for a head or a body give way, those that run do not."""
     monkeypatch.setattr(server, "_most_connections", lambda: 8)
     go, n_running = asyncio.Event(), 0
 

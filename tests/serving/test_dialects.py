@@ -1,4 +1,4 @@
-"""Bodies of requests, and the Messages and Responses APIs: how each becomes chat, and what their own clients see."""
+"""The Messages and Responses APIs: how each becomes chat, and what their own clients see."""
 
 import asyncio
 import json
@@ -29,27 +29,6 @@ def read(path: str, body: Any) -> ServedRequest:
 
 def text(words: str) -> dict[str, Any]:
     return {"type": "text", "text": words}
-
-
-def test_a_body_may_have_what_the_schema_lacks() -> None:
-    request = read("/v1/completions", {"prompt": [[1, 2]], "temperature": None, "stream_options": {}})
-    body: Any = request.body
-    assert request.prompt_tokens == [1, 2] and (body.prompt, body.temperature) == ("", 0.8)
-    assert request.wish == "auto" and not request.includes_usage
-    asked = {"messages": [{"role": "developer", "content": [text("a")]}], "max_completion_tokens": 3}
-    body = read(CHAT, asked).body
-    assert body.messages == [{"role": "system", "content": "a"}] and body.max_tokens == 3
-    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
-    body = read(CHAT, {"messages": ASKED, "response_format": form}).body
-    assert body.response_format == {"type": "json_object", "schema": SCHEMA}
-    given = read("/v1/completions", {"prompt": "a", "cache_salt": "mine", "adaskip": {"reuse": "edits"}})
-    assert (given.salt, given.reuse) == ("mine", "edits") and request.salt == "" and request.reuse is None
-    with pytest.raises(RequestError, match="cache_salt is 3"):
-        read("/v1/completions", {"prompt": "a", "cache_salt": 3})
-    call = {"id": "a", "type": "function", "function": {"name": "go", "arguments": "{}"}}
-    for content in ({"content": None}, {}):  # as the openai package sends back the message that it got
-        body = read(CHAT, {"messages": [{"role": "assistant", **content, "tool_calls": [call]}]}).body
-        assert body.messages == [{"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
 COMMON: Any = {"model": "any", "temperature": 0.5, "top_p": 0.9}

@@ -99,7 +99,6 @@ def told_at_its_end(model: Path, before: str = "") -> str:
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(served_model: Path, tmp_path: Path) -> None:
-    """At once where it cannot be opened, and after three deaths."""
     (tmp_path / "torn.gguf").write_bytes(b"GGUF" + bytes(100))
     told = told_at_its_end(tmp_path / "torn.gguf")
     assert "Error: llama.cpp cannot open" in told.splitlines()[-1] and "again" not in told
@@ -157,7 +156,6 @@ def stopped(server: Server) -> int:
 
 
 def test_a_request_that_takes_no_step_has_its_process_ended(impatient: Server) -> None:
-    """Of a request that had begun, and of one that comes to a process which does nothing already."""
     expected, n_deaths = text(impatient), impatient.metric("adaskip_worker_deaths")
     with impatient.stream(ENDLESS) as answer:
         told = events(answer)
