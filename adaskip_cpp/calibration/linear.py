@@ -21,7 +21,7 @@ from ..model.statistics import WHOLE
 # On Python sources, SmolLM2 with 6 of 60 sublayers skipped loses 0.242, 0.219 and 0.215 with ranks 32, 64 and 128. With
 # 12 skipped it loses 0.612, 0.570 and 0.546. Ranks 32 and 64 were equally fast there and on Gemma 3 270M.
 DEFAULT_RANK = 64
-RIDGE = 1e-3  # added to the input's second moments, times its mean variance, against directions of few tokens
+RIDGE = 0.1  # added to the input's second moments, times its mean variance: measured in docs/dev/method.md
 _OVERSAMPLING, _ITERATIONS = 8, 3  # of the randomised range finder (Halko, Martinsson and Tropp 2011)
 
 

@@ -43,6 +43,7 @@ MOST_TOKENS = 185_000  # that calibration and tuning together read through a mod
 LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
 
 _N_REQUESTS, _N_DECODE = 32, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
+_RANK = 256  # of maps that only the bulk of prompts reads, where a whole ubatch shares their cost: docs/dev/method.md
 _COST_CONTEXTS, _COST_S = (512, 2048, 8192), 6.0
 _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _LEAST_CTX = _JUDGED_AT + 512  # tokens of a context in which plans can be judged
@@ -189,6 +190,7 @@ class _Tuning:
             corpus.cut(llm, joined, _N_REQUESTS, corpus.N_TOKENS) if data else None,
             n_requests=_N_REQUESTS,
             n_decode=_N_DECODE,
+            rank=_RANK,
             cost=False,
             description=", ".join(data) if data else None,
             on_stage=self.on_stage,
