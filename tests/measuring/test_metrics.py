@@ -60,8 +60,7 @@ def test_classification_is_shared_among_the_classes_named(
 
 
 @pytest.mark.parametrize(
-    ("prediction", "expected"),
-    [("7", 1.0), ("Paragraph 7, or 8, or 7", 2 / 3), ("17 or 07", 0.0)],
+    ("prediction", "expected"), [("7", 1.0), ("Paragraph 7, or 8, or 7", 2 / 3), ("17 or 07", 0.0)]
 )
 def test_retrieval_is_the_share_of_numbers_that_are_right(prediction: str, expected: float) -> None:
     assert metrics.retrieval(prediction, "Paragraph 7") == pytest.approx(expected)

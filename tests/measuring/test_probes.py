@@ -53,8 +53,7 @@ TEXT = range(10_000, 14_000)  # no such tokens stand in the lines
 
 
 @pytest.mark.parametrize(
-    ("depth", "depths"),
-    [(0.25, (0.25, 0.583, 0.917)), (0.5, (0.5, 0.833, 0.167)), (1.0, (0.0, 0.333, 0.667))],
+    ("depth", "depths"), [(0.25, (0.25, 0.583, 0.917)), (0.5, (0.5, 0.833, 0.167)), (1.0, (0.0, 0.333, 0.667))]
 )
 def test_pass_keys_are_hidden_at_three_places_of_the_longest_prompt_and_each_is_asked_for_after_it(
     depth: float, depths: tuple[float, ...], open_tiny: Open

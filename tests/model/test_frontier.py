@@ -34,8 +34,7 @@ FRONTIER = Frontier((SLOW, FAST, FASTEST))
 
 
 @pytest.mark.parametrize(
-    ("max_loss", "chosen"),
-    [(0.0, None), (0.01, SLOW), (0.039, SLOW), (0.04, FAST), (0.2, FASTEST), (9, FASTEST)],
+    ("max_loss", "chosen"), [(0.0, None), (0.01, SLOW), (0.039, SLOW), (0.04, FAST), (0.2, FASTEST), (9, FASTEST)]
 )
 def test_the_fastest_plan_that_keeps_a_promise_is_chosen(max_loss: float, chosen: Point | None) -> None:
     assert FRONTIER.choose(AT, max_loss) is (None if chosen is None else chosen.plan)

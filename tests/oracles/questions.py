@@ -21,17 +21,8 @@ def chat(prompt: str) -> list[int]:
 
 def record(dataset: str = "hotpotqa", **fields: Any) -> dict[str, Any]:
     """A line as LongBench publishes it."""
-    return {
-        "input": "Who?",
-        "context": "Passage.",
-        "answers": ["Ada"],
-        "length": 7,
-        "dataset": dataset,
-        "language": "en",
-        "all_classes": None,
-        "_id": "f00",
-        **fields,
-    }
+    asked = {"input": "Who?", "context": "Passage.", "answers": ["Ada"], "length": 7, "dataset": dataset}
+    return {**asked, "language": "en", "all_classes": None, "_id": "f00", **fields}
 
 
 def text_of(item: QuestionItem) -> str:
