@@ -188,7 +188,7 @@ bool adaskip_pass::is_skipped(const adaskip_junction & junction) const {
 // graphs between was allocated.
 //
 // ggml places markers after the inputs and before all other nodes, each at a multiple of 32 bytes. Inputs can be odd
-// multiples, as the ids of one output. Markers fill up the cache line of 64 bytes. Else each AVX-512 load of a node
+// multiples, such as the id of one output. Markers fill up the cache line of 64 bytes. Else each AVX-512 load of a node
 // would cross two cache lines, and SmolLM2 would take a fifth longer for 512 tokens.
 static constexpr int64_t ADASKIP_N_MARKER_SIZES = 1024;
 static constexpr int64_t ADASKIP_CACHE_LINE     = 64;
