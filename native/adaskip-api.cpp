@@ -12,6 +12,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <stdexcept>
@@ -210,6 +211,24 @@ int32_t adaskip_bulk_set_id(llama_context * ctx, const adaskip_plan * plan, uint
     });
 }
 
+int32_t adaskip_refit(llama_context * ctx, int32_t layer, int32_t kind, const float * up, int32_t n) {
+    return guarded(ctx, [&] {
+        const auto &  bulk = ctx->adaskip.get_plan().bulk;
+        const int64_t i    = 2 * (int64_t) layer + kind;
+        require(bulk.refits && bulk.up, "the plan's bulk has no maps that may be replaced");
+        require(layer >= 0 && layer < n_layer_of(*ctx) && (kind == 0 || kind == 1) && bulk.up->tensors[i],
+                format("layer %d: the plan's bulk has no map of kind %d", layer, kind));
+        require(up && n == ggml_nelements(bulk.up->tensors[i]), format("a map of %d values", n));
+        for (int32_t k = 0; k < n; ++k) {
+            if (!std::isfinite(up[k])) {
+                throw adaskip_exception(ADASKIP_ERROR_COMPENSATION, format("layer %d: a value is not finite", layer));
+            }
+        }
+        ctx->synchronize(); // the last graph may still read it
+        adaskip_vector_set(bulk.up->tensors[i], up);
+    });
+}
+
 int32_t adaskip_get_plan_tag(const llama_context * ctx, uint64_t * tag) {
     return guarded(ctx, [&]() -> int32_t {
         if (!tag) {
@@ -278,7 +297,7 @@ int32_t adaskip_set_statistics(
         llama_context * ctx, int32_t flags, adaskip_statistics_callback callback, void * user_data) {
     return guarded(ctx, [&] {
         const int32_t known = ADASKIP_STATISTICS_ON | ADASKIP_STATISTICS_ALL_TOKENS | ADASKIP_STATISTICS_VECTORS |
-                              ADASKIP_STATISTICS_ACTIVATIONS;
+                              ADASKIP_STATISTICS_ACTIVATIONS | ADASKIP_STATISTICS_OF_BULK;
         require((flags & ~known) == 0 && (flags == 0 || (flags & ADASKIP_STATISTICS_ON)), "unknown statistics flags");
         require(flags == 0 || callback, "statistics need a callback");
         ctx->adaskip.set_statistics(flags, callback, user_data);

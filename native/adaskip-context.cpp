@@ -66,7 +66,8 @@ bool adaskip_context::observes_online() const {
 
 adaskip_context::graph_key adaskip_context::key() const {
     return { active_set().graph_id,
-        statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE, has_outputs };
+        statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE,
+        statistics_flags & ADASKIP_STATISTICS_OF_BULK ? plan.bulk.graph_id : 0, has_outputs };
 }
 
 bool adaskip_context::can_reuse() const {
@@ -141,7 +142,7 @@ void adaskip_context::rewrite(
 
     if (end && has_stat) {
         const bool on_device = observer.reduces_on_device();
-        observer.add_to(pass, graph_key_last.statistics);
+        observer.add_to(pass, graph_key_last.statistics, plan.bulk);
         n_key_changes += observer.reduces_on_device() != on_device;
     }
     if (end && statistics_flags & ADASKIP_STATISTICS_ALL_TOKENS) {

@@ -112,10 +112,12 @@ private:
     struct graph_key {
         uint64_t graph_id    = 0;
         int32_t  statistics  = 0;
+        uint64_t observed_id = 0; // graph_id of the bulk set, if its sublayers alone are observed
         bool     has_outputs = true;
 
         bool operator==(const graph_key & other) const {
-            return graph_id == other.graph_id && statistics == other.statistics && has_outputs == other.has_outputs;
+            return graph_id == other.graph_id && statistics == other.statistics && observed_id == other.observed_id &&
+                   has_outputs == other.has_outputs;
         }
     };
 

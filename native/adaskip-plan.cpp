@@ -36,11 +36,12 @@ private:
     uint64_t value = 0xcbf29ce484222325ULL;
 };
 
-// attentions of a bulk set that look back at a window
+// what a bulk has besides its set: attentions that look back at a window, and whether maps may be replaced
 struct adaskip_windows {
     const uint8_t * windowed = nullptr; // [n_layer]
     int32_t         window   = 0;
     int32_t         n_sinks  = 0;
+    int32_t         refits   = 0;
 
     bool has(int32_t il) const { return windowed && windowed[il]; }
 };
@@ -62,6 +63,10 @@ static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaski
     adaskip_hash hash;
     if (keeps_kv) {
         const uint32_t mark = 2 * (uint32_t) set.n_layer; // not the number of a sublayer
+        hash.add(&mark, 1);
+    }
+    if (windows.refits) {
+        const uint32_t mark = 2 * (uint32_t) set.n_layer + 2;
         hash.add(&mark, 1);
     }
     for (uint32_t il = 0; il < (uint32_t) set.n_layer; ++il) {
@@ -253,6 +258,7 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
     }
     res.graph_id = adaskip_new_graph_id();
     res.keeps_kv = keeps_kv;
+    res.refits   = windows.refits;
     res.skip.assign(n, 0);
     res.scale.assign(n, 1.0f);
     res.attention.assign(set->n_layer, false);
@@ -320,7 +326,7 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
 
     adaskip_plan_sets res;
     res.tag  = plan->tag;
-    res.bulk = make_set(model, plan->bulk, true, { plan->windowed, plan->window, plan->n_sinks }, known);
+    res.bulk = make_set(model, plan->bulk, true, { plan->windowed, plan->window, plan->n_sinks, plan->refits }, known);
     remember(res.bulk);
     res.prefill = make_set(model, plan->prefill, false, {}, known);
     remember(res.prefill);
@@ -364,5 +370,5 @@ uint64_t adaskip_plan_bulk_id(const llama_model & model, const std::vector<adask
     }
     check_set(model, sublayers, elided, plan.bulk, true);
     check_windows(sublayers, plan);
-    return make_set_id(*plan.bulk, true, { plan.windowed, plan.window, plan.n_sinks });
+    return make_set_id(*plan.bulk, true, { plan.windowed, plan.window, plan.n_sinks, plan.refits });
 }

@@ -19,6 +19,7 @@ struct adaskip_skip_set {
     std::vector<bool>    windowed;         // [n_layer] or empty, attentions that run and look back at a window
     int32_t              window  = 0;      // its tokens
     int32_t              n_sinks = 0;      // positions at the beginning of the sequence that these also read
+    bool                 refits  = false;  // whether `up` may be replaced
 
     adaskip_vectors_ptr bias; // null for none
     adaskip_vectors_ptr down; // likewise, [n_embd, n_rank] each

@@ -84,12 +84,13 @@ int adaskip_observer::add_reduction(adaskip_pass & pass, ggml_tensor * t, ggml_t
     return (int) reductions.size() - 1;
 }
 
-void adaskip_observer::add_to(adaskip_pass & pass, int32_t flags_new) {
+void adaskip_observer::add_to(adaskip_pass & pass, int32_t flags_new, const adaskip_skip_set & bulk) {
     flags = flags_new;
 
     const bool ffn_only = flags & ADASKIP_STATISTICS_ONLINE;
     const bool vectors  = flags & ADASKIP_STATISTICS_VECTORS;
     const bool copies   = flags & ADASKIP_STATISTICS_ACTIVATIONS;
+    const bool of_bulk  = flags & ADASKIP_STATISTICS_OF_BULK;
 
     const auto & topology = pass.topology;
     const size_t n_layer  = topology.layers.size();
@@ -147,12 +148,15 @@ void adaskip_observer::add_to(adaskip_pass & pass, int32_t flags_new) {
                 v = ggml_add(pass.ctx, term.node, u);
             }
 
-            const bool known = term.is_sublayer() && topology.layers[term.il][term.kind].skippable(true);
+            const bool known = term.is_sublayer() && topology.layers[term.il][term.kind].skippable(true) &&
+                               !(of_bulk && !bulk.skips(term.il, term.kind));
             if (known && !(ffn_only && term.kind != ADASKIP_TERM_FFN)) {
                 auto & dst = observations[term.il][term.kind];
-                dst.dot    = dot(u, v, out);
-                dst.u_sq   = dot(u, u, out);
-                dst.v_sq   = dot(v, v, out);
+                if (!of_bulk) {
+                    dst.dot  = dot(u, v, out);
+                    dst.u_sq = dot(u, u, out);
+                    dst.v_sq = dot(v, v, out);
+                }
                 if (vectors) {
                     dst.sum_u = sum(u, out);
                     dst.sum_v = sum(v, out);
@@ -162,7 +166,7 @@ void adaskip_observer::add_to(adaskip_pass & pass, int32_t flags_new) {
                     dst.v = once(values, v, [&] { return values_of(pass, v, out); });
                 }
             }
-            if (known && !ffn_only) {
+            if (known && !ffn_only && !of_bulk) {
                 if (term.kind == ADASKIP_TERM_ATTENTION) {
                     layer_inputs[term.il] = u;
                 } else if (layer_inputs[term.il] && ggml_are_same_shape(layer_inputs[term.il], v)) {

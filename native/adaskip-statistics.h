@@ -12,6 +12,7 @@
 struct llama_context;
 struct llama_ubatch;
 class adaskip_pass;
+struct adaskip_skip_set;
 
 // a further flag beside enum adaskip_statistics_flags: only the FFNs, for the online stage
 static constexpr int32_t ADASKIP_STATISTICS_ONLINE = 1 << 16;
@@ -31,8 +32,8 @@ public:
     // observes nothing from now on
     void clear();
 
-    // flags: enum adaskip_statistics_flags, or ADASKIP_STATISTICS_ONLINE
-    void add_to(adaskip_pass & pass, int32_t flags);
+    // flags: enum adaskip_statistics_flags, or ADASKIP_STATISTICS_ONLINE; bulk: for ADASKIP_STATISTICS_OF_BULK
+    void add_to(adaskip_pass & pass, int32_t flags, const adaskip_skip_set & bulk);
 
     result read(const llama_context & lctx, const llama_ubatch & ubatch);
 

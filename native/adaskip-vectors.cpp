@@ -62,12 +62,16 @@ adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::v
         ggml_backend_buffer_set_usage(buf, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         res->bufs.emplace_back(buf);
     }
-    std::vector<uint8_t> values(n * sizeof(float));
     for (size_t i = 0; i < skip.size(); ++i) {
         if (ggml_tensor * t = res->tensors[i]) {
-            ggml_quantize_chunk(t->type, data + i * n, values.data(), 0, ne1, ne0, nullptr);
-            ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
+            adaskip_vector_set(t, data + i * n);
         }
     }
     return res;
+}
+
+void adaskip_vector_set(ggml_tensor * t, const float * data) {
+    std::vector<uint8_t> values(ggml_nbytes(t));
+    ggml_quantize_chunk(t->type, data, values.data(), 0, t->ne[1], t->ne[0], nullptr);
+    ggml_backend_tensor_set(t, values.data(), 0, values.size());
 }

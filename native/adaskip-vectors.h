@@ -40,3 +40,6 @@ using adaskip_vectors_ptr = std::shared_ptr<adaskip_vectors>;
 // are F32. Throws if a device has no room.
 adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::vector<uint8_t> & skip,
         const float * data, int64_t ne0, int64_t ne1, bool is_map);
+
+// replaces the values of one of its tensors by as many others
+void adaskip_vector_set(ggml_tensor * t, const float * data);

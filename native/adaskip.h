@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 13
+#define ADASKIP_ABI_VERSION 14
 
 struct llama_context;
 struct llama_vocab;
@@ -61,6 +61,8 @@ enum adaskip_statistics_flags {
     ADASKIP_STATISTICS_VECTORS = 4,
     // Every sublayer's whole input and output, for fitting compensation. These are many bytes.
     ADASKIP_STATISTICS_ACTIVATIONS = 8,
+    // Only the sublayers that the plan's bulk skips, and only their inputs and outputs. Needs the flag before.
+    ADASKIP_STATISTICS_OF_BULK = 16,
 };
 
 // one sublayer of the model, as found in its compute graph
@@ -122,6 +124,10 @@ struct adaskip_plan {
     const uint8_t * windowed; // [n_layer], 0 or 1; NULL for none
     int32_t         window;   // >= 1 if windowed is not NULL
     int32_t         n_sinks;  // >= 0, likewise
+
+    // Whether adaskip_refit may replace the maps of the bulk, 0 or 1. Positions computed with different values of this
+    // have different sets, and those computed before and after adaskip_refit have the same.
+    int32_t refits;
 
     const struct adaskip_set * prefill; // NULL: run everything
 
@@ -200,6 +206,9 @@ int32_t adaskip_set_plan(struct llama_context * ctx, const struct adaskip_plan *
 // The id of the plan's bulk set with its windows, equal in every context and process. It is 0 if nothing is skipped or
 // windowed. Reads and checks bulk, windowed, window and n_sinks of the plan, as adaskip_set_plan does. Sets nothing.
 int32_t adaskip_bulk_set_id(struct llama_context * ctx, const struct adaskip_plan * plan, uint64_t * id);
+
+// Replaces `up` of one map of the bulk in force, whose other half stays. up: [n_embd][n_rank], finite. n: their product
+int32_t adaskip_refit(struct llama_context * ctx, int32_t layer, int32_t kind, const float * up, int32_t n);
 
 // the tag of the plan in force
 int32_t adaskip_get_plan_tag(const struct llama_context * ctx, uint64_t * tag);

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import NativeError, StateError
 from ..files import StrPath
 from ..model.edits import APART, WIDE, Edits, Reuse, edits_of
-from ..model.plan import Phase, SkipPlan
+from ..model.plan import Bulk, Phase, SkipPlan
 from .edits import Run, Saved, Tokens, beside, find_runs, n_common
 from .self_describing import SelfDescribingLlama
 
@@ -38,6 +38,10 @@ class EditedPromptsLlama(SelfDescribingLlama):
 
     def _evaluate(self, phase: Phase, tokens: list[int], *, is_last: bool) -> None:
         """Evaluate tokens in one phase."""
+        raise NotImplementedError
+
+    def _evaluate_bulk(self, bulk: Bulk, tokens: list[int]) -> None:
+        """Evaluate tokens of the bulk."""
         raise NotImplementedError
 
     @property
@@ -185,7 +189,8 @@ class EditedPromptsLlama(SelfDescribingLlama):
         first, last = bulk.span(start, len(prompt) - start) if bulk else (0, 0)
         first, last = min(start + first, end), min(start + last, end)
         self._evaluate("prefill", prompt[start:first], is_last=False)
-        self._evaluate("bulk", prompt[first:last], is_last=False)
+        if bulk:
+            self._evaluate_bulk(bulk, prompt[first:last])
         self._evaluate("prefill", prompt[last:end], is_last=False)
 
 

@@ -17,11 +17,12 @@ from ..model.arrays import Vectors
 from ..model.edits import Reuse
 from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
-from ..model.plan import Phase, SkipPlan
+from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from .edited_prompts import EditedPromptsLlama
 from .grammar import check_grammar
 from .native import OnlineResult, elide_kv
+from .refit import Refit
 from .settings import is_here
 from .statistics import StatisticsSink
 
@@ -128,6 +129,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         self._exact_batches, self._repack = exact_batches, repack is not False
         self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native code knows the tag in force
         self._plan_opened = plan  # decides the KV layout
+        self._refit: Refit | None = None  # the maps of the last bulk that were fitted to its prompt
         self._phase: Phase = "prefill"
         self._prompt_rows: Rows | None = None  # takes these logits; None: they go to scores
         # In a plan, decode skips every attention that prefill skips, so these are skipped in both.
@@ -349,9 +351,10 @@ class AdaSkipLlama(EditedPromptsLlama):
                 self._evaluate_prompt(stale)
         if phase == "decode":
             self._evaluate("decode", tokens, is_last=True, rows=rows)
+        elif phase == "bulk" and self.plan and self.plan.bulk:
+            self._evaluate_bulk(self.plan.bulk, tokens, is_read=False, aligns=False)
         elif phase == "bulk":
-            phase = self.plan.prompt_phase if self.plan else "prefill"
-            self._evaluate(phase, tokens, is_last=False, is_read=False)
+            self._evaluate("prefill", tokens, is_last=False, is_read=False)
         else:
             self._evaluate_prompt(tokens)
 
@@ -361,11 +364,53 @@ class AdaSkipLlama(EditedPromptsLlama):
         begin, end = bulk.span(self.n_tokens, len(tokens)) if bulk else (0, 0)
         if bulk and end:
             self._evaluate("prefill", tokens[:begin], is_last=False)
-            first = begin + bulk.first_batch(self.n_tokens, end - begin, int(self.context_params.n_ubatch))
-            self._evaluate("bulk", tokens[begin:first], is_last=False)
-            self._evaluate("bulk", tokens[first:end], is_last=False)
+            self._evaluate_bulk(bulk, tokens[begin:end])
             tokens = tokens[end:]
         self._evaluate("prefill", tokens, is_last=True, rows=self._prompt_rows)
+
+    def _evaluate_bulk(self, bulk: Bulk, tokens: list[int], *, is_read: bool = True, aligns: bool = True) -> None:
+        """Evaluate tokens of the bulk, those that its maps are fitted to as the rest of a prompt."""
+        start, n_ubatch = self.n_tokens, int(self.context_params.n_ubatch)
+        if bulk.refit and self._adaskip.has_statistics:  # the maps cannot be fitted, so all tokens run whole
+            self._evaluate("prefill", tokens, is_last=False, is_read=is_read)
+            return
+        for begin, end, is_whole in bulk.pieces(start, start + len(tokens), is_fitted=self._is_refit(bulk)):
+            piece = tokens[begin - start : end - start]
+            if is_whole:
+                self._fit_to(bulk, piece, is_read=is_read)
+                continue
+            if bulk.refit:
+                self._put_refit()
+            first = bulk.first_batch(begin, end - begin, n_ubatch) if aligns else len(piece)
+            self._evaluate("bulk", piece[:first], is_last=False, is_read=is_read)
+            self._evaluate("bulk", piece[first:], is_last=False, is_read=is_read)
+
+    def _is_refit(self, bulk: Bulk) -> bool:
+        """Whether the bulk's maps are fitted to the text in memory."""
+        fit = self._refit
+        if fit is None or fit.skip is not bulk.skip or len(fit.tokens) > self.n_tokens:
+            return False
+        return np.array_equal(fit.tokens, self.input_ids[: len(fit.tokens)])
+
+    def _fit_to(self, bulk: Bulk, tokens: list[int], *, is_read: bool) -> None:
+        """Evaluate tokens of the bulk as the rest of a prompt, and fit its maps to them if they are enough."""
+        fit, native = Refit.after(self._refit if self._is_refit(bulk) else None, bulk.skip), self._adaskip
+        native.start_statistics(fit.add, keep_logits=True, activations=True, of_bulk=True)
+        try:
+            self._evaluate("prefill", tokens, is_last=False, is_read=is_read)
+        finally:
+            native.stop_statistics()
+        if len(tokens) == bulk.refit:
+            fit.tokens, self._refit = self.input_ids[: self.n_tokens].copy(), fit
+
+    def _put_refit(self) -> None:
+        """Give native code the maps that were fitted to the text in memory, unless it has them."""
+        fit, native = self._refit, self._adaskip
+        assert fit is not None
+        if fit.tag != native.plan_tag():
+            for layer, kind, up in fit.maps():
+                native.refit(layer, kind, up)
+            fit.tag = native.plan_tag()
 
     def _evaluate(
         self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None

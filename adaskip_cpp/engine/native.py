@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import errors
-from ..model.arrays import Flags, Floats
+from ..model.arrays import Flags, Floats, Vectors
 from ..model.plan import PHASES, OnlineScale, Phase, SkipPlan
 from ..model.skip_set import KINDS, Kind, SkipSet
 from .binding import ffi, last_error, lib
@@ -170,6 +170,10 @@ class NativeContext:
         self._check(lib.adaskip_bulk_set_id(self._ctx, target, found))
         return int(found[0])
 
+    def refit(self, layer: int, kind: int, up: Vectors) -> None:
+        """Replace the second matrix of a map of the bulk in force, float32 ``[n_embd, rank]``."""
+        self._check(lib.adaskip_refit(self._ctx, layer, kind, ffi.from_buffer("float[]", up), up.size))
+
     def plan_tag(self) -> int:
         tag = ffi.new("uint64_t *")
         self._check(lib.adaskip_get_plan_tag(self._ctx, tag))
@@ -201,8 +205,18 @@ class NativeContext:
         graphs = c.n_graphs_built, c.n_graphs_reused
         return Counters(c.n_nodes_full, c.n_nodes, c.n_splits, *graphs, c.n_bytes_kv, c.n_bytes_statistics)
 
-    def start_statistics(self, sink: StatisticsSink, *, keep_logits: bool, activations: bool) -> None:
-        """Pass the statistics of every ubatch to ``sink``; :meth:`raise_pending` raises the errors of ``sink``."""
+    @property
+    def has_statistics(self) -> bool:
+        """Whether statistics are collected."""
+        return self._callback is not None
+
+    def start_statistics(
+        self, sink: StatisticsSink, *, keep_logits: bool, activations: bool, of_bulk: bool = False
+    ) -> None:
+        """Pass the statistics of every ubatch to ``sink``; :meth:`raise_pending` raises the errors of ``sink``.
+
+        ``of_bulk``: only the activations of the sublayers that the plan's bulk skips.
+        """
         if self._callback is not None:
             raise errors.StateError("statistics are collected already; leave the other collect_statistics() first.")
 
@@ -214,7 +228,8 @@ class NativeContext:
             if self._error is None:
                 sink(batch_of(statistics))
 
-        wanted = {"ON": True, "VECTORS": True, "ALL_TOKENS": not keep_logits, "ACTIVATIONS": activations}
+        wanted = {"ON": True, "VECTORS": not of_bulk, "ALL_TOKENS": not keep_logits, "ACTIVATIONS": activations}
+        wanted["OF_BULK"] = of_bulk
         flags = sum(getattr(lib, f"ADASKIP_STATISTICS_{name}") for name, on in wanted.items() if on)
         callback = ffi.callback("adaskip_statistics_callback", deliver, onerror=keep)
         self._check(lib.adaskip_set_statistics(self._ctx, flags, callback, ffi.NULL))
@@ -277,6 +292,7 @@ def _fill_bulk(target: Any, plan: SkipPlan) -> list[Any]:
         return []
     target.bulk = bulk = ffi.new("struct adaskip_set *")
     owners = [bulk, _fill(bulk, plan.bulk.skip)]
+    target.refits = plan.bulk.refit > 0
     if plan.bulk.windowed:
         windowed = np.isin(np.arange(plan.n_layer), plan.bulk.windowed).astype(np.uint8)
         target.windowed, target.window = ffi.from_buffer("uint8_t[]", windowed), plan.bulk.window_size

@@ -27,7 +27,7 @@ class StatisticsBatch:
         u_sq: float32 ``[n_layer, 2, n_tokens]``: ``|u|²``.
         v_sq: float32 ``[n_layer, 2, n_tokens]``: ``|v|²``.
         layer_dot: float32 ``[n_layer, n_tokens]``: product of a layer's input and output.
-        sum_u: float32 ``[n_layer, 2, n_embd]``: sum of u over the tokens.
+        sum_u: float32 ``[n_layer, 2, n_embd]``: sum of u over the tokens; ``[n_layer, 2, 0]`` if maps are fitted again.
         sum_v: float32 ``[n_layer, 2, n_embd]``: sum of v over the tokens.
         positions: int32 ``[n_tokens]``: positions of the tokens.
         phase: phase of the tokens.
@@ -53,7 +53,10 @@ def batch_of(statistics: Any) -> StatisticsBatch:
     """Copy an ``adaskip_statistics``, except the activations."""
     n_layer, n_tokens, n_embd = statistics.n_layer, statistics.n_tokens, statistics.n_embd
     dot, u_sq, v_sq = np.moveaxis(_array(statistics.values, n_layer, 2, 3, n_tokens).copy(), 2, 0)
-    sum_u, sum_v = np.moveaxis(_array(statistics.sums, n_layer, 2, 2, n_embd).copy(), 2, 0)
+    sums = np.empty((n_layer, 2, 2, 0), np.float32)
+    if statistics.sums:
+        sums = _array(statistics.sums, n_layer, 2, 2, n_embd).copy()
+    sum_u, sum_v = np.moveaxis(sums, 2, 0)
     layer_dot = _array(statistics.layer_dot, n_layer, n_tokens).copy()
     positions = np.frombuffer(ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy()
     activations: Activations | None = None

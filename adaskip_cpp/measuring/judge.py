@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, SkipPlan
+from ..model.plan import Bulk, SkipPlan
+from ..model.skip_set import SkipSet
 from .probes import Probe
 
 Logits: TypeAlias = npt.NDArray[np.float32]
@@ -39,11 +40,11 @@ class Judge:
 
     Probes of one text must be adjacent, with growing ``n_prompt``: their prompts continue each other in the cache, and
     answers are removed from it. A plan and the whole model read the same batches, because other batches round
-    differently. So a plan with another head or tail than before makes the whole model read again. Judging changes the
-    model's plan and its cache.
+    differently. So a plan with another head, tail or ``refit`` than before makes the whole model read again. Judging
+    changes the model's plan and its cache.
     """
 
-    def __init__(self, llm: AdaSkipLlama, probes: Sequence[Probe]) -> None:
+    def __init__(self, llm: AdaSkipLlama, probes: Sequence[Probe], *, refit: int = 0) -> None:
         if not probes:
             raise DataError("there is nothing to judge; give at least one text")
         for probe in probes:
@@ -56,7 +57,7 @@ class Judge:
                 )
         self._llm, self.probes = llm, tuple(probes)
         self._whole: list[_Reference] = []
-        self._around = DEFAULT_HEAD, DEFAULT_TAIL
+        self._around = Bulk(SkipSet.none(llm.n_layer), refit=refit)  # the last plan's: how prompts are cut
 
     def __call__(self, plan: SkipPlan | None) -> tuple[Scores, ...]:
         """Return the scores of a plan, or of the whole model against itself, for each probe."""
@@ -64,8 +65,10 @@ class Judge:
 
     def each(self, plan: SkipPlan | None) -> Iterator[Scores]:
         """Yield what calling the judge returns, one by one, so that a caller may stop early."""
-        if plan is not None and plan.bulk is not None and (plan.bulk.head, plan.bulk.tail) != self._around:
-            self._around, self._whole = (plan.bulk.head, plan.bulk.tail), []
+        if plan is not None and plan.bulk is not None:
+            if any(getattr(plan.bulk, name) != getattr(self._around, name) for name in ("head", "tail", "refit")):
+                self._whole = []
+            self._around = plan.bulk
         self.read_whole()
         for whole, logits, probe in zip(self._whole, self._answers(plan), self.probes, strict=True):
             yield whole.scores(logits, _targets(probe))
@@ -109,8 +112,8 @@ class Judge:
     ) -> Iterator[Logits]:
         """Yield, for each probe, the logits that predict its judged tokens, float32 ``[n, n_vocab]``."""
         llm = self._llm
-        bulk = None if plan is None else plan.bulk
-        head, tail = self._around if bulk is None else (bulk.head, bulk.tail)
+        around = self._around
+        head, tail = around.head, around.tail
         llm.set_plan(plan)
         text, n_prompt, n_bulk = tuple[int, ...](), 0, 0  # in the cache: the text, its prompt, and that before the tail
         for probe in self.probes if probes is None else probes:
@@ -128,7 +131,8 @@ class Judge:
                     llm.reset()
                     n_bulk = 0
                 llm.eval(tokens[n_bulk : min(head, begin)])
-                llm.eval_bulk(tokens[max(n_bulk, min(head, begin)) : begin])
+                for first, last, _ in around.pieces(max(n_bulk, min(head, begin)), begin, is_fitted=n_bulk > 0):
+                    llm.eval_bulk(tokens[first:last])
                 llm.eval(tokens[begin : probe.n_prompt])
                 n_bulk = begin
             llm.begin_request()

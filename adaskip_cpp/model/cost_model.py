@@ -202,10 +202,11 @@ class CostModel(LayerArrays):
         whole, seconds, start = Computed(runs, np.zeros(self.n_layer, np.bool_)), 0.0, 0
         begin, end = bulk.span(0, context) if bulk else (0, 0)
         if bulk and end:
-            first = begin + bulk.first_batch(begin, end - begin, self.prefill.n_tokens)
             seconds = self._unread(whole, 0, begin)
-            for piece in ((begin, first), (first, end)):
-                seconds += self._unread(self._in_bulk(in_bulk, bulk), *piece)
+            for at, stop, is_whole in bulk.pieces(begin, end, is_fitted=False):
+                first = at + bulk.first_batch(at, stop - at, self.prefill.n_tokens)
+                for piece in ((at, stop),) if is_whole else ((at, first), (first, stop)):
+                    seconds += self._unread(whole if is_whole else self._in_bulk(in_bulk, bulk), *piece)
             start = end
         if self.n_layer_kv < self.n_layer:  # AdaSkipLlama then computes the last token by itself
             seconds += self._unread(whole, start, context - 1)

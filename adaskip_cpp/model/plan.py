@@ -1,7 +1,7 @@
 """``SkipPlan``: the sublayers that each phase skips, with their compensation, for every package above."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
@@ -21,6 +21,7 @@ TIMED: tuple[Phase, Phase] = ("prefill", "decode")  # calibrated and timed: a wh
 # From docs/dev/method.md: a head of 1 would do for SmolLM2, and tails above 64 cost more than they gain.
 DEFAULT_HEAD, DEFAULT_TAIL = 4, 64
 CELLS = 256  # attention reads KV cells in blocks of this size, filled or not: ``llama_kv_cache::get_n_kv`` pads to it
+DEFAULT_REFIT, REFIT_EVERY = 128, 2048
 DEFAULT_WINDOW = 252  # with a head of 4 and ubatches of 512 it makes 3 blocks
 
 
@@ -80,9 +81,12 @@ class Bulk:
         windowed: layers, ascending. If the bulk runs such a layer's attention, it sees only the last ``window_size``
             tokens, the token itself included, and the head. The prompt's tail and the answer see all tokens.
         window_size: tokens that a windowed attention sees, from 1 on.
+        refit: tokens of every 2,048 that run whole, and to which the maps of ``skip`` are fitted again for the other
+            tokens; 0 if the maps stay as they are.
 
     Raises:
-        PlanError: ``head``, ``tail`` or ``window_size`` is impossible, or a windowed layer is not in the model.
+        PlanError: ``head``, ``tail``, ``window_size`` or ``refit`` is impossible, or a windowed layer is not in the
+            model.
 
     Examples:
         >>> from adaskip_cpp.model.skip_set import SkipSet
@@ -96,10 +100,14 @@ class Bulk:
     tail: int = DEFAULT_TAIL
     windowed: tuple[int, ...] = ()
     window_size: int = DEFAULT_WINDOW
+    refit: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("head", 0), ("tail", 1), ("window_size", 1)):  # somebody reads the last token's logits
+        # The tail is 1 or more, as somebody reads the last token's logits.
+        for name, least in (("head", 0), ("tail", 1), ("window_size", 1), ("refit", 0)):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
+        if self.refit >= REFIT_EVERY:
+            raise PlanError(f"refit is {self.refit}; use a whole number from 0 to {REFIT_EVERY - 1}")
         windowed = np.flatnonzero(marked(self.skip.n_layer, self.windowed, ())[:, 0])
         object.__setattr__(self, "windowed", tuple(windowed.tolist()))
 
@@ -112,6 +120,18 @@ class Bulk:
         """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none."""
         begin, end = max(self.head - n_cached, 0), n_tokens - self.tail
         return (begin, end) if begin < end else (0, 0)
+
+    def pieces(self, begin: int, end: int, *, is_fitted: bool) -> Iterator[tuple[int, int, bool]]:
+        """Cut positions of the bulk into pieces; yield begin and end of each, and whether it runs whole.
+
+        With ``refit``, the first tokens run whole, unless the maps are fitted to the text before them, and the first
+        after each multiple of 2,048.
+        """
+        while begin < end:
+            is_whole = self.refit > 0 and not (is_fitted and begin % REFIT_EVERY)
+            stop = begin + self.refit if is_whole else (begin // REFIT_EVERY + 1) * REFIT_EVERY if self.refit else end
+            yield begin, min(stop, end), is_whole
+            begin, is_fitted = stop, True
 
     @staticmethod
     def first_batch(n_cached: int, n_tokens: int, n_ubatch: int) -> int:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..model.plan import Bulk, SkipPlan, window_size_for
+from ..model.plan import DEFAULT_REFIT, Bulk, SkipPlan, window_size_for
 from ..model.skip_set import SkipSet, late_layers
 from ..planning.modes import compensated_plan
 from ..planning.profile import Profile
@@ -27,11 +27,12 @@ class Planned:
         request = PlanRequest(mode="prompt", window_size=window_size)
         plan = compensated_plan(self.profile, candidate.skip(self.profile.n_layer), request, "tuned")
         assert plan.bulk is not None
-        return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed))
+        return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed, refit=DEFAULT_REFIT))
 
     def seconds(self, candidate: Candidate, context: int) -> float:
         none = SkipSet.none(self.profile.n_layer)
-        around = Bulk(none, windowed=candidate.windowed, window_size=window_size_for(context, candidate.share))
+        size = window_size_for(context, candidate.share)
+        around = Bulk(none, windowed=candidate.windowed, window_size=size, refit=DEFAULT_REFIT)
         return self.cost.seconds(candidate.skip(self.profile.n_layer), context, "bulk", around=around)
 
     def speedup(self, candidate: Candidate, context: int) -> float:

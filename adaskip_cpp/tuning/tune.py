@@ -26,7 +26,7 @@ from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
 from ..measuring.probes import KINDS, N_COPIED
 from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point, growth
-from ..model.plan import DEFAULT_TAIL, window_size_for
+from ..model.plan import DEFAULT_REFIT, DEFAULT_TAIL, window_size_for
 from ..model.settings import Settings
 from ..planning.profile import Profile
 from ..progress import Stage, progress_bar
@@ -145,7 +145,7 @@ class _Tuning:
                 profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
                 cuts = _JUDGED_AT * 7 // 8, _JUDGED_AT  # more answers of a text, for few more tokens
-                judge = Judge(llm, text_probes(llm, held.judge, cuts, _ANSWER))
+                judge = Judge(llm, text_probes(llm, held.judge, cuts, _ANSWER), refit=DEFAULT_REFIT)
                 with self.on_stage("Editing prompts") as on_progress:
                     edits = edit_points(llm, judge, self.memo, on_progress)
                 points = self._points(llm, profile, held, judge, edits)

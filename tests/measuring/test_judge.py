@@ -10,6 +10,7 @@ import pytest
 from oracles.expected import log_probabilities
 from oracles.fixtures import Open
 from oracles.reference import OnlineReference, ReferenceRun
+from oracles.skip_sets import filled
 from oracles.tiny_families import N_VOCAB, tokens
 
 from adaskip_cpp import SkipPlan
@@ -172,6 +173,19 @@ def test_the_whole_model_reads_once_and_a_plan_the_bulk_of_a_text_once(open_tiny
     assert np.diff([1, *n_read]).tolist() == [2 * once, once, once, 2 * other, 2 * once]
     for first, again in zip(scores[0], scores[-1], strict=True):
         np.testing.assert_equal(vars(again), vars(first))
+
+
+def test_the_whole_model_and_a_plan_that_fits_its_maps_read_the_same_batches(open_tiny: Open) -> None:
+    llm, ends = open_tiny(), list[int]()
+    judge = Judge(llm, PROBES)
+    maps = filled(FIXED.skip, parts=("down", "up"))
+    read = []
+    for plan in (SkipPlan(NONE, NONE, bulk=Bulk(maps, head=2, tail=3, refit=n)) for n in (16, 16)):
+        llm.on_batch = ends.append
+        list(judge.each(plan))
+        read.append(list(dict.fromkeys(ends)))
+        ends.clear()
+    assert read[0] == read[1] and read[1][:4] == [0, 2, 18, 37]
 
 
 @pytest.mark.parametrize(

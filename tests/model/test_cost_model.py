@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from oracles.changed_json import LOST, put
 from oracles.costs import SETTINGS, cost_model
+from oracles.skip_sets import filled
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.errors import PlanError
@@ -52,6 +53,18 @@ def test_a_prompt_with_a_bulk_is_cut_into_head_pieces_and_tail() -> None:
     assert model.speedup(plan, 39, "prefill") == model.seconds(None, 39, "prefill") / model.seconds(plan, 39, "prefill")
     assert model.speedup(plan, 39, "decode") == 1
     assert model.seconds(skip, 9, "bulk", around=around) == model.seconds(None, 9, "prefill"), "has no bulk"
+
+
+def test_tokens_that_maps_are_fitted_to_run_whole() -> None:
+    """A head of 4, 3 whole tokens, a bulk of 5 + 8 + 8 + 1 tokens: batches end with ubatches of 8; a tail of 5."""
+    model = cost_model(1, [1, 1, 1], [3, 3, 3], size=8, kept=[0.25, 0.5, 0.125])
+    skip = filled(np.array([[False, False], [True, True], [False, False]]), parts=("down", "up"))
+    plan = SkipPlan(SkipSet.none(3), SkipSet.none(3), bulk=Bulk(skip, head=4, tail=5, refit=3))
+    whole, skipping = (1 + 4 + 4 + 0.125 - 0.09) / 7, (1 + 4 + 0.5 + 0.125 - 0.05) / 7
+    head, fit = 0.09 + whole * 3, 0.09 + whole * 2
+    bulk = 3 * 0.05 + skipping * (7 + 7 + 5)
+    tail = 0.13 + (1 + 3 + 6 + 0.04 - 0.13) * 4 / 7
+    assert model.seconds(plan, 34, "prefill") == pytest.approx(head + fit + bulk + tail)
 
 
 def test_windowed_attentions_stop_growing_in_the_bulk() -> None:

@@ -92,6 +92,7 @@ def make_frontier() -> Frontier:
             NONE, skip_set((1,), **BIAS), bulk=Bulk(one_map(), head=0, tail=32), online=OnlineStage(7, 0.75, "median")
         ),
         SkipPlan(NONE, NONE, bulk=Bulk(NONE, windowed=(0, 2), window_size=764), mode="prompt"),
+        SkipPlan(NONE, NONE, bulk=Bulk(one_map(), refit=64), mode="prompt"),
     ],
 )
 def test_every_plan_comes_back_as_it_was(plan: SkipPlan, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_sets_and_vectors_lie_as_the_format_says(tmp_path: Path) -> None:
         "up": {"shape": [3, 2, N_EMBD, RANK], **rows, "bf16": True, "start": n + 2 * RANK * N_EMBD * 2},
     }
     assert plan["prefill"] == plan["decode"] == expected
-    assert plan["bulk"] == {"skip": expected, "head": 0, "tail": 9, "windowed": [1], "window_size": 252}
+    assert plan["bulk"] == {"skip": expected, "head": 0, "tail": 9, "windowed": [1], "window_size": 252, "refit": 0}
 
 
 NOTHING = {"skip": {"attention": [], "ffn": [], "n_layer": 3}, "scale": [[1.0, 1.0]] * 3}

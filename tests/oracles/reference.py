@@ -59,8 +59,9 @@ class Trace:
         return Trace(np.concatenate([t.logits for t in traces]), *joined)
 
     def part(self, of: slice) -> "Trace":
-        """The logits and the figures per sublayer of some tokens; nothing else."""
-        return Trace(self.logits[of], self.dot[..., of], self.u_sq[..., of], self.v_sq[..., of])
+        """The logits, streams and figures per sublayer of some tokens; nothing else."""
+        u, v = (None if each is None else each[:, :, of] for each in (self.u, self.v))
+        return Trace(self.logits[of], self.dot[..., of], self.u_sq[..., of], self.v_sq[..., of], u=u, v=v)
 
 
 class ReferenceModel:

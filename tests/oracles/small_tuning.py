@@ -10,6 +10,7 @@ from oracles.tiny_models import write_model
 
 import adaskip_cpp.model.frontier
 from adaskip_cpp.measuring import corpus
+from adaskip_cpp.tuning import planned
 from adaskip_cpp.tuning import tune as tuning
 
 JUDGED_AT, ANSWER = 192, (64, 72)
@@ -45,6 +46,8 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tuning, name, value)
     monkeypatch.setattr(adaskip_cpp.model.frontier, "LEAST_CONTEXT", 64)
     monkeypatch.setattr(corpus, "N_TOKENS", 64)
+    for module in (planned, tuning):
+        monkeypatch.setattr(module, "DEFAULT_REFIT", 8)
 
     def measure_cost(llm: Any, **_: Any) -> Any:
         llm.reset()
