@@ -299,6 +299,8 @@ int32_t adaskip_set_statistics(
         const int32_t known = ADASKIP_STATISTICS_ON | ADASKIP_STATISTICS_ALL_TOKENS | ADASKIP_STATISTICS_VECTORS |
                               ADASKIP_STATISTICS_ACTIVATIONS | ADASKIP_STATISTICS_OF_BULK;
         require((flags & ~known) == 0 && (flags == 0 || (flags & ADASKIP_STATISTICS_ON)), "unknown statistics flags");
+        require(!(flags & ADASKIP_STATISTICS_OF_BULK) || (flags & ADASKIP_STATISTICS_ACTIVATIONS),
+                "statistics of the bulk's sublayers are their inputs and outputs");
         require(flags == 0 || callback, "statistics need a callback");
         ctx->adaskip.set_statistics(flags, callback, user_data);
     });

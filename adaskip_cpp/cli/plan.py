@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Column
 
 from ..files import check_output
-from ..model.plan import PHASES, TIMED, Phase, SkipPlan
+from ..model.plan import PHASES, REFIT_EVERY, TIMED, Phase, SkipPlan
 from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
 from ..model.skip_set import KIND_NAMES, SkipSet, ranked
 from ..planning.profile import Profile
@@ -106,6 +106,8 @@ def print_plan(out: Console, chosen: SkipPlan) -> None:
             looks = f"attention in the bulk looks back at {bulk.window_size:,} tokens"
             out.print(f"\n{looks} in layers: {layer_list(bulk.narrowed)}")
         out.print(f"\nThe bulk is the prompt without its first {bulk.head} and its last {bulk.tail} tokens.")
+        if bulk.refit:
+            out.print(f"Of each {REFIT_EVERY:,} tokens, {bulk.refit} run whole, and maps are fitted to them.")
     for start, each in chosen.schedule[1:]:
         out.print(f"from token {start} of an answer: {each.n_skip} skipped")
     if chosen.online is not None:

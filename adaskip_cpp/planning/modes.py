@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import BudgetError, NotSkippableError
 from ..model.arrays import Flags
 from ..model.mode import MODES
-from ..model.plan import Bulk, OnlineStage, SkipPlan, window_size_for
+from ..model.plan import DEFAULT_REFIT, Bulk, OnlineStage, SkipPlan, window_size_for
 from ..model.profile import ProfileData
 from ..model.skip_set import SkipSet, sublayer_name
 from .compensation import get_compensation
@@ -62,4 +62,5 @@ def bulk_of(profile: ProfileData, request: PlanRequest, skip: SkipSet) -> Bulk |
         raise BudgetError(f"{len(layers)} attentions can look back at a window, not {n}; ask for at most {len(layers)}")
     windowed, size = layers[len(layers) - n :], request.window_size
     size = window_size_for(request.context or 1) if size is None else size
-    return Bulk(skip, head=request.head, tail=request.tail, windowed=windowed, window_size=size)
+    refit = 0 if skip.up is None else DEFAULT_REFIT
+    return Bulk(skip, head=request.head, tail=request.tail, windowed=windowed, window_size=size, refit=refit)

@@ -12,8 +12,9 @@ import numpy as np
 from ..errors import BudgetError, PlanError
 from ..model.arrays import Floats
 from ..model.cost_model import CostModel
-from ..model.plan import Phase, SkipPlan
+from ..model.plan import DEFAULT_REFIT, Phase, SkipPlan
 from ..model.profile import ProfileData
+from .compensation import DEFAULT_COMPENSATION
 from .request import PlanRequest
 
 
@@ -22,7 +23,8 @@ def smallest_budget(
 ) -> PlanRequest:
     """Return the request with the smallest budget, instead of a speed-up, whose plan by ``make`` reaches the speed-up.
 
-    Plans are tried without a compensation: the cost model does not count it, and linear maps are large.
+    Plans are tried without a compensation: the cost model does not count it, and linear maps are large. The tokens that
+    maps are fitted to count.
     """
     cost, context, faster = profile.cost, request.context, request.faster_phase
     phase: Phase = "decode" if faster == "decode" else "prefill"
@@ -35,6 +37,8 @@ def smallest_budget(
         wanted = replace(request, n_skip=n_skip, speedup=None)
         try:
             plan = make(profile, replace(wanted, compensation="none"))
+            if plan.bulk is not None and profile.maps is not None and request.compensation == DEFAULT_COMPENSATION:
+                plan = replace(plan, bulk=replace(plan.bulk, refit=DEFAULT_REFIT))
         except BudgetError:
             if plan is None:
                 raise

@@ -27,6 +27,7 @@ class Planned:
         request = PlanRequest(mode="prompt", window_size=window_size)
         plan = compensated_plan(self.profile, candidate.skip(self.profile.n_layer), request, "tuned")
         assert plan.bulk is not None
+        # Without maps too, so that the judge cuts the prompts of all plans alike.
         return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed, refit=DEFAULT_REFIT))
 
     def seconds(self, candidate: Candidate, context: int) -> float:

@@ -83,7 +83,7 @@ class Arguments:
         result.tag = _int(value.get("tag"), 64) % (1 << 64)
         result.bulk, result.prefill = self.set(value.get("bulk")), self.set(value.get("prefill"))
         result.windowed = self.array(value.get("windowed"), "uint8_t", self.n_layer)
-        for name in ("window", "n_sinks", "n_decode", "n_readable"):
+        for name in ("window", "n_sinks", "refits", "n_decode", "n_readable"):
             setattr(result, name, _int(value.get(name)))
         if isinstance(steps := value.get("decode"), list) and steps:
             result.decode = self.new("struct adaskip_step[]", len(steps))
@@ -180,6 +180,9 @@ class Calls:
 _PLAIN: dict[str, Callable[..., Any]] = {
     "begin_request": lambda ctx, *_: lib.adaskip_begin_request(ctx),
     "set_phase": lambda ctx, make, phase, *_: lib.adaskip_set_phase(ctx, _int(phase)),
+    "refit": lambda ctx, make, layer, kind, rank: lib.adaskip_refit(
+        ctx, _int(layer), _int(kind), make.array([0.5], "float", _MOST_NUMBERS), _int(_int(rank) * make.n_embd)
+    ),
     "online": lambda ctx, make, names, *_: lib.adaskip_get_online(ctx, make.state(names)),
     "counters": lambda ctx, make, has_room, *_: lib.adaskip_get_counters(
         ctx, _room("struct adaskip_counters *", has_room)

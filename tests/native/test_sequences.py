@@ -391,12 +391,14 @@ class Calls(RuleBasedStateMachine):
         self.stop_collecting()
         self.watching = ExitStack()
         self.watching.enter_context(self.llm.collect_statistics(self.observe, keep_logits=True))
+        self.history.collects = True
 
     @rule()
     def stop_collecting(self) -> None:
         if self.watching is not None:
             self.watching.close()
             self.watching = None
+            self.history.collects = False
             self.observed.clear()
             self.history.logits_are_current = False
 

@@ -110,7 +110,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_plan(self, data: st.DataObject) -> None:
-        self.plan, self.readable = data.draw(plans((), self.elided)), []
+        self.plan, self.readable = data.draw(plans((), self.elided, refits=False)), []
         if self.with_bulk:
             self.readable = data.draw(st.lists(st.sampled_from(self.with_bulk), max_size=3))
             if data.draw(st.booleans()):

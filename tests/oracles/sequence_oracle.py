@@ -22,6 +22,7 @@ from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun, Tra
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.edits import Run, beside, find_runs
+from adaskip_cpp.engine.refit import N_PRIOR
 from adaskip_cpp.model.edits import APART, WIDE, Edits
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet
@@ -38,11 +39,45 @@ class Cell:
     windows: Windows | None = None
     n_moves: int = 0
     computed: tuple[ReferenceRun, int] | None = None  # where a moved cell has its K and V from
+    fitted: SkipSet | None = None  # the plan's set, if ``skip_set`` is one with maps that were fitted to the text
 
     @classmethod
-    def bulk_of(cls, token: int, plan: SkipPlan) -> Cell:
+    def bulk_of(cls, token: int, plan: SkipPlan, fit: Fit | None = None) -> Cell:
         assert plan.bulk is not None
-        return cls(token, plan.bulk.skip, in_bulk=True, windows=windows_of(plan))
+        of = plan.bulk.skip
+        windows = windows_of(plan)
+        return cls(token, fit.skip_set() if fit else of, in_bulk=True, windows=windows, fitted=of if fit else None)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The moments of what maps were fitted to: z and the error of the map, after the tokens of ``text``."""
+
+    of: SkipSet
+    text: tuple[int, ...] = ()
+    samples: tuple[tuple[Trace, SkipSet], ...] = ()  # with the set that each ran under
+
+    def skip_set(self) -> SkipSet:
+        """The set with the maps of least squares, with rows that hold each map where it was."""
+        if self.of.up is None:
+            return self.of
+        up = self.of.up.copy()
+        for layer, kind in np.argwhere(self.of.skip):
+            at, first = (layer, kind), (layer, kind)
+            if self.of.skip[layer].all() and self.of.scale[layer, 0] == 1 and not self.of.up[layer, 0].any():
+                first = (layer, 0)  # one map for the whole layer
+            traces = [trace for trace, under in self.samples if not (under.skip[at] or under.skip[first])]
+            if traces and up[at].any():
+                u, v = (
+                    np.stack([each.u[(*first, 0)] for each in traces]),
+                    np.stack([each.v[(*at, 0)] for each in traces]),
+                )
+                z = u @ self.of.down[at].astype(np.float64).T
+                rest = v - self.of.scale[at] * u - (0 if self.of.bias is None else self.of.bias[at])
+                weight = np.sqrt(N_PRIOR * (z * z).sum() / len(self.samples) / z.shape[1]) * np.eye(z.shape[1])
+                rows, values = np.concatenate([z, weight]), np.concatenate([rest, weight @ up[at].T])
+                up[at] = np.linalg.lstsq(rows, values, rcond=None)[0].T
+        return SkipSet(self.of.skip, self.of.scale, self.of.bias, self.of.down, up.astype(np.float32))
 
 
 def windows_of(plan: SkipPlan) -> Windows | None:
@@ -53,10 +88,10 @@ def windows_of(plan: SkipPlan) -> Windows | None:
     return Windows(layers, bulk.window_size, bulk.head) if layers else None
 
 
-def bulks_of(plans: Sequence[SkipPlan]) -> set[tuple[SkipSet, Windows | None]]:
-    """The bulk sets of plans with their windows, but for those that leave the whole model."""
-    bulks = {(plan.bulk.skip, windows_of(plan)) for plan in plans if plan.bulk is not None}
-    return {(bulk, windows) for bulk, windows in bulks if bulk.n_skip or windows is not None}
+def bulks_of(plans: Sequence[SkipPlan]) -> set[tuple[SkipSet, Windows | None, bool]]:
+    """The bulk sets of plans, their windows and whether maps are fitted, but for those that leave the whole model."""
+    bulks = {(plan.bulk.skip, windows_of(plan), plan.bulk.refit > 0) for plan in plans if plan.bulk is not None}
+    return {each for each in bulks if each[0].n_skip or each[1] is not None}
 
 
 def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet, readable: Sequence[SkipPlan] = ()) -> bool:
@@ -67,7 +102,8 @@ def is_readable(cell: Cell, plan: SkipPlan, skip_set: SkipSet, readable: Sequenc
     """
     if cell.in_bulk:
         is_whole = cell.skip_set.n_skip == 0 and cell.windows is None
-        return is_whole or (cell.skip_set, cell.windows) in bulks_of([plan, *readable])
+        of = (cell.fitted or cell.skip_set, cell.windows, cell.fitted is not None)
+        return is_whole or of in bulks_of([plan, *readable])
     if not set(cell.skip_set.attention) <= set(skip_set.attention):
         return False
     if cell.made_of is not None:
@@ -136,6 +172,8 @@ class History:
     logits_are_current: bool = False
     n_decoded: int = 0
     stage: OnlineReference | None = None
+    fit: Fit | None = None  # the last one
+    collects: bool = False  # whether statistics are collected, so that none is made
 
     @property
     def tokens(self) -> list[int]:
@@ -173,8 +211,7 @@ class History:
     def eval_bulk(self, tokens: list[int]) -> None:
         """Evaluate tokens of a prompt that is to go on."""
         self._append_prompt(self._forget_unreadable(self.plan.prefill))
-        plan = self.plan
-        self.cells += [Cell(t, plan.prefill) if plan.bulk is None else Cell.bulk_of(t, plan) for t in tokens]
+        self._append_bulk(tokens)
         self.logits_are_current = False
 
     def _forget_unreadable(self, skip_set: SkipSet) -> list[int]:
@@ -188,11 +225,44 @@ class History:
         return tokens
 
     def _append_prompt(self, tokens: list[int], n_after: int = 0) -> None:
-        plan, bulk = self.plan, self.plan.bulk
-        for i, token in enumerate(tokens):
-            in_bulk = bulk is not None and len(self.cells) >= bulk.head and len(tokens) - i + n_after > bulk.tail
-            self.cells.append(Cell.bulk_of(token, plan) if in_bulk else Cell(token, plan.prefill))
+        bulk, is_bulk = self.plan.bulk, list[bool]()
+        for i in range(len(tokens)):
+            at = len(self.cells) + i
+            is_bulk.append(bulk is not None and at >= bulk.head and len(tokens) - i + n_after > bulk.tail)
+        begin, n = is_bulk.index(True) if any(is_bulk) else len(tokens), sum(is_bulk)
+        self._append_whole(tokens[:begin])
+        self._append_bulk(tokens[begin : begin + n])
+        self._append_whole(tokens[begin + n :])
         self.logits_are_current = self.logits_are_current or bool(tokens)
+
+    def _append_whole(self, tokens: Sequence[int]) -> None:
+        self.cells += [Cell(token, self.plan.prefill) for token in tokens]
+
+    def _append_bulk(self, tokens: list[int]) -> None:
+        """Append tokens of the bulk, of which some run whole if maps are fitted to them."""
+        plan, bulk, start = self.plan, self.plan.bulk, len(self.cells)
+        if bulk is None or (bulk.refit and self.collects):
+            self._append_whole(tokens)
+            return
+        is_fitted = self._fit_in_force() is not None
+        for begin, end, is_whole in bulk.pieces(start, start + len(tokens), is_fitted=is_fitted):
+            piece = tokens[begin - start : end - start]
+            if not is_whole:
+                fit = self._fit_in_force()
+                self.cells += [Cell.bulk_of(token, plan, fit) for token in piece]
+                continue
+            known = self._fit_in_force() or Fit(bulk.skip)
+            self._append_whole(piece)
+            if len(piece) == bulk.refit:
+                at = range(max(begin, 1), end)  # without the first token of the text
+                samples = [(self.reference.trace(self.cells, i), plan.prefill) for i in at]
+                self.fit = Fit(bulk.skip, tuple(self.tokens), (*known.samples, *samples))
+
+    def _fit_in_force(self) -> Fit | None:
+        """The fit of the plan's bulk to the text in memory."""
+        fit, bulk = self.fit, self.plan.bulk
+        is_ours = bulk is not None and bulk.refit and fit is not None and fit.of is bulk.skip
+        return fit if is_ours and tuple(self.tokens[: len(fit.text)]) == fit.text else None
 
     def _n_readable(self, skip_set: SkipSet, cells: Sequence[Cell] | None = None) -> int:
         cells, most_moves = self.cells if cells is None else cells, self.edits.most_moves if self.edits else 0

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles.costs import cost_model
-from oracles.profiles import NAN, profile
+from oracles.profiles import NAN, maps, profile
 
 from adaskip_cpp.errors import BudgetError, PlanError
 from adaskip_cpp.planning.request import PlanRequest
@@ -34,6 +34,15 @@ def test_a_speed_up_takes_the_fewest_sublayers_that_reach_it(mode: Any, phase: A
             fewer = known.plan(n_skip - step, mode=mode, strategy=strategy)
             assert COSTS.speedup(fewer, 1000, timed) < speedup
     assert all(known.plan(mode=mode, speedup=1, context=context).is_whole for context in (1, 69, 100, 513))
+
+
+def test_tokens_that_maps_are_fitted_to_count() -> None:
+    known = profile(RISING, cost=COSTS, maps=maps(12))
+    for compensation, refit in (("linear", 128), ("affine", 0)):
+        plan = known.plan(speedup=1.3, context=1000, compensation=compensation)
+        fewer = known.plan(plan.skipped("bulk").n_skip - 1, compensation=compensation)
+        assert plan.bulk is not None and plan.bulk.refit == refit
+        assert COSTS.speedup(fewer, 1000, "prefill") < 1.3 <= COSTS.speedup(plan, 1000, "prefill")
 
 
 def test_a_speed_up_out_of_reach_is_refused_with_what_can_be_reached_and_one_without_costs() -> None:
