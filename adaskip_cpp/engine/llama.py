@@ -45,8 +45,8 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     A plan has a set of sublayers for each phase (see ``SkipPlan``). The prompt of a call runs under the plan's prefill
     set, and the answer under its decode set. If the plan has a bulk, the prompt's tokens between head and tail run
-    under the bulk set instead. A call that asks for the logits of a prompt's own tokens (``echo`` with ``logprobs``,
-    or embeddings) reads the prompt without a bulk.
+    under the bulk set instead, but for those that its maps are fitted to (``Bulk.refit``). A call that asks for the
+    logits of a prompt's own tokens (``echo`` with ``logprobs``, or embeddings) reads the prompt without a bulk.
 
     A plan may be changed at any time. A cached token is used again if two conditions hold. It has K and V for all
     sublayers that run now. And it was computed by the whole model, under a set of the plan in force, or in the bulk of
@@ -249,6 +249,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         tag = 0 if plan is None and not new.readable else native.plan_tag() + 1
         # One native call changes the plan, and Ctrl-C may come right after it. So both plans are known until then.
         self._plans = {0: _InForce(), native.plan_tag(): current, tag: new}
+        if self._refit is not None:
+            self._refit.is_put = False  # a new plan has the maps of the calibration
         # The present logits are those of the old plan: an equal prompt must be evaluated again before sampling.
         requires_eval, self._requires_eval = self._requires_eval, True
         try:
@@ -407,10 +409,10 @@ class AdaSkipLlama(EditedPromptsLlama):
         """Give native code the maps that were fitted to the text in memory, unless it has them."""
         fit, native = self._refit, self._adaskip
         assert fit is not None
-        if fit.tag != native.plan_tag():
+        if not fit.is_put:
             for layer, kind, up in fit.maps():
                 native.refit(layer, kind, up)
-            fit.tag = native.plan_tag()
+            fit.is_put = True
 
     def _evaluate(
         self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
@@ -587,6 +589,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         """Return a context manager that hands the statistics of each evaluated ubatch to a function.
 
         Each sublayer that runs is observed for each token. By default no logits are computed meanwhile: use ``eval``.
+        Meanwhile a bulk whose maps are fitted to the prompt runs whole.
 
         Args:
             sink: a function of a ``StatisticsBatch``. An exception that it raises ends the evaluation.

@@ -31,7 +31,7 @@ class Refit:
 
     skip: SkipSet
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))  # the text up to the last one
-    tag: int = 0  # of the plan in force that has these maps
+    is_put: bool = False  # whether native code has these maps
     _sums: dict[tuple[int, int], tuple[Floats, Floats]] = field(default_factory=dict)  # z zᵀ, and error times z
     _n: int = 0
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles.bulks import chosen, phases, plan
+from oracles.drawn_plans import NOTHING
 from oracles.expected import error
 from oracles.fixtures import Open
 from oracles.skip_sets import filled, only
@@ -61,13 +62,16 @@ def test_a_bulk_with_too_few_tokens_runs_whole(open_tiny: Open) -> None:
         assert (eval_logits(llm, [PROMPT[:n]]) == eval_logits(whole, pieces)).all()
 
 
-@pytest.mark.parametrize("between", ["another plan", "another window", "an interruption", "another text"])
+@pytest.mark.parametrize("between", ["no plan", "another plan", "another window", "an interruption", "another text"])
 def test_maps_are_those_of_the_text_in_memory_whatever_came_before(between: str, both: Open) -> None:
     under = plan(SUBLAYERS, refit=16)
     llm, expected = both(under, n_ctx=256)
     for each in (llm, expected):
         each.eval(PROMPT)
-        if between == "another plan":
+        if between == "no plan":  # after which the plan's tag is that of before
+            each.set_plan(None if each is llm else NOTHING)
+            each.set_plan(under)
+        elif between == "another plan":
             each.set_plan(plan(chosen((0, 1))))
             each.set_plan(under)
         elif between == "another window":  # the same maps, which native code must be given again
