@@ -176,15 +176,12 @@ def test_the_whole_model_reads_once_and_a_plan_the_bulk_of_a_text_once(open_tiny
 
 
 def test_the_whole_model_and_a_plan_that_fits_its_maps_read_the_same_batches(open_tiny: Open) -> None:
-    llm, ends = open_tiny(), list[int]()
-    judge = Judge(llm, PROBES)
-    maps = filled(FIXED.skip, parts=("down", "up"))
-    read = []
-    for plan in (SkipPlan(NONE, NONE, bulk=Bulk(maps, head=2, tail=3, refit=n)) for n in (16, 16)):
-        llm.on_batch = ends.append
-        list(judge.each(plan))
-        read.append(list(dict.fromkeys(ends)))
-        ends.clear()
+    llm, read = open_tiny(), list[list[int]]()
+    judge, maps = Judge(llm, PROBES), filled(FIXED.skip, parts=("down", "up"))
+    for _ in range(2):
+        llm.on_batch = (ends := list[int]()).append
+        judge(SkipPlan(NONE, NONE, bulk=Bulk(maps, head=2, tail=3, refit=16)))
+        read.append([*dict.fromkeys(ends)])
     assert read[0] == read[1] and read[1][:4] == [0, 2, 18, 37]
 
 

@@ -3,18 +3,16 @@
 test_sequences.py draws such plans among others. Tolerances: float32 against float64.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from oracles.bulks import chosen, phases, plan
+from oracles.bulks import chosen, plan
 from oracles.drawn_plans import NOTHING
 from oracles.expected import error
 from oracles.fixtures import Open
 from oracles.skip_sets import filled, only
-from oracles.stock import eval_logits
 from oracles.tiny_families import N_EMBD, tokens
 
 from adaskip_cpp.errors import NativeError, PlanError
@@ -55,14 +53,20 @@ def test_a_fit_goes_on_at_every_so_many_tokens(both: Open, monkeypatch: pytest.M
     assert error(llm, expected) < 1e-5
 
 
-def test_a_bulk_with_too_few_tokens_runs_whole(open_tiny: Open) -> None:
-    llm, whole = open_tiny(under=plan(SUBLAYERS, refit=16)), open_tiny()
-    for n in (28, 20):
-        pieces = [PROMPT[:4], PROMPT[4 : n - 8], PROMPT[n - 8 : n]]
-        assert (eval_logits(llm, [PROMPT[:n]]) == eval_logits(whole, pieces)).all()
+def interrupt(llm: Any, text: list[int], at: int) -> None:
+    """Evaluate a text up to a position where a batch begins."""
+
+    def stop(n: int) -> None:
+        if n == at:
+            raise KeyboardInterrupt
+
+    llm.on_batch = stop
+    with pytest.raises(KeyboardInterrupt):
+        llm.eval(text)
+    llm.on_batch = lambda n: None
 
 
-@pytest.mark.parametrize("between", ["no plan", "another plan", "another window", "an interruption", "another text"])
+@pytest.mark.parametrize("between", ["no plan", "another window", "an interruption"])
 def test_maps_are_those_of_the_text_in_memory_whatever_came_before(between: str, both: Open) -> None:
     under = plan(SUBLAYERS, refit=16)
     llm, expected = both(under, n_ctx=256)
@@ -71,26 +75,12 @@ def test_maps_are_those_of_the_text_in_memory_whatever_came_before(between: str,
         if between == "no plan":  # after which the plan's tag is that of before
             each.set_plan(None if each is llm else NOTHING)
             each.set_plan(under)
-        elif between == "another plan":
-            each.set_plan(plan(chosen((0, 1))))
-            each.set_plan(under)
         elif between == "another window":  # the same maps, which native code must be given again
             other = replace(under, bulk=replace(under.bulk, windowed=(2,), window_size=300))
             each.set_plan(other, readable=[under])
 
-    def stop(n: int) -> None:
-        raise KeyboardInterrupt
-
     if between == "an interruption":
-        llm.on_batch = stop
-        with pytest.raises(KeyboardInterrupt):
-            llm.eval(tokens(200)[120:])
-        llm.on_batch = lambda n: None
-    elif between == "another text":
-        llm.reset()
-        llm.eval(tokens(150, 1))
-        llm.reset()
-        llm.eval(PROMPT)
+        interrupt(llm, tokens(200)[120:], 120)
     for each in (llm, expected):
         each.eval(tokens(200)[120:])
     assert error(llm, expected, 120) < 1e-5
@@ -98,48 +88,30 @@ def test_maps_are_those_of_the_text_in_memory_whatever_came_before(between: str,
 
 def test_a_fit_that_is_interrupted_is_as_if_it_had_not_begun(both: Open) -> None:
     llm, expected = both(plan(SUBLAYERS, refit=16), n_ubatch=5, n_batch=5)
-
-    def stop(n: int) -> None:
-        if n == 9:
-            raise KeyboardInterrupt
-
-    llm.on_batch = stop
-    with pytest.raises(KeyboardInterrupt):
-        llm.eval(PROMPT)
-    llm.on_batch = lambda n: None
+    interrupt(llm, PROMPT, 9)
     llm.reset()
     for each in (llm, expected):
         each.eval(PROMPT)
     assert error(llm, expected) < 1e-5
 
 
-def test_while_statistics_are_collected_the_bulk_runs_whole(open_tiny: Open) -> None:
-    llm, whole = open_tiny(under=plan(SUBLAYERS, refit=16)), open_tiny()
-    assert phases(llm, lambda: llm.eval(PROMPT)) == {"prefill": [*range(120)]}
-    assert (llm.scores[119] == eval_logits(whole, [PROMPT[:4], PROMPT[4:112], PROMPT[112:]])[-1]).all()
-
-
-def test_only_plans_with_the_same_fits_read_each_others_bulk(open_tiny: Open) -> None:
-    """Positions under maps that stay as they are may lose more."""
-    llm, with_fit, without = open_tiny(), plan(SUBLAYERS, refit=16), plan(SUBLAYERS)
-    ids = [llm._adaskip.bulk_set_id(each) for each in (with_fit, without)]
-    assert ids[0] != ids[1] and 0 not in ids
-    llm.set_plan(without)
+def test_a_plan_with_fits_does_not_read_the_bulk_of_one_without(open_tiny: Open) -> None:
+    llm = open_tiny(under=plan(SUBLAYERS))
     llm.eval(PROMPT)
-    llm.set_plan(with_fit)
-    assert llm._adaskip.kv_valid("prefill", 120) == 4
+    llm.set_plan(plan(SUBLAYERS, refit=16))
+    assert llm._adaskip.kv_valid("prefill", 120) == 4, "maps that stay as they are may lose more"
 
 
-def refusals() -> Iterator[tuple[int, tuple[Any, ...], str]]:
-    up = np.zeros((N_EMBD, 2), np.float32)
-    yield 0, (0, 0, up), "no maps that may be replaced"
-    for where in ((0, 2), (-1, 1), (3, 0), (2, 0), (9, 9)):
-        yield 16, (*where, up), "has no map of kind"
-    yield 16, (0, 0, up[1:]), "a map of 126 values"
-    yield 16, (0, 0, np.full_like(up, np.nan)), "not finite"
+UP = np.zeros((N_EMBD, 2), np.float32)
+REFUSED: list[tuple[int, tuple[Any, ...], str]] = [
+    (0, (0, 0, UP), "no maps that may be replaced"),
+    *((16, (*where, UP), "has no map of kind") for where in ((0, 2), (-1, 1), (3, 0), (2, 0), (9, 9))),
+    (16, (0, 0, UP[1:]), "a map of 126 values"),
+    (16, (0, 0, np.full_like(UP, np.nan)), "not finite"),
+]
 
 
-@pytest.mark.parametrize(("refit", "arguments", "message"), [*refusals()])
+@pytest.mark.parametrize(("refit", "arguments", "message"), REFUSED)
 def test_native_code_refuses_what_is_no_map_of_the_bulk(
     refit: int, arguments: tuple[Any, ...], message: str, open_tiny: Open
 ) -> None:

@@ -6,7 +6,7 @@ read. ``llama_memory_seq_div`` is not among the calls: llama.cpp turns its keys 
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,8 @@ class Calls(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_plan(self, data: st.DataObject) -> None:
-        self.plan, self.readable = data.draw(plans((), self.elided, refits=False)), []
+        plan, self.readable = data.draw(plans((), self.elided)), []
+        self.plan = plan if plan.bulk is None else replace(plan, bulk=replace(plan.bulk, refit=0))
         if self.with_bulk:
             self.readable = data.draw(st.lists(st.sampled_from(self.with_bulk), max_size=3))
             if data.draw(st.booleans()):

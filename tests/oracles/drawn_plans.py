@@ -28,11 +28,7 @@ def skip_sets(draw: st.DrawFn, attention: Collection[int] = ()) -> SkipSet:
 
 @st.composite
 def plans(
-    draw: st.DrawFn,
-    thresholds: Sequence[float],
-    attention: Collection[int] = (),
-    windowable: Sequence[int] = (),
-    refits: bool = True,
+    draw: st.DrawFn, thresholds: Sequence[float], attention: Collection[int] = (), windowable: Sequence[int] = ()
 ) -> SkipPlan:
     """Plans in every form: each set skips every attention of the one before.
 
@@ -46,7 +42,7 @@ def plans(
     bulk = draw(skip_sets(plan.prefill.attention))
     windowed = tuple(layer for layer in windowable if draw(st.booleans()))
     around = {"head": draw(st.integers(0, 4)), "tail": draw(st.integers(1, 6)), "window_size": draw(st.integers(1, 9))}
-    around["refit"] = draw(st.sampled_from([0, 2])) if refits else 0
+    around["refit"] = draw(st.sampled_from([0, 2]))
     return replace(plan, bulk=Bulk(bulk, windowed=windowed, **around))
 
 

@@ -44,14 +44,13 @@ class Cell:
     @classmethod
     def bulk_of(cls, token: int, plan: SkipPlan, fit: Fit | None = None) -> Cell:
         assert plan.bulk is not None
-        of = plan.bulk.skip
-        windows = windows_of(plan)
-        return cls(token, fit.skip_set() if fit else of, in_bulk=True, windows=windows, fitted=of if fit else None)
+        base, windows = plan.bulk.skip, windows_of(plan)
+        return cls(token, fit.skip_set() if fit else base, in_bulk=True, windows=windows, fitted=base if fit else None)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The moments of what maps were fitted to: z and the error of the map, after the tokens of ``text``."""
+    """What maps were fitted to, the traces of some tokens, and the text up to the last of them."""
 
     of: SkipSet
     text: tuple[int, ...] = ()
@@ -68,10 +67,8 @@ class Fit:
                 first = (layer, 0)  # one map for the whole layer
             traces = [trace for trace, under in self.samples if not (under.skip[at] or under.skip[first])]
             if traces and up[at].any():
-                u, v = (
-                    np.stack([each.u[(*first, 0)] for each in traces]),
-                    np.stack([each.v[(*at, 0)] for each in traces]),
-                )
+                u = np.stack([each.u[(*first, 0)] for each in traces])
+                v = np.stack([each.v[(*at, 0)] for each in traces])
                 z = u @ self.of.down[at].astype(np.float64).T
                 rest = v - self.of.scale[at] * u - (0 if self.of.bias is None else self.of.bias[at])
                 weight = np.sqrt(N_PRIOR * (z * z).sum() / len(self.samples) / z.shape[1]) * np.eye(z.shape[1])
@@ -225,14 +222,12 @@ class History:
         return tokens
 
     def _append_prompt(self, tokens: list[int], n_after: int = 0) -> None:
-        bulk, is_bulk = self.plan.bulk, list[bool]()
-        for i in range(len(tokens)):
-            at = len(self.cells) + i
-            is_bulk.append(bulk is not None and at >= bulk.head and len(tokens) - i + n_after > bulk.tail)
-        begin, n = is_bulk.index(True) if any(is_bulk) else len(tokens), sum(is_bulk)
+        bulk, n = self.plan.bulk, len(tokens)
+        end = 0 if bulk is None else min(max(n + n_after - bulk.tail, 0), n)
+        begin = end if bulk is None else min(max(bulk.head - len(self.cells), 0), end)
         self._append_whole(tokens[:begin])
-        self._append_bulk(tokens[begin : begin + n])
-        self._append_whole(tokens[begin + n :])
+        self._append_bulk(tokens[begin:end])
+        self._append_whole(tokens[end:])
         self.logits_are_current = self.logits_are_current or bool(tokens)
 
     def _append_whole(self, tokens: Sequence[int]) -> None:
