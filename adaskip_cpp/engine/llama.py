@@ -396,12 +396,9 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     def _fit_to(self, bulk: Bulk, tokens: list[int], *, is_read: bool) -> None:
         """Evaluate tokens of the bulk as the rest of a prompt, and fit its maps to them if they are enough."""
-        fit, native = Refit.after(self._refit if self._is_refit(bulk) else None, bulk.skip), self._adaskip
-        native.start_statistics(fit.add, keep_logits=True, activations=True, of_bulk=True)
-        try:
+        fit = Refit.after(self._refit if self._is_refit(bulk) else None, bulk.skip)
+        with self._observing(fit.add, keep_logits=True, activations=True, of_bulk=True):
             self._evaluate("prefill", tokens, is_last=False, is_read=is_read)
-        finally:
-            native.stop_statistics()
         if len(tokens) == bulk.refit:
             fit.tokens, self._refit = self.input_ids[: self.n_tokens].copy(), fit
 
@@ -606,10 +603,15 @@ class AdaSkipLlama(EditedPromptsLlama):
             >>> with llm.collect_statistics(batches.append):
             ...     llm.eval(tokens)
         """
+        with self._observing(sink, keep_logits=keep_logits, activations=activations):
+            yield
+
+    @contextmanager
+    def _observing(self, sink: StatisticsSink, **options: bool) -> Iterator[None]:
         native = self._adaskip
         # Ctrl-C inside these calls would leave a model that computes no logits.
         try:
-            native.start_statistics(sink, keep_logits=keep_logits, activations=activations)
+            native.start_statistics(sink, **options)
         except KeyboardInterrupt:
             native.stop_statistics()
             raise
