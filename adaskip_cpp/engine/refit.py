@@ -1,7 +1,7 @@
 """Fits the maps of a plan's bulk again to the prompt that is being read, for ``llama.py``: see :class:`Refit`.
 
 Maps explain much less of a prompt than of the text they were fitted on. A few of the prompt's own tokens, which run
-whole, close half of this gap. docs/dev/method.md has the measurements.
+whole, narrow this gap. docs/dev/method.md has the measurements.
 """
 
 from collections.abc import Iterator
