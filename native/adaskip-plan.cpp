@@ -37,7 +37,7 @@ private:
 };
 
 // what a bulk has besides its set: attentions that look back at a window, and whether maps may be replaced
-struct adaskip_windows {
+struct adaskip_around {
     const uint8_t * windowed = nullptr; // [n_layer]
     int32_t         window   = 0;
     int32_t         n_sinks  = 0;
@@ -47,17 +47,17 @@ struct adaskip_windows {
 };
 
 // whether the set skips nothing and no attention looks back at a window
-static bool is_whole(const adaskip_set & set, const adaskip_windows & windows) {
+static bool is_whole(const adaskip_set & set, const adaskip_around & around) {
     for (int32_t i = 0; i < 2 * set.n_layer; ++i) {
-        if (set.skip[i] || windows.has(i / 2)) {
+        if (set.skip[i] || around.has(i / 2)) {
             return false;
         }
     }
     return true;
 }
 
-static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaskip_windows & windows) {
-    if (is_whole(set, windows)) {
+static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaskip_around & around) {
+    if (is_whole(set, around)) {
         return 0;
     }
     adaskip_hash hash;
@@ -65,16 +65,16 @@ static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaski
         const uint32_t mark = 2 * (uint32_t) set.n_layer; // not the number of a sublayer
         hash.add(&mark, 1);
     }
-    if (windows.refits) {
+    if (around.refits) {
         const uint32_t mark = 2 * (uint32_t) set.n_layer + 2;
         hash.add(&mark, 1);
     }
     for (uint32_t il = 0; il < (uint32_t) set.n_layer; ++il) {
-        if (windows.has((int32_t) il) && !set.skip[2 * il]) {
+        if (around.has((int32_t) il) && !set.skip[2 * il]) {
             const uint32_t parts[] = { 2 * (uint32_t) set.n_layer + 1, il };
             hash.add(parts, 2);
-            hash.add(&windows.window, 1);
-            hash.add(&windows.n_sinks, 1);
+            hash.add(&around.window, 1);
+            hash.add(&around.n_sinks, 1);
         }
     }
     const size_t n_map = set.down ? (size_t) set.n_rank * set.n_embd : 0;
@@ -240,15 +240,15 @@ static void check_decode(const adaskip_plan & plan) {
 
 // uploads the set, or returns the known one of the same id
 static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * set, bool keeps_kv,
-        const adaskip_windows & windows, const std::map<uint64_t, const adaskip_skip_set *> & known) {
+        const adaskip_around & around, const std::map<uint64_t, const adaskip_skip_set *> & known) {
     adaskip_skip_set res;
     const int32_t    n = set ? 2 * set->n_layer : 0;
 
     std::vector<bool> windowed(n / 2);
     for (int32_t il = 0; il < n / 2; ++il) {
-        windowed[il] = windows.has(il) && !set->skip[2 * il];
+        windowed[il] = around.has(il) && !set->skip[2 * il];
     }
-    res.set_id = set ? make_set_id(*set, keeps_kv, windows) : 0;
+    res.set_id = set ? make_set_id(*set, keeps_kv, around) : 0;
     if (res.set_id == 0) {
         return res;
     }
@@ -258,14 +258,14 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
     }
     res.graph_id = adaskip_new_graph_id();
     res.keeps_kv = keeps_kv;
-    res.refits   = windows.refits;
+    res.refits   = around.refits;
     res.skip.assign(n, 0);
     res.scale.assign(n, 1.0f);
     res.attention.assign(set->n_layer, false);
     if (std::find(windowed.begin(), windowed.end(), true) != windowed.end()) {
         res.windowed = std::move(windowed);
-        res.window   = windows.window;
-        res.n_sinks  = windows.n_sinks;
+        res.window   = around.window;
+        res.n_sinks  = around.n_sinks;
     }
     for (int32_t i = 0; i < n; ++i) {
         if (set->skip[i]) {
