@@ -84,11 +84,12 @@ def _print_points(out: Console, frontier: Frontier) -> None:
     out.print(rows)
     out.print(
         "attn, FFN: sublayers that the bulk of a prompt skips. windows: attentions with a window there. divergence, "
-        "added loss: in nats per token, of answers that continue the prompt. in copies, in keys: the divergence of "
-        "answers that copy from the prompt, and of those that give a pass key. same token: how often plan and whole "
-        "model find the same token likeliest. pass keys: those that the whole model finds clearly, and of these those "
-        "that the plan finds. Means over texts, ± half of a 95% interval. speed: how many times as fast the first "
-        f"token comes, predicted. For a prompt twice as long, the loss is assumed to be {GROWTH:g} times as large.\n",
+        "added loss: in nats per token, of answers that continue the prompt. in copies: the divergence of answers that "
+        "copy from the prompt. in keys: that of answers that give a pass key, where the plan makes it less likely. "
+        "same token: how often plan and whole model find the same token likeliest. pass keys: those that the whole "
+        "model finds clearly, and of these those that the plan finds. Means over texts, ± half of a 95% interval. "
+        "speed: how many times as fast the first token comes, predicted. For a prompt twice as long, the loss is "
+        f"assumed to be {GROWTH:g} times as large.\n",
         style="dim",
     )
 

@@ -4,7 +4,7 @@ Start at :func:`judged_plan`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,11 +20,16 @@ key takes a divergence of 0.39 at one token. A key by a factor of 2 is lost by 0
 
 
 def quality_of(probes: Sequence[Probe], scores: Sequence[Scores], kind: ProbeKind) -> Quality:
-    """Return what a plan changes in the answers of one kind, as means over texts."""
+    """Return what a plan changes in the answers of one kind, as means over texts.
+
+    A pass key is the right answer to its question. So its divergence counts only at tokens that the plan makes less
+    likely. Plans often find keys that the whole model misses: docs/dev/method.md.
+    """
     texts: dict[str, list[Scores]] = {}
     for probe, each in zip(probes, scores, strict=True):
         if probe.kind == kind:
-            texts.setdefault(probe.text, []).append(each)
+            loses = (each.loss > 0) | (kind != "retrieval")
+            texts.setdefault(probe.text, []).append(replace(each, divergence=np.where(loses, each.divergence, 0.0)))
     divergence, loss, agreement = (
         np.array([np.concatenate([getattr(each, name) for each in of]).mean() for of in texts.values()])
         for name in ("divergence", "loss", "agrees")

@@ -49,6 +49,15 @@ def test_an_added_loss_counts_where_it_is_above_the_divergence_beyond_chance() -
     assert alone.divergence.value == pytest.approx(0.2) and np.isnan(alone.error) and alone.excess == 0.0
 
 
+def test_a_pass_key_that_becomes_likelier_is_no_loss() -> None:
+    """The key is the right answer. Elsewhere the whole model's answer counts, right or wrong."""
+    texts, answers = ("a", "b"), [scores([0.3, 0.1], [-0.5, 0.2]), scores([0.4, 0.2], [-0.6, -0.1])]
+    keys = quality_of([probe(text, "retrieval") for text in texts], answers, "retrieval")
+    assert keys.divergence.value == pytest.approx(0.025) and keys.loss.value == pytest.approx(-0.25)
+    copies = quality_of([probe(text, "copying") for text in texts], answers, "copying")
+    assert copies.divergence.value == pytest.approx(0.25)
+
+
 def test_a_pass_key_is_lost_where_a_token_of_it_is_wrong_that_the_whole_model_was_sure_of() -> None:
     """Sure is ten times as likely as any other token, for each token of the key."""
     sure, unsure, right, wrong = [2.31, 5.0], [5.0, 2.3], [True, True], [True, False]
