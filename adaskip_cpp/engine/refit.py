@@ -20,8 +20,8 @@ from .statistics import StatisticsBatch
 # lose more: docs/dev/method.md.
 N_PRIOR = 300
 
-# OpenBLAS keeps its threads busy for 0.1 s after a product. On 2 cores the next ubatch then takes up to twice as long,
-# which is more than several threads save here.
+# OpenBLAS keeps its threads busy for 0.1 s after a product. On 2 cores the next ubatch then takes a third longer, which
+# is more than several threads save here.
 _one_thread = partial(threadpool_limits, 1, "blas")
 
 

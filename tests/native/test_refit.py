@@ -15,6 +15,7 @@ from oracles.expected import error
 from oracles.fixtures import Open
 from oracles.skip_sets import filled, only
 from oracles.tiny_families import N_EMBD, tokens
+from threadpoolctl import ThreadpoolController
 
 from adaskip_cpp.errors import NativeError, PlanError
 from adaskip_cpp.model import plan as plan_module
@@ -51,6 +52,15 @@ def test_a_fit_goes_on_at_every_so_many_tokens(both: Open, monkeypatch: pytest.M
         each.eval(tokens(240)[148:])
     assert len(expected.fit.samples) == 48 and len(expected.fit.text) == 208
     assert error(llm, expected) < 1e-5
+
+
+def test_a_fit_has_one_thread_of_blas(both: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenBLAS keeps others busy after a product, and the next ubatch waits for their cores."""
+    counts, inverse = [], np.linalg.inv
+    of_blas = ThreadpoolController().select(user_api="blas")
+    monkeypatch.setattr(np.linalg, "inv", lambda a: counts.append(of_blas.info()) or inverse(a))
+    both(plan(SUBLAYERS, refit=16), n_ctx=256)[0].eval(PROMPT)
+    assert counts and all(each["num_threads"] == 1 for info in counts for each in info)
 
 
 def interrupt(llm: Any, text: list[int], at: int) -> None:

@@ -208,6 +208,12 @@ def test_threads_are_chosen_by_the_phase_that_they_are_for_however_short_it_is(n
     assert (found.n_threads, found.n_threads_batch) == (LOGICAL, PHYSICAL)
 
 
+def test_slow_answers_under_flash_attention_are_weighed_with_the_best_threads(search: Search) -> None:
+    token = faster(1 / 3, flash_attn=True)
+    machine = Machine(faster(1.5, flash_attn=True), lambda s, d: 10 * token(s, d) / (1 + (s.n_threads == LOGICAL)))
+    assert search(machine).settings == Settings(flash_attn=True, n_threads=LOGICAL)
+
+
 @pytest.mark.parametrize(("factor", "chosen"), [(1.02, False), (1.05, True)])
 def test_small_differences_keep_the_default(factor: float, chosen: bool, search: Search) -> None:
     assert search(Machine(lambda settings, depth: 0.0, faster(factor, flash_attn=True))).settings.flash_attn == chosen
