@@ -28,7 +28,7 @@ class Quality:
     """The quality of one kind of answers, against the whole model: means over texts, with 95% intervals.
 
     Attributes:
-        divergence: divergence from the whole model, in nats per token.
+        divergence: divergence from the whole model, in nats per token. Tokens of pass keys that become likelier have 0.
         error: standard error of the divergence.
         loss: added loss, in nats per token.
         excess: lower end of the 95% interval of loss minus divergence, in nats per token, or 0 if that is negative.
