@@ -9,6 +9,7 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -338,6 +339,16 @@ int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) 
                 out->n_bytes_kv += (int64_t) size;
             }
         }
+    });
+}
+
+int32_t adaskip_set_flash_least(llama_context * ctx, int32_t n_tokens) {
+    return guarded(ctx, [&] {
+        require(n_tokens >= 0, format("the number of %d tokens is negative", n_tokens));
+        for (const auto * cache : ctx->adaskip.get_kv().caches) {
+            require(!ggml_is_quantized(cache->type_v()), "without flash attention, V cannot be quantized");
+        }
+        ctx->adaskip.n_flash_least = n_tokens;
     });
 }
 

@@ -57,6 +57,7 @@ llm_graph_params adaskip_context::graph_params(llm_graph_params params) {
         params.n_outputs = params.ubatch.n_tokens;
     }
     has_outputs = params.n_outputs > 0;
+    params.cparams.flash_attn &= params.ubatch.n_tokens >= n_flash_least;
     return params;
 }
 

@@ -54,6 +54,8 @@ public:
         kv->moves  = value > 0;
     }
 
+    uint32_t n_flash_least = 0; // ubatches of fewer tokens do without flash attention
+
     const adaskip_plan_sets & get_plan() const { return plan; }
 
     // the set under which the next token of this phase runs

@@ -73,8 +73,14 @@ std::optional<adaskip_kv_reads> adaskip_kv_reads::find(ggml_cgraph * gf, ggml_te
     res.k = res.kq->src[0];
     res.v = res.kqv->src[0];
 
+    // a cache for flash attention is transposed for a graph without it
+    res.v_has_rows = res.v->op == GGML_OP_CONT && res.v->src[0]->op == GGML_OP_TRANSPOSE;
+    if (res.v_has_rows) {
+        res.v = res.v->src[0]->src[0];
+    }
     const bool is_transposed = res.v->ne[2] == 1 || res.v->nb[2] == res.v->nb[1] * res.v->ne[1];
-    return is_view_of_memory(res.k) && has_rows_of_cells(res.k) && is_view_of_memory(res.v) && is_transposed
+    return is_view_of_memory(res.k) && has_rows_of_cells(res.k) && is_view_of_memory(res.v) &&
+                           (res.v_has_rows ? has_rows_of_cells(res.v) : is_transposed)
                    ? std::optional(res)
                    : std::nullopt;
 }
@@ -219,7 +225,8 @@ void adaskip_window::narrow(const adaskip_kv_reads & reads) {
         reads.attention->src[3] = input.mask;
         return;
     }
-    ggml_tensor * v = heads(gather_columns(ctx, reads.v, input.cells), reads.v->ne[1]);
+    ggml_tensor * v = reads.v_has_rows ? heads(gather(ctx, reads.v, input.cells), reads.v->ne[0])
+                                       : heads(gather_columns(ctx, reads.v, input.cells), reads.v->ne[1]);
 
     reads.kq->src[0]        = k;
     reads.kqv->src[0]       = ggml_cast(ctx, ggml_permute(ctx, v, 1, 0, 2, 3), type_of(reads.v));

@@ -20,6 +20,8 @@ struct adaskip_kv_reads {
     const ggml_tensor * k = nullptr; // views of the cache: [n_embd_head, n_kv, n_head_kv]
     const ggml_tensor * v = nullptr; // likewise, or [n_kv, n_embd_head, n_head_kv]
 
+    bool v_has_rows = true; // whether v is likewise
+
     // Returns nothing for null, and for attentions that read a cache in another way, or one per sequence, or add a bias
     // by the distance of cells.
     static std::optional<adaskip_kv_reads> find(ggml_cgraph * gf, ggml_tensor * attention);

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 14
+#define ADASKIP_ABI_VERSION 15
 
 struct llama_context;
 struct llama_vocab;
@@ -229,6 +229,10 @@ int32_t adaskip_elide_kv(const uint8_t * skipped, int32_t n_layer);
 
 // fills elided[n_layer] with 1 where this context has no KV
 int32_t adaskip_get_elided_kv(const struct llama_context * ctx, uint8_t * elided, int32_t n_layer);
+
+// Ubatches of fewer tokens do without flash attention in a context that has it; 0 for none. ggml's CPU backend reads
+// prompts faster with it, but few tokens after many slower. Fails if the cache has quantized V.
+int32_t adaskip_set_flash_least(struct llama_context * ctx, int32_t n_tokens);
 
 // flags: 0 to stop, and callback may be NULL; else ADASKIP_STATISTICS_ON with other enum adaskip_statistics_flags
 int32_t adaskip_set_statistics(

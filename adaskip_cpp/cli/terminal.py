@@ -19,6 +19,7 @@ from rich.table import Column, Table
 
 from ..errors import AdaSkipError
 from ..measuring.running import Running
+from ..model.settings import FLASH_ATTENTION
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -213,6 +214,7 @@ def made_of(make: Callable[..., Any], name: str, *parts: str, kept: str = "") ->
     return wrap
 
 
+_FLASH_ATTENTION = {words: value for value, words in FLASH_ATTENTION.items()}
 _running = functools.partial(option, group=RUNNING)
 
 
@@ -221,12 +223,14 @@ def model_options_with(threads: str, flash_attn: str) -> Callable[[_Command], _C
     return options(
         _running("--threads", "n_threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
         _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there is one; -1: all."),
-        _running("--flash-attn/--no-flash-attn", default=None, help=f"Use flash attention.  [default: {flash_attn}]"),
+        _running("--flash-attn", type=click.Choice([*_FLASH_ATTENTION]),
+                 callback=lambda context, parameter, value: _FLASH_ATTENTION.get(value),
+                 help=f"Use flash attention everywhere, nowhere, or in prompts alone.  [default: {flash_attn}]"),
         made_of(Running, "running", "n_threads", "gpu_layers", "flash_attn"),
     )
 
 
-model_options = model_options_with("as tuned, else physical cores", "as tuned, else no")
+model_options = model_options_with("as tuned, else physical cores", "as tuned, else off")
 
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:

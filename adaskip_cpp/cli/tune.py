@@ -32,7 +32,7 @@ from .tune_report import minutes, print_frontier
 @option("--text", "text_files", multiple=True, metavar="FILE",
         help="Other UTF-8 text, to judge answers; may be repeated.  [default: descriptions, code and licences "
         "of packages]")  # fmt: skip
-@model_options_with("the fastest number", "if it is faster")
+@model_options_with("the fastest number", "the fastest")
 @option("-o", "--output", group=OUTPUT, metavar="PLAN",
         help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
 def tune(

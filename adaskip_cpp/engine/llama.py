@@ -64,6 +64,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         exact_batches: whether prompts are cut into batches exactly as in ``llama_cpp.Llama``. By default, models whose
             upper layers share KV (Gemma 3n and 4) compute the last token of a prompt by itself. These layers then run
             for no other token. Logits differ by the rounding of another batch size.
+        flash_attn: True, False or ``"prompts"``: without flash attention where fewer than 64 tokens are computed at
+            once, as in answers. On many CPUs these are slow with it.
         repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). Logits differ by
             rounding. None for the setting of ``tune``, or True without one.
         reuse: the part of an earlier prompt that is used again. ``"prefix"`` is the common beginning, as in
@@ -89,7 +91,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         PlanError: the plan cannot be used, see ``set_plan``.
         PlanFileError: with ``"auto"``, the plan file, see ``plan_path``, is missing or cannot be used.
         ProfileMismatchError: the plan is of another model.
-        RequestError: ``reuse`` is unknown.
+        RequestError: ``reuse`` or ``flash_attn`` is unknown. Or ``flash_attn="prompts"`` cannot be, because V is
+            quantized or tensors are split between GPUs.
 
     Examples:
         >>> from adaskip_cpp import AdaSkipLlama  # before anything that imports llama_cpp
@@ -634,6 +637,7 @@ class AdaSkipLlama(EditedPromptsLlama):
             "plan": self._plan_opened,
             "exact_batches": self._exact_batches,
             "repack": self._repack,
+            "flash_attn": self.flash_attn,
             "reuse": self._reuse,
             "plan_in_force": (self.plan, self.readable, self.frontier, self.max_loss),
         }

@@ -257,6 +257,10 @@ class NativeContext:
         """Whether cells can be moved: there is no recurrent state, and llama.cpp can shift K."""
         return bool(self._check(lib.adaskip_can_move(self._ctx)))
 
+    def set_flash_least(self, n: int) -> None:
+        """Do without flash attention in ubatches of fewer than ``n`` tokens."""
+        self._check(lib.adaskip_set_flash_least(self._ctx, n))
+
     def set_most_moves(self, n: int) -> None:
         """Allow reading positions that count up to ``n`` moves; before the first call, none that moved."""
         self._check(lib.adaskip_set_most_moves(self._ctx, n))

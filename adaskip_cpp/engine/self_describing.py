@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,13 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 from ..errors import ModelFileError, NativeError, RequestError, StateError
 from ..files import StrPath
 from ..model.identity import ModelInfo, fingerprint
+from ..model.settings import FlashAttention
 from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
 
 _ERROR = 4  # ggml_log_level; llama-cpp-python numbers levels otherwise, and hides errors unless verbose
+_FLASH_TILE = 64  # ggml's GGML_FA_TILE_Q: with fewer tokens, its CPU backend computes flash attention row by row
+_V_TYPES = {None, 0, 1, 30}  # ggml_type of V that can be transposed: the default, F32, F16, BF16
 _NOT_TOKENIZED = -(2**31)  # llama_tokenize returns this if it fails
 
 
@@ -33,10 +36,13 @@ class AdaSkipState(LlamaState):
 class SelfDescribingLlama(llama_cpp.Llama):
     """A model with its native side. :class:`AdaSkipLlama` adds the plan."""
 
-    def __init__(self, model_path: StrPath, **kwargs: Any) -> None:
+    def __init__(self, model_path: StrPath, *, flash_attn: FlashAttention = False, **kwargs: Any) -> None:
+        if isinstance(flash_attn, str):
+            _check_in_prompts(flash_attn, kwargs)
+        self.flash_attn: FlashAttention = flash_attn
         try:
             with _errors_logged() as reasons:
-                super().__init__(os.fspath(model_path), **kwargs)
+                super().__init__(os.fspath(model_path), flash_attn=bool(flash_attn), **kwargs)
         except ValueError as error:
             if "Failed to" not in str(error):  # llama_cpp.Llama's message if llama.cpp cannot load something
                 raise
@@ -45,6 +51,8 @@ class SelfDescribingLlama(llama_cpp.Llama):
                 "file is complete, its architecture supported, and the memory large enough for its context (n_ctx, "
                 "--ctx)."
             ) from error
+        if flash_attn == "prompts":
+            self._adaskip.set_flash_least(_FLASH_TILE)
         self._n_ctx = self.context_size  # that by which llama_cpp.Llama bounds prompts and answers
         self.n_batch = min(self.n_batch, self._adaskip.n_positions or self.n_batch)  # embed cuts texts to it
 
@@ -239,6 +247,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
             self._ctx.kv_cache_clear()
             self.reset()  # type: ignore[no-untyped-call]
             raise StateError(f"llama.cpp refused the state ({error}); the cache is empty, read the prompt.") from error
+
+
+def _check_in_prompts(flash_attn: str, others: Mapping[str, Any]) -> None:
+    if flash_attn != "prompts":
+        raise RequestError(f'flash_attn is {flash_attn!r}; use True, False or "prompts".')
+    if others.get("type_v") not in _V_TYPES or others.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR:
+        raise RequestError("a quantized V (type_v), or tensors split between GPUs, need flash attention everywhere; "
+                           "use flash_attn=True.")  # fmt: skip
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
         n_threads_batch=int(parameters.n_threads_batch),
         n_batch=int(llm.n_batch),
         n_ubatch=int(parameters.n_ubatch),
-        flash_attention=int(parameters.flash_attn_type) == 1,
+        flash_attention=llm.flash_attn,
         type_k=str(GGMLQuantizationType(parameters.type_k).name),
         type_v=str(GGMLQuantizationType(parameters.type_v).name),
         swa_full=bool(parameters.swa_full),

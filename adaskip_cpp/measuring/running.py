@@ -15,7 +15,7 @@ from ..engine.settings import is_here
 from ..files import StrPath
 from ..model.frontier import Frontier
 from ..model.plan_file import frontier_beside
-from ..model.settings import Settings
+from ..model.settings import FlashAttention, Settings
 from .cores import physical_cores
 
 _Llama = TypeVar("_Llama", bound=AdaSkipLlama)
@@ -30,12 +30,12 @@ class Running:
     Attributes:
         n_threads: CPU threads; None for all physical cores by default.
         gpu_layers: layers on a GPU, if llama-cpp-python was built for one; -1 for all.
-        flash_attn: whether flash attention is used; None for False by default.
+        flash_attn: whether flash attention is used, as in ``Settings``; None for False by default.
     """
 
     n_threads: int | None = None
     gpu_layers: int = -1
-    flash_attn: bool | None = None
+    flash_attn: FlashAttention | None = None
 
     def given(self) -> dict[str, Any]:
         """Return the settings that are not None, by the names of ``Settings``."""

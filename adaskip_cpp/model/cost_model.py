@@ -8,6 +8,7 @@ import numpy.typing as npt
 from ..errors import PlanError, ProfileError
 from .arrays import Count, Flags, Floats, LayerArrays, checked, freeze
 from .plan import CELLS, PHASES, Bulk, Phase, SkipPlan
+from .settings import FLASH_ATTENTION, FlashAttention
 from .skip_set import SkipSet, marked
 
 _MOST_SECONDS = 1e9  # no time is longer, so sums and ratios of times are finite
@@ -25,7 +26,7 @@ class CostSettings:
         n_threads_batch: threads for prompts.
         n_batch: tokens that llama.cpp is given at once.
         n_ubatch: tokens that llama.cpp computes at once.
-        flash_attention: whether flash attention is used.
+        flash_attention: whether flash attention is used, as in ``Settings``.
         type_k: type of K in the cache, such as ``"F16"``.
         type_v: type of V in the cache.
         swa_full: whether the cache holds all tokens of sliding windows.
@@ -40,7 +41,7 @@ class CostSettings:
     n_threads_batch: int
     n_batch: Count
     n_ubatch: int
-    flash_attention: bool
+    flash_attention: FlashAttention
     type_k: str
     type_v: str
     swa_full: bool
@@ -57,7 +58,7 @@ class CostSettings:
         return (
             f"{self.cpu}, {threads} thread{'' if threads == '1' else 's'}{offloaded}, batches of {self.n_batch}, "
             f"ubatches of {self.n_ubatch}, KV in {self.type_k} and {self.type_v}, flash attention "
-            f"{'on' if self.flash_attention else 'off'}, weights {'repacked' if self.repack else 'as in the file'}"
+            f"{FLASH_ATTENTION[self.flash_attention]}, weights {'repacked' if self.repack else 'as in the file'}"
         )
 
 

@@ -1,15 +1,18 @@
 """Options of llama.cpp that change speed and rounding alone, for ``tune`` and the frontier: ``Settings``."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+FlashAttention: TypeAlias = bool | Literal["prompts"]
+
+FLASH_ATTENTION: dict[FlashAttention, str] = {True: "on", False: "off", "prompts": "prompts"}  # words of each value
 
 @dataclass(frozen=True)
 class Settings:
     """Arguments of ``AdaSkipLlama`` that change only speed and rounding.
 
     Attributes:
-        flash_attn: whether flash attention is used.
+        flash_attn: whether flash attention is used. ``"prompts"``: only where many tokens are computed at once.
         repack: whether llama.cpp may keep weights on the CPU in its own layout.
         n_batch: tokens that llama.cpp is given at once.
         n_ubatch: tokens that llama.cpp computes at once.
@@ -17,7 +20,7 @@ class Settings:
         n_threads_batch: threads for prompts; None for the default of ``llama_cpp.Llama``.
     """
 
-    flash_attn: bool = False
+    flash_attn: FlashAttention = False
     repack: bool = True
     n_batch: int = 512
     n_ubatch: int = 512

@@ -49,10 +49,11 @@ class ServedLlama(AdaSkipLlama):
         self._is_cut = False  # whether a limit ended the answer
         self._live_key, self._n_kept = "", 0  # of the memory: its key in the cache, and how many tokens are saved there
         parameters = self.context_params
-        settings = {name: getattr(parameters, name) for name in ("type_k", "type_v", "flash_attn_type", "swa_full")}
+        settings = {name: getattr(parameters, name) for name in ("type_k", "type_v", "swa_full")}
         rope = {name: getattr(parameters, name) for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale")}
         versions = [metadata.version(name) for name in ("llama-cpp-python", "adaskip-cpp")]
-        self._settings_key = content_hash([asdict(self.model_info), settings, rope, self.n_ctx(), versions])
+        identity = [asdict(self.model_info), settings, self.flash_attn, rope, self.n_ctx(), versions]
+        self._settings_key = content_hash(identity)
 
     def close(self) -> None:
         """Save the memory in the cache, write that to disk, and free the model."""

@@ -50,6 +50,7 @@ def fastest_settings(
     """Find the settings under which the whole model answers a request fastest on this machine.
 
     Settings are varied one at a time: threads for answers, flash attention, repacking, threads for prompts, batch size.
+    If flash attention makes answers slower, it is also tried in prompts alone.
     Each candidate is timed in turn with the best settings so far (best, candidate, candidate, best), in newly opened
     models. It replaces them if it is faster in both rounds and saves 3% of the request's time on average. If two rounds
     disagree, the median of three decides. For threads, the time of their own phase counts. A candidate that fails is
@@ -76,6 +77,12 @@ def fastest_settings(
 class _Rates:
     prompt: SecondsByDepth
     token: SecondsByDepth
+
+
+@dataclass(frozen=True)
+class _Trial:
+    rates: _Rates | None = None  # of the changed settings; None if they were not tried, or failed
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,10 @@ class _Search:
             if n != self._threads["n_threads"] and n_decode:
                 self._try(replace(short, piece=0), n_threads=n)
         # With more threads for answers, slow answers under flash attention weigh less against fast prompts.
-        self._try(self._deep, flash_attn=not self._best.flash_attn)
+        before, flash_attn = self._rates, not self._best.flash_attn
+        flash = self._try(self._deep, flash_attn=flash_attn).rates
+        if flash_attn and flash and flash.token.at(self.context) > before.token.at(self.context):
+            self._try(replace(self._deep, piece=0), base=flash, flash_attn="prompts")
         if self._file_type not in _NOT_QUANTIZED:
             self._try(short, repack=not self._best.repack)
         for n in cores:
@@ -201,31 +211,36 @@ class _Search:
         """Try larger batches while they are faster; if none is, try a smaller one."""
         default = self._best.n_batch
         for size in (1024, 2048):
-            if self.context <= self._best.n_batch or not self._try_batch(size):
+            if self.context <= self._best.n_batch or not self._try_batch(size).chosen:
                 break
         if self._best.n_batch == default and self.context > 256:
             self._try_batch(256)
 
-    def _try_batch(self, size: int) -> bool:
+    def _try_batch(self, size: int) -> _Trial:
         whole = _Shape(min(size, self.context), 0)  # one batch of either size, or the whole prompt if it fits into one
         best = _Shape(self._best.n_batch, 0) if size <= self.context else whole
         return self._try(whole, best, n_batch=size, n_ubatch=size)
 
-    def _try(self, shape: _Shape, best_shape: _Shape | None = None, **change: Any) -> bool:
-        """Time the best settings and changed ones in turn; return whether the changed ones are now the best."""
+    def _try(
+        self, shape: _Shape, best_shape: _Shape | None = None, base: _Rates | None = None, **change: Any
+    ) -> _Trial:
+        """Time the best settings and changed ones in turn. The better ones are now the best.
+
+        ``base``: the changed settings' rates of what ``shape`` does not time; None for those of the best settings.
+        """
         candidate, best_shape = replace(self._best, **change), best_shape or shape
         is_first = len(self._tried) == 1 and shape == self._deep  # the best settings were timed just now
         n_first, n_second = shape.first + (0 if is_first else best_shape.first), shape.part + best_shape.first
         if change.keys() & self.given.keys() or self._left < n_first:
-            return False
+            return _Trial()
         self._words = ", ".join(f"{name} {value}" for name, value in change.items())
         ours = [self._rates if is_first else self._measure(self._best, best_shape)]
         theirs: list[_Rates] = []
         try:
             with self._visit(candidate, shape) as visit:
-                theirs.append(visit.measure(self._rates))
+                theirs.append(visit.measure(base or self._rates))
                 if self._ratio(ours[0], theirs[0], change) < _CLEARLY_SLOWER and self._left >= n_second:
-                    theirs.append(visit.measure(self._rates))
+                    theirs.append(visit.measure(base or self._rates))
         except _FAILURES:
             theirs.clear()
         if len(theirs) > 1:
@@ -235,14 +250,14 @@ class _Search:
         if is_open and self._left >= shape.first + best_shape.first:
             # One round was disturbed. A third one, between two turns of the best settings, decides.
             with contextlib.suppress(*_FAILURES):
-                theirs.append(self._measure(candidate, shape))
+                theirs.append(self._measure(candidate, shape, base))
                 ratios.append(self._ratio(_mean([ours[1], self._measure(self._best, best_shape)]), theirs[2], change))
                 theirs = [theirs[ratios.index(median(ratios))]]
         chosen = _saves_time(ratios)
         self._record(candidate, theirs, chosen=chosen)
         if chosen:
             self._best, self._rates = candidate, _mean(theirs)
-        return chosen
+        return _Trial(_mean(theirs) if theirs else None, chosen)
 
     def _ratio(self, ours: _Rates, theirs: _Rates, change: Mapping[str, Any]) -> float:
         """Return the changed settings' time over the best ones', of a request or, for threads, of their phase."""
@@ -264,9 +279,9 @@ class _Search:
         times = prompt.at(0), prompt.at(self.context), token, self._request_s(known) if rates else math.inf
         self._tried.append(Tried(settings, *times, chosen))
 
-    def _measure(self, settings: Settings, shape: _Shape) -> _Rates:
+    def _measure(self, settings: Settings, shape: _Shape, base: _Rates | None = None) -> _Rates:
         with self._visit(settings, shape) as visit:
-            return visit.measure(self._rates)
+            return visit.measure(base or self._rates)
 
     @contextlib.contextmanager
     def _visit(self, settings: Settings, shape: _Shape) -> Iterator[_Visit]:

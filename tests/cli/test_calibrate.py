@@ -18,7 +18,7 @@ def test_calibrate_writes_a_profile_that_plan_takes(tiny: Any, tmp_path: Path, m
     output, data = tmp_path / "out.json", tmp_path / "text.txt"
     data.write_text("the quick brown fox " * 40)
     args = ["calibrate", tiny(), "--data", data, "--requests", 4, "--tokens", 20, "-o", output]
-    result = run(*args, "--decode-tokens", 5, "--threads", 1, "--flash-attn")
+    result = run(*args, "--decode-tokens", 5, "--threads", 1, "--flash-attn", "on")
     assert "4 requests: 80 tokens of text.txt" in result.stdout and "20 tokens were decoded" in result.stdout
     assert str(output) in result.stdout and str(output.with_suffix(".bin")) in result.stdout
     profile = Profile.load(output)

@@ -46,7 +46,7 @@ def tune(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tune:
 
     def run(*args: object, code: int = 0) -> Result:
         words = ["tune", folder / "m.gguf", "--data", folder / "data.txt", "--context", 100, "--answer", 4]
-        words += ["--text", folder / "0.txt", "--text", folder / "1.txt", "--threads", 1, "--no-flash-attn"]
+        words += ["--text", folder / "0.txt", "--text", folder / "1.txt", "--threads", 1, "--flash-attn", "off"]
         return command_line.run(*words, *args, code=code)
 
     return run
@@ -100,7 +100,7 @@ def test_ctrl_c_leaves_all_files_as_they_were_and_the_next_run_goes_on_and_clean
     assert files(folder).keys() - before.keys() == {"other.bin"}
 
 
-@pytest.mark.parametrize("change", [("--context", 120), ("--flash-attn",)], ids=str)
+@pytest.mark.parametrize("change", [("--context", 120), ("--flash-attn", "on")], ids=str)
 def test_with_other_options_it_begins_anew(
     change: tuple[object, ...], tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:

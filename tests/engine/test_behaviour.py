@@ -18,6 +18,8 @@ from oracles.tiny_families import N_LAYER, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.engine.binding import lib
+from adaskip_cpp.errors import RequestError
 
 PROGRAM = Path(__file__).parents[1] / "oracles" / "behaviour.py"
 
@@ -71,6 +73,36 @@ def test_quantised_kv_is_stocks_and_under_a_plan_near_the_same_plan_over_f32(tin
     plain, elided = open_tiny("qwen3", under=PLAN), open_tiny("qwen3", plan=PLAN, **quantised)
     actual, expected = (eval_logits(each, PIECES) for each in (elided, plain))
     assert relative_error(actual, expected) < 0.03
+
+
+def test_flash_attention_in_prompts_is_stocks_with_it_from_64_tokens_on_and_without_it_below(
+    tiny: Tiny, open_tiny: Open
+) -> None:
+    pieces = {n: [tokens(n)] for n in (63, 64)}
+    with_and_without = [Job(str(tiny("llama")), pieces[n], {**OPTIONS, "flash_attn": n == 64}) for n in pieces]
+    llm = open_tiny(flash_attn="prompts")
+    with closing(pickle.loads(pickle.dumps(llm))) as other:
+        for each in (llm, other):
+            for n, expected in zip(pieces, run_stock(with_and_without), strict=True):
+                each.reset()
+                np.testing.assert_array_equal(eval_logits(each, pieces[n]), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flash_attn": "answers"}, "flash_attn is 'answers'; use True, False or \"prompts\""),
+        ({"flash_attn": "prompts", "type_v": 8}, "use flash_attn=True"),
+        ({"flash_attn": "prompts", "split_mode": 3}, "use flash_attn=True"),
+    ],
+)
+def test_impossible_flash_attention_is_refused(options: dict[str, Any], message: str, open_tiny: Open) -> None:
+    with pytest.raises(RequestError, match=message):
+        open_tiny(**options)
+    if options.get("type_v"):
+        quantised = open_tiny("qwen3", **{**options, "flash_attn": True})
+        for n in (-1, 64):
+            assert lib.adaskip_set_flash_least(quantised._adaskip._ctx, n) == lib.ADASKIP_ERROR_ARGUMENT
 
 
 @pytest.mark.parametrize("quantization", ["Q4_0", "Q8_0"])

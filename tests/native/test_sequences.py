@@ -79,6 +79,7 @@ KINDS = {
     "as it is": Kind(),
     "batches of 3": Kind(options={"n_batch": 3}),
     "flash attention": Kind(options={"n_batch": 3, "flash_attn": True}, tolerance=2e-2),
+    "flash attention in prompts": Kind(options={"n_batch": 3, "flash_attn": "prompts"}),
     "sliding windows": Kind("gemma3", options={"n_batch": 5}, tolerance=1e-3),
     "small sliding windows": Kind("gemma3", options={"n_batch": 5, "swa_full": False}, tolerance=1e-3),
     "elided KV": Kind(elided=(1,)),

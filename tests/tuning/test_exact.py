@@ -209,9 +209,30 @@ def test_threads_are_chosen_by_the_phase_that_they_are_for_however_short_it_is(n
 
 
 def test_slow_answers_under_flash_attention_are_weighed_with_the_best_threads(search: Search) -> None:
-    token = faster(1 / 3, flash_attn=True)
-    machine = Machine(faster(1.5, flash_attn=True), lambda s, d: 10 * token(s, d) / (1 + (s.n_threads == LOGICAL)))
+    machine = Machine(
+        faster(1.5, flash_attn=True), lambda s, d: (0.03 if s.flash_attn else 0.01) / (1 + (s.n_threads == LOGICAL))
+    )
     assert search(machine).settings == Settings(flash_attn=True, n_threads=LOGICAL)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "chosen"),
+    [(1.5, 0.5, "prompts"), (1.02, 0.5, False), (0.9, 0.5, False), (1.5, 0.98, True), (1.5, 1.1, True)],
+)
+def test_flash_attention_is_used_in_prompts_alone_where_only_these_are_faster(
+    prompts: float, answers: float, chosen: bool | str, search: Search
+) -> None:
+    def prompt(settings: Settings, depth: int) -> float:
+        return 1e-3 / (prompts if settings.flash_attn else 1.0)
+
+    machine = Machine(prompt, lambda settings, depth: 1e-2 / (answers if settings.flash_attn is True else 1.0))
+    found = search(machine, n_answer=300)
+    assert found.settings.flash_attn == chosen
+    first = next((each for each in found.tried if each.settings.flash_attn == "prompts"), None)
+    assert (first is None) == (answers > 1)
+    if first is not None:
+        times = first.prompt_short_s, first.prompt_long_s, first.token_s
+        assert times == pytest.approx((1e-3 / prompts, 1e-3 / prompts, 1e-2))
 
 
 @pytest.mark.parametrize(("factor", "chosen"), [(1.02, False), (1.05, True)])
