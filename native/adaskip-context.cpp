@@ -117,7 +117,7 @@ void adaskip_context::rewrite(
     counters.n_nodes_full = ggml_graph_n_nodes(gf);
     counters.n_nodes      = counters.n_nodes_full;
 
-    if (n_key_changes == 0 && kv_elided().empty()) {
+    if (n_key_changes == 0 && n_flash_least == 0 && kv_elided().empty()) {
         return; // nothing was skipped or observed yet: the graphs are llama.cpp's own
     }
 
@@ -140,6 +140,9 @@ void adaskip_context::rewrite(
     pass.check();
     pass.skip_sublayers();
     pass.narrow_attentions(res, *kv);
+    if (n_flash_least > 0) {
+        pass.keep_rows_of_v();
+    }
 
     if (end && has_stat) {
         const bool on_device = observer.reduces_on_device();

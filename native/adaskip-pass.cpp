@@ -12,8 +12,14 @@
 // additions, a scale, two products, three nodes for a sum over tokens, and two copies of activations.
 static constexpr uint32_t ADASKIP_NODES_PER_SUBLAYER = 24;
 
+static constexpr uint32_t ADASKIP_NODES_OF_V = 3; // cast, transposed weights, product
+
+// most tokens of a ubatch that read V as it is; with more, a transposed copy costs less
+static constexpr int64_t ADASKIP_MOST_ROWS = 8;
+
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
-    return n_layer * (2 * ADASKIP_NODES_PER_SUBLAYER + adaskip_window::N_TENSORS) + ADASKIP_NODES_PER_SUBLAYER;
+    return n_layer * (2 * ADASKIP_NODES_PER_SUBLAYER + adaskip_window::N_TENSORS + ADASKIP_NODES_OF_V) +
+           ADASKIP_NODES_PER_SUBLAYER;
 }
 
 // turns a node into `src`, but keeps its name and flags, so that its consumers need no change
@@ -154,6 +160,18 @@ void adaskip_pass::narrow_attentions(llm_graph_result & res, const adaskip_kv & 
                     format("layer %zu: the attention cannot look back at a window in this ubatch", il));
         }
         window.narrow(*reads);
+    }
+}
+
+void adaskip_pass::keep_rows_of_v() {
+    for (auto * node : nodes) {
+        const auto * copy = node->op == GGML_OP_MUL_MAT ? node->src[0] : nullptr;
+        if (!copy || copy->op != GGML_OP_CONT || copy->src[0]->op != GGML_OP_TRANSPOSE ||
+                node->ne[1] > ADASKIP_MOST_ROWS) {
+            continue;
+        }
+        ggml_tensor * v = ggml_cast(ctx, copy->src[0]->src[0], GGML_TYPE_F32);
+        node_become(node, ggml_out_prod(ctx, v, ggml_transpose(ctx, node->src[1])));
     }
 }
 

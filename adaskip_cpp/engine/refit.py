@@ -13,6 +13,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from ..model.arrays import Floats, Vectors
+from ..model.plan import Bulk
 from ..model.skip_set import SkipSet
 from .statistics import StatisticsBatch
 
@@ -36,19 +37,21 @@ class Refit:
     """
 
     skip: SkipSet
+    head: int  # tokens of a text's beginning that are no part of the fit, as the plan's head
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))  # the text up to the last one
     is_put: bool = False  # whether native code has these maps
     _sums: dict[tuple[int, int], tuple[Floats, Floats]] = field(default_factory=dict)  # z zᵀ, and error times z
     _n: int = 0
 
     @classmethod
-    def after(cls, earlier: "Refit | None", skip: SkipSet) -> "Refit":
-        """Return a fit of a set's maps to the tokens of an earlier one, to which more can be added."""
-        return cls(skip) if earlier is None else cls(skip, _sums=dict(earlier._sums), _n=earlier._n)
+    def after(cls, earlier: "Refit | None", bulk: Bulk) -> "Refit":
+        """Return a fit of a bulk's maps to the tokens of an earlier one, to which more can be added."""
+        of = bulk.skip, bulk.head
+        return cls(*of) if earlier is None else cls(*of, _sums=dict(earlier._sums), _n=earlier._n)
 
     def add(self, batch: StatisticsBatch) -> None:
-        """Add a ubatch, without the first token of the text. Its norm is tens of times that of others."""
-        later = np.flatnonzero(batch.positions > 0)
+        """Add a ubatch, without the head, and the first token in any case. Norms are tens of times others' there."""
+        later = np.flatnonzero(batch.positions >= max(self.head, 1))
         self._n += later.size
         for layer, kind in self._mapped():
             at, scale = (layer, kind), self.skip.scale[layer, kind]
@@ -73,7 +76,7 @@ class Refit:
         """Yield layer, kind and the new ``up``, float32 ``[n_embd, rank]``, of each map."""
         for at in self._mapped():
             up: Vectors | Floats = self._map(at)[1]
-            if at in self._sums:
+            if at in self._sums and self._n:
                 squares, products = self._sums[at]
                 ridge = N_PRIOR * np.trace(squares) / (self._n * len(squares))
                 if ridge > 0:  # it is large, so that an inverse is exact enough, in two thirds of the time of ``solve``

@@ -117,8 +117,12 @@ class Bulk:
         return tuple(layer for layer in self.windowed if not self.skip.skip[layer, 0])
 
     def span(self, n_cached: int, n_tokens: int) -> tuple[int, int]:
-        """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none."""
-        begin, end = max(self.head - n_cached, 0), n_tokens - self.tail
+        """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none.
+
+        A head within the first tokens that maps are fitted to is read together with them, since they run whole too.
+        """
+        has_own_head = n_cached > 0 or self.head >= self.refit
+        begin, end = max(self.head - n_cached, 0) * has_own_head, n_tokens - self.tail
         return (begin, end) if begin < end else (0, 0)
 
     def pieces(self, begin: int, end: int, *, is_fitted: bool) -> Iterator[tuple[int, int, bool]]:

@@ -52,6 +52,8 @@ CUTS: dict[str, tuple[int, dict[str, Any]]] = {
     # The first of them have no output token: there is no row that the last layer could work on.
     "ubatches of which the last is read": (40, {"logits_all": False, "n_ubatch": 8}),
     "flash attention": (7, {"flash_attn": True}),
+    # few tokens multiply by V as it is, more by a transposed copy
+    **{f"flash attention in prompts, pieces of {n}": (n, {"flash_attn": "prompts"}) for n in (1, 8, 9)},
 }
 
 

@@ -224,7 +224,8 @@ class History:
     def _append_prompt(self, tokens: list[int], n_after: int = 0) -> None:
         bulk, n = self.plan.bulk, len(tokens)
         end = 0 if bulk is None else min(max(n + n_after - bulk.tail, 0), n)
-        begin = end if bulk is None else min(max(bulk.head - len(self.cells), 0), end)
+        head = 0 if bulk is None or (bulk.head < bulk.refit and not self.cells) else bulk.head  # else it joins the fit
+        begin = end if bulk is None else min(max(head - len(self.cells), 0), end)
         self._append_whole(tokens[:begin])
         self._append_bulk(tokens[begin:end])
         self._append_whole(tokens[end:])
@@ -249,7 +250,7 @@ class History:
             known = self._fit_in_force() or Fit(bulk.skip)
             self._append_whole(piece)
             if len(piece) == bulk.refit:
-                at = range(max(begin, 1), end)  # without the first token of the text
+                at = range(max(begin, bulk.head, 1), end)
                 samples = [(self.reference.trace(self.cells, i), plan.prefill) for i in at]
                 self.fit = Fit(bulk.skip, tuple(self.tokens), (*known.samples, *samples))
 
