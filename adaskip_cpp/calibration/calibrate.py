@@ -104,7 +104,7 @@ def calibrate(
         cost_model = None
         if cost:
             with on_stage("Timing sublayers") as on_time:
-                cost_model = measure_cost(llm, on_progress=on_time)
+                cost_model = measure_cost(llm, rank=rank, on_progress=on_time)
 
     return Profile(
         prefill=mean,

@@ -29,6 +29,7 @@ def measure_cost(
     *,
     contexts: Sequence[int] = (512, 2048, 6144),
     seconds: float = 15.0,
+    rank: int = 0,
     on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> CostModel:
     """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
@@ -36,11 +37,11 @@ def measure_cost(
     3 to 12 rounds take ``seconds``, at most half of them on deep contexts. Attentions are timed at ``contexts``, in
     tokens, ascending, as far as the model's context allows: the first and the last, and those between if there is time.
     Between them the cache is filled with tokens that only have K and V. If a sublayer cannot be skipped, all tokens are
-    read, as long as there is time. The model's plan is put back at the end, also after an error or Ctrl-C; its KV cache
-    is dropped. Raises RequestError if the context is too small.
+    read, as long as there is time. Linear maps of ``rank`` are timed too; 0 for none. The model's plan is put back at
+    the end, also after an error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
     """
     with set_aside(llm):
-        return _Measurement(llm, contexts, seconds, on_progress).run()
+        return _Measurement(llm, contexts, seconds, rank, on_progress).run()
 
 
 @dataclass
@@ -50,6 +51,7 @@ class _Measurement:
     llm: AdaSkipLlama
     contexts: Sequence[int]
     seconds: float
+    rank: int
     on_progress: Callable[[float], object]
 
     def __post_init__(self) -> None:
@@ -110,8 +112,9 @@ class _Measurement:
                 # They only run if K and V of later layers are stored.
                 self._prepare(self._only(group, group.layers, kept=True), kept=True)
                 self._eval("prefill", self.n_tokens)
-        self._prepare(self._all(False, kept=True), kept=True)
-        self._eval("prefill", self.n_tokens)
+        for maps in (False, True)[: 1 + (self.rank > 0)]:
+            self._prepare(self._all(False, kept=True), kept=True, maps=maps)
+            self._eval("prefill", self.n_tokens)
         for group in self.groups:
             if group.kind == 0 and group.elidable:  # compared with the subsets below, this gives the cost of K and V
                 self._prepare(self._only(group, group.layers))
@@ -183,22 +186,28 @@ class _Measurement:
         flags[list(layers), group.kind] = True
         return flags
 
-    def _set_plan(self, prefill: Flags, decode: Flags, *, kept: bool = False) -> None:
+    def _set_plan(self, prefill: Flags, decode: Flags, *, kept: bool = False, maps: bool = False) -> None:
         none = np.zeros(self.llm.n_layer, np.bool_)
-        left = Computed(prefill, ~prefill[:, 0] if kept else none).unread(self.llm.n_layer_kv)
+        # The map of an FFN stands for its whole layer. Those after the last K and V are not computed.
+        mapped = np.flatnonzero(~prefill[: self.llm.n_layer_kv - 1, 1] & maps)
+        left = Computed(prefill, ~prefill[:, 0] if kept else none, n_maps=len(mapped)).unread(self.llm.n_layer_kv)
         self._what: dict[Phase, Computed] = {"prefill": left, "decode": Computed(decode, none)}
         of_prompt, of_decode = (SkipSet(~runs, np.ones(runs.shape)) for runs in (prefill, decode))
+        if mapped.size:
+            down = np.zeros((self.llm.n_layer, 2, self.rank, self.llm.n_embd()), np.float32)
+            down[mapped, 1] = 1e-3
+            of_prompt = replace(of_prompt, down=down, up=np.ascontiguousarray(down.swapaxes(2, 3)))
         if kept:
             # Prefill, which does not run, gets the decode set: else the next ubatch would read cached tokens again.
             self.llm.set_plan(SkipPlan(of_decode, of_decode, bulk=Bulk(of_prompt)))
         else:
             self.llm.set_plan(SkipPlan(of_prompt, of_decode))
 
-    def _prepare(self, prefill: Flags, decode: Flags | None = None, *, kept: bool = False) -> None:
+    def _prepare(self, prefill: Flags, decode: Flags | None = None, *, kept: bool = False, maps: bool = False) -> None:
         """Empty the cache and set a plan; decode is by default as prefill, or with K and V kept the whole model."""
         self.llm.reset()
         as_prefill = self._all(True) if kept else prefill
-        self._set_plan(prefill, as_prefill if decode is None else decode, kept=kept)
+        self._set_plan(prefill, as_prefill if decode is None else decode, kept=kept, maps=maps)
 
     def _decode(self, offset: str = "") -> None:
         for i in range(self._n_decode + 1):

@@ -49,19 +49,20 @@ def fit(
     offsets = sorted({sample.offset for sample in samples} - {""})
     own = np.array([[sample.offset == offset for offset in offsets] for sample in samples], float)
     rest = np.stack([np.ones(len(samples)), cells * rest_grows], axis=1)  # what cannot be skipped; it may grow
-    columns = np.hstack([rest, count, count * read * grows, kept * keeps, own.reshape(len(samples), -1)])
+    maps = np.array([[sample.what.n_maps] for sample in samples], float)
+    columns = np.hstack([rest, maps, count, count * read * grows, kept * keeps, own.reshape(len(samples), -1)])
     times = np.array([sample.seconds for sample in samples])
 
     free = np.arange(columns.shape[1]) >= columns.shape[1] - len(offsets)
     found, error = _solve(columns / times[:, None], free)
     base, growth, keeping = np.zeros((n_layer, 2)), np.zeros(n_layer), np.zeros(n_layer)
-    each = found[2 : 2 + 3 * len(groups)].reshape(3, -1).T
+    each = found[3 : 3 + 3 * len(groups)].reshape(3, -1).T
     for group, (one, more, keep) in zip(groups, each, strict=True):
         layers = list(group.layers)
         base[layers, group.kind] = one
         if group.kind == 0:
             growth[layers], keeping[layers] = more, keep
-    return PhaseCost(n_tokens, float(found[0]), float(found[1]), base, growth, keeping), error
+    return PhaseCost(n_tokens, float(found[0]), float(found[1]), base, growth, keeping, float(found[2])), error
 
 
 def _solve(columns: Floats, free: Flags) -> tuple[Floats, float]:

@@ -223,9 +223,12 @@ def model_options_with(threads: str, flash_attn: str) -> Callable[[_Command], _C
     return options(
         _running("--threads", "n_threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
         _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there is one; -1: all."),
-        _running("--flash-attn", type=click.Choice([*_FLASH_ATTENTION]),
-                 callback=lambda context, parameter, value: _FLASH_ATTENTION.get(value),
-                 help=f"Use flash attention everywhere, nowhere, or in prompts alone.  [default: {flash_attn}]"),
+        _running(
+            "--flash-attn",
+            type=click.Choice([*_FLASH_ATTENTION]),
+            callback=lambda context, parameter, value: _FLASH_ATTENTION.get(value),
+            help=f"Use flash attention everywhere, nowhere, or in prompts alone.  [default: {flash_attn}]",
+        ),
         made_of(Running, "running", "n_threads", "gpu_layers", "flash_attn"),
     )
 

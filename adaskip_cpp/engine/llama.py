@@ -19,6 +19,7 @@ from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.plan_file import plan_beside
+from ..model.settings import FlashAttention
 from .edited_prompts import EditedPromptsLlama
 from .grammar import check_grammar
 from .native import OnlineResult, elide_kv
@@ -65,7 +66,8 @@ class AdaSkipLlama(EditedPromptsLlama):
             upper layers share KV (Gemma 3n and 4) compute the last token of a prompt by itself. These layers then run
             for no other token. Logits differ by the rounding of another batch size.
         flash_attn: True, False or ``"prompts"``: without flash attention where fewer than 64 tokens are computed at
-            once, as in answers. On many CPUs these are slow with it.
+            once, as in answers. On many CPUs these are slow with it. None for the setting of ``tune``, or False without
+            one.
         repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). Logits differ by
             rounding. None for the setting of ``tune``, or True without one.
         reuse: the part of an earlier prompt that is used again. ``"prefix"`` is the common beginning, as in
@@ -108,6 +110,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         plan: SkipPlan | Frontier | Literal["auto"] | None = None,
         max_loss: float | None = None,
         exact_batches: bool = False,
+        flash_attn: FlashAttention | None = None,
         repack: bool | None = None,
         reuse: Reuse = "auto",
         **kwargs: Any,
@@ -127,8 +130,9 @@ class AdaSkipLlama(EditedPromptsLlama):
             self.max_loss = DEFAULT_LOSS if max_loss is None else max_loss
             if is_here(self.frontier.machine):
                 tuned = self.frontier.settings.to_kwargs()
-                tuned_repack = tuned.pop("repack")
+                tuned_repack, tuned_flash = tuned.pop("repack"), tuned.pop("flash_attn")
                 repack, kwargs = tuned_repack if repack is None else repack, {**tuned, **kwargs}
+                flash_attn = tuned_flash if flash_attn is None else flash_attn
         self._exact_batches, self._repack = exact_batches, repack is not False
         self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native code knows the tag in force
         self._plan_opened = plan  # decides the KV layout
@@ -138,7 +142,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         # In a plan, decode skips every attention that prefill skips, so these are skipped in both.
         elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
         with elide_kv(elided):
-            super().__init__(model_path, reuse=reuse, **kwargs)
+            super().__init__(model_path, reuse=reuse, flash_attn=flash_attn or False, **kwargs)
         if plan is not None:
             try:
                 self.set_plan(plan)

@@ -39,7 +39,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
     def __init__(self, model_path: StrPath, *, flash_attn: FlashAttention = False, **kwargs: Any) -> None:
         if isinstance(flash_attn, str):
             _check_in_prompts(flash_attn, kwargs)
-        self.flash_attn: FlashAttention = flash_attn
+        self.flash_attn: FlashAttention = "prompts" if flash_attn == "prompts" else bool(flash_attn)
         try:
             with _errors_logged() as reasons:
                 super().__init__(os.fspath(model_path), flash_attn=bool(flash_attn), **kwargs)

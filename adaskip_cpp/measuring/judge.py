@@ -113,11 +113,10 @@ class Judge:
         """Yield, for each probe, the logits that predict its judged tokens, float32 ``[n, n_vocab]``."""
         llm = self._llm
         around = self._around
-        head, tail = around.head, around.tail
         llm.set_plan(plan)
         text, n_prompt, n_bulk = tuple[int, ...](), 0, 0  # in the cache: the text, its prompt, and that before the tail
         for probe in self.probes if probes is None else probes:
-            tokens, begin = probe.tokens, max(probe.n_prompt - tail, 0)
+            tokens, begin = probe.tokens, max(probe.n_prompt - around.tail, 0)
             is_same = text is tokens and not llm.has_state
             if is_same and n_prompt == probe.n_prompt:
                 llm.truncate(n_prompt)
@@ -130,8 +129,10 @@ class Judge:
                 else:
                     llm.reset()
                     n_bulk = 0
-                llm.eval(tokens[n_bulk : min(head, begin)])
-                for first, last, _ in around.pieces(max(n_bulk, min(head, begin)), begin, is_fitted=n_bulk > 0):
+                first, last = around.span(n_bulk, probe.n_prompt - n_bulk)
+                start = n_bulk + first if last else begin
+                llm.eval(tokens[n_bulk:start])
+                for first, last, _ in around.pieces(start, begin, is_fitted=n_bulk > 0):
                     llm.eval_bulk(tokens[first:last])
                 llm.eval(tokens[begin : probe.n_prompt])
                 n_bulk = begin

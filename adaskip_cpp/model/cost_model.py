@@ -72,11 +72,14 @@ class PhaseCost(LayerArrays):
     base: Floats  # [n_layer, 2], attention and FFN: each sublayer without growth; 0 if it cannot be skipped
     growth: Floats  # [n_layer]: what each attention grows by per KV cell that it reads
     kept: Floats  # [n_layer]: norm, projections and stores of K and V that a skipped attention keeps; 0 in decode
+    each_map: float = 0.0  # one linear map that stands in for a layer; 0 in decode, and if it was not measured
 
     def __post_init__(self) -> None:
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
         arrays = checked(self, ProfileError, "the cost model is damaged; calibrate again", shapes)
-        times = np.concatenate([[self.fixed, self.fixed_growth], *(each.ravel() for each in arrays.values())])
+        times = np.concatenate(
+            [[self.fixed, self.fixed_growth, self.each_map], *(each.ravel() for each in arrays.values())]
+        )
         if not ((times >= 0) & (times < _MOST_SECONDS)).all():
             raise ProfileError("the cost model has an impossible time; calibrate again")
         freeze(self, **arrays)
@@ -84,7 +87,7 @@ class PhaseCost(LayerArrays):
     def seconds(self, what: "Computed", cells: Floats, n_cells: Floats) -> Floats:
         """Predict seconds, [n]. Attentions read ``cells`` KV cells, [n, n_layer]; without windows ``n_cells``, [n]."""
         grows = np.where(what.runs[:, 0], self.growth, 0.0)
-        computed = self.base[what.runs].sum() + self.kept[what.kept].sum()
+        computed = self.base[what.runs].sum() + self.kept[what.kept].sum() + self.each_map * what.n_maps
         return np.asarray(self.fixed + self.fixed_growth * n_cells + cells @ grows + computed)
 
 
@@ -95,6 +98,7 @@ class Computed:
     runs: Flags  # bool [n_layer, 2]: the sublayers that run
     kept: Flags  # bool [n_layer]: the skipped attentions whose K and V are kept
     limit: Floats | None = None  # float64 [n_layer]: most KV cells per attention; None for the model's own limits
+    n_maps: int = 0  # linear maps that stand in for layers
 
     def unread(self, n_layer_kv: int) -> "Computed":
         """Return the part that runs if no output is read: it ends at the last K and V that are stored."""
@@ -104,7 +108,7 @@ class Computed:
         last = int(stored[-1]) if stored.size else 0
         kept[last] |= stored.size > 0
         runs[last:] = False
-        return Computed(runs, kept, self.limit)
+        return Computed(runs, kept, self.limit, self.n_maps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +164,8 @@ class CostModel(LayerArrays):
             context: tokens of the prompt, or tokens before the decoded one.
             phase: ``"prefill"`` for a prompt that skips them everywhere, ``"bulk"`` for a prompt that skips them in its
                 bulk, ``"decode"`` for a token.
-            around: for phase ``"bulk"``: head, tail and windows; None for the defaults. Its set is ignored.
+            around: for phase ``"bulk"``: head, tail, windows and fits; None for the defaults. Its set is ignored. With
+                fits, a map stands in for each layer of which a sublayer is skipped.
 
         Raises:
             PlanError: an argument is impossible.
@@ -196,7 +201,9 @@ class CostModel(LayerArrays):
     def _in_bulk(self, runs: Flags, bulk: Bulk) -> Computed:
         blocks = np.ceil((bulk.head + bulk.window_size - 1 + self.prefill.n_tokens) / CELLS)
         narrow = marked(self.n_layer, bulk.windowed, ())[:, 0]
-        return Computed(runs, ~runs[:, 0], np.where(narrow, np.minimum(self.limit, blocks * CELLS), self.limit))
+        limit = np.where(narrow, np.minimum(self.limit, blocks * CELLS), self.limit)
+        n_maps = int((~runs[: self.n_layer_kv - 1]).any(axis=1).sum()) if bulk.refit else 0
+        return Computed(runs, ~runs[:, 0], limit, n_maps)
 
     def _prompt(self, runs: Flags, in_bulk: Flags, bulk: Bulk | None, context: int) -> float:
         """Predict the seconds of a prompt; its bulk runs ``in_bulk``, the rest ``runs``."""

@@ -7,6 +7,7 @@ FlashAttention: TypeAlias = bool | Literal["prompts"]
 
 FLASH_ATTENTION: dict[FlashAttention, str] = {True: "on", False: "off", "prompts": "prompts"}  # words of each value
 
+
 @dataclass(frozen=True)
 class Settings:
     """Arguments of ``AdaSkipLlama`` that change only speed and rounding.

@@ -197,7 +197,7 @@ class _Tuning:
         )
         n_evaluated = llm.n_evaluated
         with self.on_stage("Timing sublayers") as on_progress:
-            cost = measure_cost(llm, contexts=_COST_CONTEXTS, seconds=_COST_S, on_progress=on_progress)
+            cost = measure_cost(llm, contexts=_COST_CONTEXTS, seconds=_COST_S, rank=_RANK, on_progress=on_progress)
         self.n_before += llm.n_evaluated - n_evaluated  # it is bounded by seconds, and skips most of the model
         profile = replace(profile, cost=cost)
         self.memo.keep_profile(profile)

@@ -175,7 +175,7 @@ def test_each_stage_tells_its_progress(llm: Any, monkeypatch: pytest.MonkeyPatch
         yield lambda fraction, words="": told[name].append(fraction)
 
     module = sys.modules["adaskip_cpp.calibration.calibrate"]
-    monkeypatch.setattr(module, "measure_cost", lambda llm, on_progress: on_progress(1.0))
+    monkeypatch.setattr(module, "measure_cost", lambda llm, rank, on_progress: on_progress(1.0))
     calibrate(llm, ["hello", "world"], cost=True, on_stage=stage)
     assert list(told) == ["Calibrating", "Timing sublayers"]
     assert all(fractions == sorted(fractions) and fractions[-1] == 1.0 for fractions in told.values())

@@ -61,6 +61,9 @@ class TimedLlama:
     def n_vocab(self) -> int:
         return 100
 
+    def n_embd(self) -> int:
+        return 4
+
     def set_plan(self, plan: SkipPlan | None, readable: Any = ()) -> None:
         self.plan = plan
 
@@ -96,7 +99,10 @@ class TimedLlama:
         plan = self.plan or SkipPlan.manual(self.n_layer)
         chosen, keeps = plan.skipped("bulk").skip, plan.bulk is not None
         self._write(tokens, chosen, keeps=keeps)
-        self._pass(len(tokens) * self.unread_seconds(chosen, keeps, self.n_tokens))
+        n_maps = (
+            0 if plan.bulk is None or plan.bulk.skip.up is None else np.count_nonzero(plan.bulk.skip.up.any((2, 3)))
+        )
+        self._pass(len(tokens) * (self.unread_seconds(chosen, keeps, self.n_tokens) + 3e-5 * n_maps))
 
     def eval_decode(self, tokens: list[int]) -> None:
         chosen = (self.plan or SkipPlan.manual(self.n_layer)).decode.skip
@@ -137,7 +143,8 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Open:
 def test_the_fit_recovers_the_truth_by_shape(kinds_of_attention: int, shapes: list[int], timed: Open) -> None:
     llm = timed(shapes=shapes, windows=9000 + np.arange(12) % kinds_of_attention)
     llm.base[:, 1] *= np.array(shapes) / 8
-    found = cost.measure_cost(llm, seconds=60)
+    found = cost.measure_cost(llm, seconds=60, rank=2)
+    assert (found.prefill.each_map, found.decode.each_map) == (pytest.approx(3e-5 * 512, rel=1e-6), 0)
     for phase, n_tokens in ((found.prefill, 512), (found.decode, 1)):
         np.testing.assert_allclose(phase.base, llm.base * n_tokens, rtol=1e-6)
         np.testing.assert_allclose(phase.growth, llm.growth * n_tokens, rtol=1e-6)

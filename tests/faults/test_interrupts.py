@@ -43,7 +43,7 @@ VERBS = {"generate": 0.4, "calibrate": 0.2, "tune": 0.2, "serve": 0.12, "bench":
 OPTIONS = {
     "generate": "-p the --raw --max-tokens 200 --ctx 512 --plan plan.json",
     "calibrate": "-o out/p.json --data 0.txt --no-cost --requests 4 --tokens 64",
-    "tune": "-o out/plan.json --data data.txt --text 0.txt --text 1.txt --context 64 --answer 4 --no-flash-attn",
+    "tune": "-o out/plan.json --data data.txt --text 0.txt --text 1.txt --context 64 --answer 4 --flash-attn off",
     "bench": "--contexts 16 --repeats 1 --decode-tokens 2 --plan plan.json",
     "evaluate": "-o out/folder --text 0.txt --profile m.adaskip.json --skip 2 --mode e2e --strategy adaskip "
     "--texts 2 --tokens 24 --continuation 6 --rounds 2 --speed-context 16",
