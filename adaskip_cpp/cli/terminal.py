@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from ..errors import AdaSkipError
 from ..measuring.running import Running
-from ..model.settings import FLASH_ATTENTION
+from ..model.settings import FlashAttention
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -214,7 +214,7 @@ def made_of(make: Callable[..., Any], name: str, *parts: str, kept: str = "") ->
     return wrap
 
 
-_FLASH_ATTENTION = {words: value for value, words in FLASH_ATTENTION.items()}
+_FLASH_ATTENTION: dict[str, FlashAttention] = {"on": True, "off": False, "prompts": "prompts"}
 _running = functools.partial(option, group=RUNNING)
 
 

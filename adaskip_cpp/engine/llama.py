@@ -83,6 +83,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         frontier: the frontier that the model was opened with, or None.
         max_loss: the promise by which a plan is chosen for each prompt, in nats per token. None if ``set_plan`` was
             given one plan.
+        flash_attn: whether flash attention is used: True, False or ``"prompts"``.
         n_moved: tokens of the last prompt that were moved to their places in it.
         saved_prompts: results of ``save_prompt``. If edited prompts are used, later prompts use runs of these too.
         on_batch: a function of the number of tokens in memory. It is called when an evaluation begins, and after each

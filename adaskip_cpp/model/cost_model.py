@@ -8,7 +8,7 @@ import numpy.typing as npt
 from ..errors import PlanError, ProfileError
 from .arrays import Count, Flags, Floats, LayerArrays, checked, freeze
 from .plan import CELLS, PHASES, Bulk, Phase, SkipPlan
-from .settings import FLASH_ATTENTION, FlashAttention
+from .settings import FlashAttention
 from .skip_set import SkipSet, marked
 
 _MOST_SECONDS = 1e9  # no time is longer, so sums and ratios of times are finite
@@ -55,10 +55,11 @@ class CostSettings:
         layers = {-1: "all", 0: "no"}.get(self.n_gpu_layers, self.n_gpu_layers)
         devices = ", ".join(each for each in self.devices if each not in ("CPU", self.cpu))
         offloaded = f", {layers} layers offloaded to: {devices}" if devices else ""
+        flash = "in prompts alone" if self.flash_attention == "prompts" else "on" if self.flash_attention else "off"
         return (
             f"{self.cpu}, {threads} thread{'' if threads == '1' else 's'}{offloaded}, batches of {self.n_batch}, "
             f"ubatches of {self.n_ubatch}, KV in {self.type_k} and {self.type_v}, flash attention "
-            f"{FLASH_ATTENTION[self.flash_attention]}, weights {'repacked' if self.repack else 'as in the file'}"
+            f"{flash}, weights {'repacked' if self.repack else 'as in the file'}"
         )
 
 

@@ -5,8 +5,6 @@ from typing import Any, Literal, TypeAlias
 
 FlashAttention: TypeAlias = bool | Literal["prompts"]
 
-FLASH_ATTENTION: dict[FlashAttention, str] = {True: "on", False: "off", "prompts": "prompts"}  # words of each value
-
 
 @dataclass(frozen=True)
 class Settings:

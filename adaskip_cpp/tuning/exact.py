@@ -50,12 +50,11 @@ def fastest_settings(
     """Find the settings under which the whole model answers a request fastest on this machine.
 
     Settings are varied one at a time: threads for answers, flash attention, repacking, threads for prompts, batch size.
-    If flash attention makes answers slower, it is also tried in prompts alone.
-    Each candidate is timed in turn with the best settings so far (best, candidate, candidate, best), in newly opened
-    models. It replaces them if it is faster in both rounds and saves 3% of the request's time on average. If two rounds
-    disagree, the median of three decides. For threads, the time of their own phase counts. A candidate that fails is
-    not chosen. All trials together read at most ``MOST_TOKENS`` tokens. Settings that are not reached keep their
-    defaults.
+    If flash attention makes answers slower, it is also tried in prompts alone. Each candidate is timed in turn with the
+    best settings so far (best, candidate, candidate, best), in newly opened models. It replaces them if it is faster in
+    both rounds and saves 3% of the request's time on average. If two rounds disagree, the median of three decides. For
+    threads, the time of their own phase counts. A candidate that fails is not chosen. All trials together read at most
+    ``MOST_TOKENS`` tokens. Settings that are not reached keep their defaults.
 
     First and last tokens of a prompt of up to 8,192 tokens are timed. Those between skip every sublayer, so they cost
     little, and are not counted. If a sublayer cannot be skipped, times are extrapolated from a shorter prompt.

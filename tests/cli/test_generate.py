@@ -127,7 +127,11 @@ def test_settings_that_were_found_here_are_used_and_options_win(
         init(self, *args, **options)
 
     monkeypatch.setattr(AdaSkipLlama, "__init__", spy)
-    for here, options, flash_attn in ((True, (), True), (True, ("--flash-attn", "off"), False), (False, (), None)):
+    for here, options, flash_attn in (
+        (True, (), True),
+        (True, ("--flash-attn", "prompts"), "prompts"),
+        (False, (), None),
+    ):
         monkeypatch.setattr(running, "is_here", lambda machine, here=here: here)
         run("generate", tuned_model, "-p", "the", "--max-tokens", 1, *options)
-        assert opened[-1].get("flash_attn") is flash_attn
+        assert opened[-1].get("flash_attn") == flash_attn
