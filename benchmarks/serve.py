@@ -82,11 +82,8 @@ def server(name: str, args: argparse.Namespace, folder: str, stock: Sequence[str
     if name.startswith(OURS):
         command = [sys.executable, "-c", "from adaskip_cpp.cli.main import main; main()", "serve", args.model]
         command += ["--plan", args.plan, "--ctx", str(args.ctx), "--threads", threads, "--port", str(port)]
-        command += (
-            ["--flash-attn", "on" if args.flash_attn else "off"]
-            + ["--cache-dir", folder] * bool(folder)
-            + name.split()[2:]
-        )
+        command += ["--flash-attn", "on" if args.flash_attn else "off"]
+        command += ["--cache-dir", folder] * bool(folder) + name.split()[2:]
     else:
         command = [sys.executable, "-m", "llama_cpp.server", "--model", args.model, "--n_ctx", str(args.ctx)]
         command += ["--n_threads", threads, "--n_threads_batch", threads, "--port", str(port)]

@@ -167,7 +167,7 @@ void adaskip_pass::keep_rows_of_v() {
     for (auto * node : nodes) {
         const auto * copy = node->op == GGML_OP_MUL_MAT ? node->src[0] : nullptr;
         if (!copy || copy->op != GGML_OP_CONT || copy->src[0]->op != GGML_OP_TRANSPOSE ||
-                node->ne[1] > ADASKIP_MOST_ROWS) {
+                node->src[1]->type != GGML_TYPE_F32 || node->ne[1] > ADASKIP_MOST_ROWS) {
             continue;
         }
         ggml_tensor * v = ggml_cast(ctx, copy->src[0]->src[0], GGML_TYPE_F32);

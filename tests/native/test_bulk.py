@@ -47,9 +47,8 @@ def test_attentions_look_back_at_a_window_in_the_bulk(
     for each in (llm, expected):
         each.eval(tokens(90)[:30])
         each.eval(tokens(90)[30:])
-    tolerance = max(
-        TOLERANCE[name], 1e-2 if options.get("flash_attn") is True else 0.0
-    )  # flash attention rounds to F16
+    # flash attention rounds to F16
+    tolerance = max(TOLERANCE[name], 1e-2 if options.get("flash_attn") is True else 0.0)
     assert error(llm, expected) < tolerance
     if name != "gemma3":  # the sliding layer after its full one sees 8 tokens alone, all of the tail
         cells = [replace(cell, windows=None) for cell in expected.cells]
