@@ -272,16 +272,18 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     def _by_bulk_id(self, plans: Sequence[SkipPlan], current: _InForce) -> dict[int, SkipPlan]:
         """Return plans by the id of their bulk set, without whole-model plans, which may always be read."""
-        known = {id(plan): set_id for set_id, plan in current.readable.items()}  # hashing a large map takes long
+        # Hashing a large map takes long, and plans of one frontier share their maps.
+        known = {_bulk_key(plan): set_id for set_id, plan in current.readable.items()}
         result = {}
         for plan in plans:
-            if (set_id := known.get(id(plan))) is None:
+            if (set_id := known.get(_bulk_key(plan))) is None:
                 self._check_model(plan)
                 try:
                     set_id = self._adaskip.bulk_set_id(plan)
                 except NativeError:
                     self._requires_eval = True  # as in set_plan
                     raise
+                known[_bulk_key(plan)] = set_id
             result[set_id] = plan
         result.pop(0, None)
         return result
@@ -653,6 +655,12 @@ class AdaSkipLlama(EditedPromptsLlama):
         if in_force is not None:  # None: llama-cpp-python's own class pickled it
             plan, readable, self.frontier, self.max_loss = in_force
             self._put_in_force(plan, readable)
+
+
+def _bulk_key(plan: SkipPlan) -> tuple[object, ...]:
+    """Return a value that is equal for plans whose bulks share one object as their set, and compute equal K and V."""
+    bulk = plan.bulk
+    return (id(plan),) if bulk is None else (id(bulk.skip), bulk.head, bulk.windowed, bulk.window_size, bulk.refit)
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:

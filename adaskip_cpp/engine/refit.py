@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from ..model.arrays import Floats, Vectors
+from ..model.arrays import Vectors
 from ..model.plan import Bulk
 from ..model.skip_set import SkipSet
 from .statistics import StatisticsBatch
@@ -40,7 +40,7 @@ class Refit:
     head: int  # tokens of a text's beginning that are no part of the fit, as the plan's head
     tokens: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))  # the text up to the last one
     is_put: bool = False  # whether native code has these maps
-    _sums: dict[tuple[int, int], tuple[Floats, Floats]] = field(default_factory=dict)  # z zᵀ, and error times z
+    _sums: dict[tuple[int, int], tuple[Vectors, Vectors]] = field(default_factory=dict)  # z zᵀ, and error times z
     _n: int = 0
 
     @classmethod
@@ -67,21 +67,21 @@ class Refit:
                 error = v - np.float32(scale) * u - z @ up.T
                 if self.skip.bias is not None:
                     error -= self.skip.bias[at]
-                sums = (z.T @ z).astype(np.float64), (error.T @ z).astype(np.float64)
+                sums = z.T @ z, error.T @ z
             if all(np.isfinite(each).all() for each in sums):
-                before = self._sums.get(at, (0.0, 0.0))
+                before = self._sums.get(at, (np.float32(0), np.float32(0)))
                 self._sums[at] = sums[0] + before[0], sums[1] + before[1]
 
     def maps(self) -> Iterator[tuple[int, int, Vectors]]:
         """Yield layer, kind and the new ``up``, float32 ``[n_embd, rank]``, of each map."""
         for at in self._mapped():
-            up: Vectors | Floats = self._map(at)[1]
+            up = self._map(at)[1]
             if at in self._sums and self._n:
                 squares, products = self._sums[at]
                 ridge = N_PRIOR * np.trace(squares) / (self._n * len(squares))
-                if ridge > 0:  # it is large, so that an inverse is exact enough, in two thirds of the time of ``solve``
+                if ridge > 0:  # it is large, so that an inverse in float32 is exact enough, and takes least time
                     with _one_thread():
-                        up = up + products @ np.linalg.inv(squares + ridge * np.eye(len(squares)))
+                        up = up + products @ np.linalg.inv(squares + ridge * np.eye(len(squares), dtype=np.float32))
             yield *at, np.ascontiguousarray(up, np.float32)
 
     def _mapped(self) -> Iterator[tuple[int, int]]:

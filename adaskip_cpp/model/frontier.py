@@ -10,13 +10,15 @@ from ..intervals import Interval
 from .arrays import Count
 from .cost_model import CostSettings
 from .edits import FEW, Edits
-from .plan import DEFAULT_WINDOW, SkipPlan, window_size_for
+from .plan import SkipPlan
 from .quality import Passkeys, Quality
 from .settings import Settings, Tried
 
 DEFAULT_LOSS = 0.05  # the default promise, in nats per token: the perplexity grows by 5% at most
 LEAST_CONTEXT = 512  # tokens: shorter prompts run whole, because they have little bulk and take little time
-GROWTH = 1.3  # the assumed factor of a plan's loss if a prompt is twice as long: measured in docs/dev/method.md
+# The assumed factors of the loss of plans, and of runs in a new order, if a prompt is twice as long. The tail of a plan
+# is longer then: measured in docs/dev/method.md.
+GROWTH, EDITS_GROWTH = 1.2, 1.3
 EDITS_SHARE = 0.5  # the share of a promise that edited prompts may lose; plans may lose the rest
 
 
@@ -62,7 +64,8 @@ class Figures:
     def harm(self, context: int) -> float:
         """Return the expected loss in the worst promised kind of answers to prompts of ``context`` tokens.
 
-        For prompts twice as long as the judged ones, it is 1.3 times as large. That of small edits does not grow.
+        For prompts twice as long as the judged ones, that of a plan is 1.2 times as large, and that of runs in a new
+        order 1.3 times. That of small edits does not grow.
         """
         return max(each.harm for each in self._promised) * self._growth(context)
 
@@ -93,7 +96,7 @@ class Point(Figures):
     """A plan of a frontier, with its figures.
 
     Attributes:
-        plan: a plan of mode ``prompt``. Its window is for prompts of ``judged_at`` tokens.
+        plan: a plan of mode ``prompt``. Its windows and its tail are for prompts of ``judged_at`` tokens.
     """
 
     plan: SkipPlan
@@ -104,23 +107,20 @@ class Point(Figures):
         return is_faster and max(self.needs_by_kind) <= max(other.needs_by_kind)
 
     def plan_for(self, context: int) -> SkipPlan:
-        """Return the plan with windows of the same share of a prompt of ``context`` tokens.
+        """Return the plan with windows and tail of the same share of a prompt of ``context`` tokens.
 
         It is one and the same object for equal plans, because comparing plans compares all their maps.
         """
-        bulk = self.plan.bulk
-        if bulk is None or not bulk.narrowed:
+        if self.plan.bulk is None:
             return self.plan
-        share = round(self.judged_at / (bulk.window_size + 256 - DEFAULT_WINDOW))
-        size = window_size_for(context, max(share, 1))
-        if size not in self._plans:
-            self._plans[size] = replace(self.plan, bulk=replace(bulk, window_size=size))
-        return self._plans[size]
+        bulk = self.plan.bulk.scaled(context, self.judged_at)
+        return self._plans.setdefault((bulk.window_size, bulk.tail), replace(self.plan, bulk=bulk))
 
     @cached_property
-    def _plans(self) -> dict[int, SkipPlan]:
-        """Plans by their windows."""
-        return {} if self.plan.bulk is None else {self.plan.bulk.window_size: self.plan}
+    def _plans(self) -> dict[tuple[int, int], SkipPlan]:
+        """Plans by their windows and tails."""
+        bulk = self.plan.bulk
+        return {} if bulk is None else {(bulk.window_size, bulk.tail): self.plan}
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class EditPoint(Figures):
         return self.continuation, self.copying
 
     def _growth(self, context: int) -> float:
-        return 1.0 if self.edits.most_moves <= FEW else super()._growth(context)
+        return 1.0 if self.edits.most_moves <= FEW else growth(context / self.judged_at, EDITS_GROWTH)
 
 
 @dataclass(frozen=True)
@@ -235,9 +235,9 @@ class Frontier:
         return tuple({id(plan): plan for plan in (each.plan_for(n) for each, n in kept)}.values())
 
 
-def growth(ratio: float) -> float:
-    """Return the assumed factor of a plan's loss if a prompt is ``ratio`` times as long: 1.3 per doubling."""
-    return float(GROWTH ** max(math.log2(ratio), 0.0))
+def growth(ratio: float, doubled: float = GROWTH) -> float:
+    """Return the assumed factor of a loss if a prompt is ``ratio`` times as long, ``doubled`` for twice."""
+    return float(doubled ** max(math.log2(ratio), 0.0))
 
 
 def context_for(n_tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 import numpy as np
@@ -115,6 +115,15 @@ class Bulk:
     def narrowed(self) -> tuple[int, ...]:
         """Layers whose attention runs and sees only a window: those windowed and not skipped."""
         return tuple(layer for layer in self.windowed if not self.skip.skip[layer, 0])
+
+    def scaled(self, context: int, of: int) -> "Bulk":
+        """Return the bulk for prompts of ``context`` tokens, if this one is for prompts of ``of`` tokens.
+
+        Windows and tail have the same share of the prompt. The tail is not shorter than this one's.
+        """
+        share = max(round(of / (self.window_size + CELLS - DEFAULT_WINDOW)), 1)
+        size = window_size_for(context, share) if self.narrowed else self.window_size
+        return replace(self, window_size=size, tail=self.tail * max(context // of, 1))
 
     def span(self, n_cached: int, n_tokens: int) -> tuple[int, int]:
         """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none.

@@ -11,11 +11,14 @@ from .losses import Candidate
 
 
 class Planned:
-    """The plans of candidates for a profile, with ``orders``, in which the model's sublayers are left out."""
+    """The plans of candidates for a profile, with ``orders``, in which the model's sublayers are left out.
 
-    def __init__(self, profile: Profile) -> None:
+    Plans are judged after ``judged_at`` tokens.
+    """
+
+    def __init__(self, profile: Profile, judged_at: int) -> None:
         assert profile.cost is not None
-        self.profile, self.cost = profile, profile.cost
+        self.profile, self.cost, self.judged_at = profile, profile.cost, judged_at
         last = late_layers(profile.n_layer)[::-1]
         self.orders = {
             "attention": tuple(layer for layer in last if profile.in_bulk[layer, 0]),
@@ -32,8 +35,9 @@ class Planned:
 
     def seconds(self, candidate: Candidate, context: int) -> float:
         none = SkipSet.none(self.profile.n_layer)
-        size = window_size_for(context, candidate.share)
-        around = Bulk(none, windowed=candidate.windowed, window_size=size, refit=DEFAULT_REFIT)
+        size = window_size_for(self.judged_at, candidate.share)
+        judged = Bulk(none, windowed=candidate.windowed, window_size=size, refit=DEFAULT_REFIT)
+        around = judged.scaled(context, self.judged_at)
         return self.cost.seconds(candidate.skip(self.profile.n_layer), context, "bulk", around=around)
 
     def speedup(self, candidate: Candidate, context: int) -> float:

@@ -207,7 +207,7 @@ class _Tuning:
         self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge, edits: Sequence[EditPoint]
     ) -> list[Point]:
         """Measure the losses of parts. While tokens last, judge the plans that are expected to keep :data:`_AIMS`."""
-        planned = Planned(profile)
+        planned = Planned(profile, _JUDGED_AT)
         with self.on_stage("Searching") as on_progress:
             n_answer = _ANSWER[0], N_COPIED
             judges = [Judge(llm, text_probes(llm, held.search, [n], n_answer)) for n in _SEARCHED_AT]

@@ -75,6 +75,20 @@ def test_a_chat_that_grows_through_all_plans_reads_every_token_once(llm: Any) ->
     assert positions == list(range(120))
 
 
+def test_plans_that_differ_in_their_tails_read_each_others_tokens_and_share_a_hash(
+    open_tiny: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing the maps of a large model takes long, and each prompt chooses a plan."""
+    llm: Any = open_tiny(plan=frontier([point(STRONG, 0.01, {32: 1.2}, judged_at=32)]))
+    hashed, tails, find = list[SkipPlan](), list[int](), llm._adaskip.bulk_set_id
+    monkeypatch.setattr(llm._adaskip, "bulk_set_id", lambda plan: hashed.append(plan) or find(plan))
+    for begin, end in ((0, 40), (40, 100), (100, 110)):
+        positions = evaluated(llm, lambda end=end: next(llm.generate(tokens(end), temp=0)))
+        assert positions == list(range(begin, end))
+        tails.append(llm.plan.bulk.tail)
+    assert tails == [6, 12, 12] and len(hashed) == 1
+
+
 def test_a_tighter_promise_reads_what_was_read_under_a_plan_that_breaks_it_again(llm: Any, open_tiny: Open) -> None:
     llm.eval(tokens(100))
     assert llm.plan == STRONG
