@@ -7,7 +7,7 @@ from rich.table import Column
 
 from ..intervals import Interval
 from ..model.edits import FEW, MANY, TOGETHER
-from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, GROWTH, Figures, Frontier
+from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, Figures, Frontier
 from ..model.settings import Settings
 from ..pictures.profile_plots import LENGTHS
 from .report import seconds
@@ -89,7 +89,7 @@ def _print_points(out: Console, frontier: Frontier) -> None:
         "same token: how often plan and whole model find the same token likeliest. pass keys: those that the whole "
         "model finds clearly, and of these those that the plan finds. Means over texts, ± half of a 95% interval. "
         "speed: how many times as fast the first token comes, predicted. For a prompt twice as long, the loss is "
-        f"assumed to be {GROWTH:g} times as large.\n",
+        f"assumed to be {frontier.points[0].growth:.3g} times as large.\n",
         style="dim",
     )
 

@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from ..errors import PlanError
 from ..intervals import Interval
@@ -16,9 +18,7 @@ from .settings import Settings, Tried
 
 DEFAULT_LOSS = 0.05  # the default promise, in nats per token: the perplexity grows by 5% at most
 LEAST_CONTEXT = 512  # tokens: shorter prompts run whole, because they have little bulk and take little time
-# The assumed factors of the loss of plans, and of runs in a new order, if a prompt is twice as long. The tail of a plan
-# is longer then: measured in docs/dev/method.md.
-GROWTH, EDITS_GROWTH = 1.2, 1.3
+GROWTH = 1.3  # the assumed factor of a loss if a prompt is twice as long: measured in docs/dev/method.md
 EDITS_SHARE = 0.5  # the share of a promise that edited prompts may lose; plans may lose the rest
 
 
@@ -64,8 +64,8 @@ class Figures:
     def harm(self, context: int) -> float:
         """Return the expected loss in the worst promised kind of answers to prompts of ``context`` tokens.
 
-        For prompts twice as long as the judged ones, that of a plan is 1.2 times as large, and that of runs in a new
-        order 1.3 times. That of small edits does not grow.
+        For prompts twice as long as the judged ones, that of a plan is ``growth`` times as large, and that of runs in a
+        new order 1.3 times. That of small edits does not grow.
         """
         return max(each.harm for each in self._promised) * self._growth(context)
 
@@ -84,7 +84,7 @@ class Figures:
         return self.continuation, self.copying, self.retrieval
 
     def _growth(self, context: int) -> float:
-        return growth(context / self.judged_at)
+        return growth(context / self.judged_at, GROWTH)
 
     def speedup(self, context: int) -> float:
         """Return the predicted speed-up of the first token at the length in ``speedups`` nearest to ``context``."""
@@ -97,9 +97,15 @@ class Point(Figures):
 
     Attributes:
         plan: a plan of mode ``prompt``. Its windows and its tail are for prompts of ``judged_at`` tokens.
+        growth: the assumed factor of its loss if a prompt is twice as long, from 1 to 4. It is less than 1.3 if some
+            attentions of the model see only the last tokens.
     """
 
     plan: SkipPlan
+    growth: Annotated[float, msgspec.Meta(ge=1, le=4)] = GROWTH
+
+    def _growth(self, context: int) -> float:
+        return growth(context / self.judged_at, self.growth)
 
     def beats(self, other: "Point") -> bool:
         """Whether this plan keeps every promise that the other one keeps, is nowhere slower, and somewhere faster."""
@@ -142,7 +148,7 @@ class EditPoint(Figures):
         return self.continuation, self.copying
 
     def _growth(self, context: int) -> float:
-        return 1.0 if self.edits.most_moves <= FEW else growth(context / self.judged_at, EDITS_GROWTH)
+        return 1.0 if self.edits.most_moves <= FEW else super()._growth(context)
 
 
 @dataclass(frozen=True)
@@ -235,8 +241,8 @@ class Frontier:
         return tuple({id(plan): plan for plan in (each.plan_for(n) for each, n in kept)}.values())
 
 
-def growth(ratio: float, doubled: float = GROWTH) -> float:
-    """Return the assumed factor of a loss if a prompt is ``ratio`` times as long, ``doubled`` for twice."""
+def growth(ratio: float, doubled: float) -> float:
+    """Return the assumed factor of a loss if a prompt is ``ratio`` times as long; ``doubled`` is that for twice."""
     return float(doubled ** max(math.log2(ratio), 0.0))
 
 

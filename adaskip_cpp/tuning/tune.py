@@ -25,7 +25,7 @@ from ..measuring import corpus
 from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
 from ..measuring.probes import KINDS, N_COPIED
-from ..model.frontier import DEFAULT_LOSS, LEAST_CONTEXT, EditPoint, Frontier, Point, growth
+from ..model.frontier import DEFAULT_LOSS, GROWTH, LEAST_CONTEXT, EditPoint, Frontier, Point, growth
 from ..model.plan import DEFAULT_REFIT, DEFAULT_TAIL, window_size_for
 from ..model.settings import Settings
 from ..planning.profile import Profile
@@ -225,6 +225,7 @@ class _Tuning:
             losses = measure(planned.orders, lost, on_progress)
             sets = {length: losses.sets(of) for length, of in seconds.items()}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
+        doubled = _growth_of(llm)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found, needs = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs are infinite if a pass key is lost
 
@@ -240,13 +241,13 @@ class _Tuning:
             n_left, needs[candidate] = n_left - n_tokens, (math.inf,) * len(KINDS)
             if one is not None:
                 speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
-                point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan)
+                point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan, doubled)
                 found[candidate], needs[candidate] = point, point.needs_by_kind
 
         with self.on_stage("Judging") as on_progress:
             n_begin, of_edits = max(n_left, 1), Frontier((), edits=tuple(edits))
             for number, (promise, edited, length) in enumerate(_AIMS):
-                wanted = of_edits.left(length, promise, edited=edited) / growth(length / _JUDGED_AT)
+                wanted = of_edits.left(length, promise, edited=edited) / growth(length / _JUDGED_AT, doubled)
                 n_failed, takes = 0, seconds[length]
                 while not needs or n_left >= each_costs:
                     best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
@@ -282,3 +283,13 @@ class _Tuning:
     def _open(self, settings: Settings, n_ctx: int) -> AdaSkipLlama:
         with contextlib.redirect_stderr(io.StringIO()):
             return AdaSkipLlama(self.path, n_ctx=n_ctx, verbose=False, **{**self.kwargs, **settings.to_kwargs()})
+
+
+def _growth_of(llm: AdaSkipLlama) -> float:
+    """Return the assumed factor of a plan's loss if a prompt is twice as long.
+
+    Attentions that see only the last tokens do not see more of a longer prompt. So only the others count.
+    """
+    attentions = [row for row in llm.sublayers if row.kind == "attention"]
+    n_all = sum(not 0 < row.window <= _JUDGED_AT for row in attentions)
+    return 1.0 + (GROWTH - 1.0) * n_all / max(len(attentions), 1)

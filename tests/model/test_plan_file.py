@@ -165,6 +165,8 @@ NOTHING = {"skip": {"attention": [], "ffn": [], "n_layer": 3}, "scale": [[1.0, 1
         ("frontier", None),
         ("frontier", {}),
         ("frontier.points.1.judged_at", 0),
+        ("frontier.points.1.growth", 0.9),
+        ("frontier.points.1.growth", 1e300),
         ("frontier.points.1.speedups", [[0, 1.5]]),
         ("frontier.points.1.continuation.divergence.value", NAN),
         ("frontier.points.1.copying.agreement.n", LOST),
