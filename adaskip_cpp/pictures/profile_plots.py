@@ -35,12 +35,16 @@ def similarity(profile: Profile) -> plots.Figure:
 
 
 def losses(frontier: Frontier) -> plots.Figure:
-    """Draw the loss of a frontier against the time to the first token, a curve per prompt length."""
+    """Draw the loss of a frontier against the time to the first token, a curve per prompt length.
+
+    A curve leaves out plans that lose more than a faster one.
+    """
     fig, (axes,) = plots.panels(height_in=3.4)
     fastest = 1.0
     for length, look in zip(LENGTHS, plots.OTHERS, strict=False):
-        rows = [(1.0, 0.0), *((1 / point.speedup(length), point.harm(length)) for point in frontier.points)]
-        times, lost = zip(*sorted(rows, reverse=True), strict=True)
+        every = sorted([(1.0, 0.0), *((1 / point.speedup(length), point.harm(length)) for point in frontier.points)])
+        rows = [row for i, row in enumerate(every) if all(row[1] <= loss for _, loss in every[:i])]
+        times, lost = zip(*reversed(rows), strict=True)
         fastest = min(fastest, *times)
         axes.plot(times, lost, label=f"prompts of {length:,} tokens", **look.line)
     axes.axhline(DEFAULT_LOSS, color=plots.INK, linewidth=0.7, linestyle=":")

@@ -66,3 +66,13 @@ def test_the_curves_begin_at_the_whole_model_and_show_time_and_loss_of_each_plan
     np.testing.assert_allclose(curves["prompts of 8,192 tokens"], expected)
     assert max(axes.get_xlim()) >= 1 and min(axes.get_xlim()) <= 1 / 8, "all within the axes"
     assert len(profile_plots.losses(frontier([])).axes) == 1
+
+
+def test_a_curve_leaves_out_plans_that_lose_more_than_a_faster_one_at_its_length() -> None:
+    plans = [SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([0], [1], [1, 2])]
+    speeds: Any = {2048: 1.25, 8192: 2.0}, {2048: 2.0, 8192: 1.6}, {2048: 0.8, 8192: 0.5}
+    points = [point(plan, loss, each) for plan, loss, each in zip(plans, (0.01, 0.04, 0.02), speeds, strict=True)]
+    (axes,) = profile_plots.losses(frontier(points)).axes
+    curves: dict[str, Any] = {str(each.get_label()): np.asarray(each.get_xydata()).tolist() for each in axes.lines}
+    assert curves["prompts of 2,048 tokens"] == [[1, 0], [0.8, 0.01], [0.5, 0.04]]
+    np.testing.assert_allclose(curves["prompts of 8,192 tokens"], [[1, 0], [0.5, 0.01 * GROWTH**2]])
