@@ -119,11 +119,12 @@ class Bulk:
     def scaled(self, context: int, of: int) -> "Bulk":
         """Return the bulk for prompts of ``context`` tokens, if this one is for prompts of ``of`` tokens.
 
-        Windows and tail have the same share of the prompt. The tail is not shorter than this one's.
+        Windows and tail have the same share of the prompt. The tail is not shorter than this one's, and beyond it not
+        longer than the prompt.
         """
         share = max(round(of / (self.window_size + CELLS - DEFAULT_WINDOW)), 1)
         size = window_size_for(context, share) if self.narrowed else self.window_size
-        return replace(self, window_size=size, tail=self.tail * max(context // of, 1))
+        return replace(self, window_size=size, tail=max(min(self.tail * (context // of), context), self.tail))
 
     def span(self, n_cached: int, n_tokens: int) -> tuple[int, int]:
         """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none.
