@@ -101,12 +101,13 @@ def test_a_promise_runs_each_item_under_the_plan_for_its_length(
 ) -> None:
     """A text of 20 tokens of prompt under one plan, one of 50 under another, each with that plan's own figures."""
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
-    slow = replace(WHOLE, bulk=Bulk(SkipPlan.manual(N_LAYER, ffn=[1]).prefill, head=2, tail=3))
+    skip = SkipPlan.manual(N_LAYER, ffn=[1]).prefill
+    slow, slow_later = (replace(WHOLE, bulk=Bulk(skip, head=2, tail=tail)) for tail in (3, 6))  # up to 32, 64 tokens
     fast = replace(WHOLE, bulk=replace(BULK, windowed=()))
     points = [point(slow, 0.03, {32: 1.2}, judged_at=32), point(fast, 0.06, {32: 1.5}, judged_at=32)]
     promise = Contender("promise 0.07", "promise", "0.07", "prompt", "none", None, frontier(points), 0.07)
     short, long = (TextItem(f"text/{n}", "text", tuple(tokens(n, n))) for n in (30, 60))
-    every = (FULL, promise, contender("fast", "prompt", fast), contender("slow", "prompt", slow))
+    every = (FULL, promise, contender("fast", "prompt", fast), contender("slow", "prompt", slow_later))
     work = Work(every, [short, long], [QUESTION], N_CONTINUATION)
     records = measured(work, llm, tmp_path)
     for item, name in ((short, "fast"), (long, "slow")):

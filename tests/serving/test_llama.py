@@ -99,13 +99,14 @@ def test_a_chat_over_two_plans_and_a_restart_is_read_once(open_served: Open, alo
     first.close()
     again = open_served("llama", frontier_of(3), tmp_path, **LONG)  # equal figures, as from a plan file
     expected, careful = run(again, talk)
-    assert careful.choice.plan == CAREFUL and careful.n_reused >= 899
+    longer = FRONTIER.points[0].plan_for(2048)
+    assert careful.choice.plan == longer != CAREFUL and careful.n_reused >= 899
     _, back = run(again, talk[:1000])
     assert back.choice.plan == FAST and back.n_reused >= 999, "nor where it goes back"
     llm = alone(**LONG)
-    llm.set_plan(FAST, readable=[CAREFUL])
+    llm.set_plan(FAST, readable=[longer])
     llm.eval(talk[:900])
-    llm.set_plan(CAREFUL, readable=[FAST])
+    llm.set_plan(longer, readable=[FAST])
     assert expected == tokens_of(llm, talk)
 
 
