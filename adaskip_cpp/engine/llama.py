@@ -276,8 +276,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         known = {_bulk_key(plan): set_id for set_id, plan in current.readable.items()}
         result = {}
         for plan in plans:
+            self._check_model(plan)
             if (set_id := known.get(_bulk_key(plan))) is None:
-                self._check_model(plan)
                 try:
                     set_id = self._adaskip.bulk_set_id(plan)
                 except NativeError:
