@@ -295,7 +295,10 @@ class History:
             is_replaced |= bool(free[index])
             best, _ = rest.pop(index)
             n = self._n_readable(self.plan.prefill, best.cells)
-            runs += [(run._replace(n=min(run.n, n - run.start)), best) for run in free[index] if run.start < n]
+            valid = [run._replace(n=min(run.n, n - run.start)) for run in free[index] if run.start < n]
+            moves = (cell.n_moves + run.n_moves for run in valid for cell in best.cells[run.start : run.start + run.n])
+            if max(moves, default=0) <= 255:  # cells count no further, and then the saved state is not read at all
+                runs += [(run, best) for run in valid]
         window = max(filter(None, self.reference.model.window), default=0)
         if not (runs or is_replaced) or (self.cells and oldest > max(0, first - window + 1)):
             return
