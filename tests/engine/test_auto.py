@@ -75,9 +75,7 @@ def test_a_chat_that_grows_through_all_plans_reads_every_token_once(llm: Any) ->
     assert positions == list(range(120))
 
 
-def test_plans_that_differ_in_their_tails_read_each_others_tokens_and_share_a_hash(
-    open_tiny: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plans_with_other_tails_share_cells_and_a_hash(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashing the maps of a large model takes long, and each prompt chooses a plan."""
     llm: Any = open_tiny(plan=frontier([point(STRONG, 0.01, {32: 1.2}, judged_at=32)]))
     hashed, tails, find = list[SkipPlan](), list[int](), llm._adaskip.bulk_set_id

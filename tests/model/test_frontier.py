@@ -61,7 +61,6 @@ def test_what_is_lost_grows_by_three_tenths_with_each_doubling(n_tokens: int, gr
 
 
 def test_a_plans_own_growth_counts_if_it_has_one() -> None:
-    """As of a model some of whose attentions see only the last tokens."""
     slow = point(0.04, 1.5, growth=1.05)
     assert [slow.needs(n) for n in (AT, 4 * AT)] == pytest.approx([0.04, 0.04 * 1.05**2])
     assert Frontier((slow,)).point(4 * AT, 0.05) is slow and Frontier((FAST,)).point(4 * AT, 0.05) is None

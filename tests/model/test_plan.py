@@ -219,8 +219,7 @@ def test_maps_are_fitted_to_the_first_tokens_and_after_every_2048() -> None:
     ("context", "size", "tail"), [(16, 252, 64), (2048, 508, 64), (5000, 1276, 128), (8192, 2044, 256)]
 )
 def test_a_scaled_bulk_has_the_same_share_in_windows_and_tail(context: int, size: int, tail: int) -> None:
-    none = SkipSet.none(4)
-    scaled = Bulk(none, windowed=(1,), window_size=508).scaled(context, 2048)
+    scaled = Bulk(none := SkipSet.none(4), windowed=(1,), window_size=508).scaled(context, 2048)
     assert (scaled.window_size, scaled.tail, scaled.windowed) == (size, tail, (1,))
     assert Bulk(none).scaled(context, 2048) == Bulk(none, tail=tail)
     assert Bulk(none, tail=2**31 - 1).scaled(8192, 1).tail == 2**31 - 1

@@ -232,9 +232,7 @@ def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(("architecture", "expected"), [("llama", 1.3), ("gemma3", 1.1)])
-def test_losses_grow_less_with_the_prompt_where_attentions_see_only_the_last_tokens(
-    architecture: str, expected: float, open_tiny: Open
-) -> None:
+def test_sliding_windows_make_losses_grow_less(architecture: str, expected: float, open_tiny: Open) -> None:
     """Two of the three attentions of this gemma3 see 8 tokens."""
     assert tuning._growth_of(open_tiny(architecture)) == pytest.approx(expected)
 
