@@ -119,8 +119,8 @@ class Bulk:
     def scaled(self, context: int, of: int) -> "Bulk":
         """Return the bulk for prompts of ``context`` tokens, if this one is for prompts of ``of`` tokens.
 
-        Windows and tail have the same share of the prompt. The tail is not shorter than this one's, and beyond it not
-        longer than the prompt.
+        Windows and tail have the same share of the prompt. The tail is never shorter than this one's. If it is longer,
+        it is at most the prompt.
         """
         share = max(round(of / (self.window_size + CELLS - DEFAULT_WINDOW)), 1)
         size = window_size_for(context, share) if self.narrowed else self.window_size
