@@ -18,7 +18,7 @@ from .settings import Settings, Tried
 
 DEFAULT_LOSS = 0.05  # the default promise, in nats per token: the perplexity grows by 5% at most
 LEAST_CONTEXT = 512  # tokens: shorter prompts run whole, because they have little bulk and take little time
-GROWTH = 1.3  # the assumed factor of a loss if a prompt is twice as long: measured in docs/dev/method.md
+GROWTH = 1.4  # the assumed factor of a loss if a prompt is twice as long: measured in docs/dev/method.md
 EDITS_SHARE = 0.5  # the share of a promise that edited prompts may lose; plans may lose the rest
 
 
@@ -65,7 +65,7 @@ class Figures:
         """Return the expected loss in the worst promised kind of answers to prompts of ``context`` tokens.
 
         For prompts twice as long as the judged ones, that of a plan is ``growth`` times as large, and that of runs in a
-        new order 1.3 times. That of small edits does not grow.
+        new order 1.4 times. That of small edits does not grow.
         """
         return max(each.harm for each in self._promised) * self._growth(context)
 
@@ -97,8 +97,8 @@ class Point(Figures):
 
     Attributes:
         plan: a plan of mode ``prompt``. Its windows and its tail are for prompts of ``judged_at`` tokens.
-        growth: the assumed factor of its loss if a prompt is twice as long, from 1 to 4. It is less than 1.3 if some
-            attentions of the model see only the last tokens.
+        growth: the assumed factor of its loss if a prompt is twice as long, from 1 to 4. It is less than 1.4 if windows
+            lose a part of it, or if some attentions of the model see only the last tokens.
     """
 
     plan: SkipPlan

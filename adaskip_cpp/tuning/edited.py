@@ -20,7 +20,8 @@ from .memo import Memo
 
 _HEAD, _TAIL = 64, 128  # tokens at the two ends of a prompt that stay, like a system prompt and a question
 _N_DOCUMENTS = 5
-_APART = 2.0  # documents that were read alone lose at least so many times as much as new orders: docs/dev/method.md
+_FACTORS = {FEW: 0.0, MANY: 1.0, TOGETHER: 2.0}
+"""The least loss of a kind of edits, over that of the kind before; 0 for the first. See docs/dev/method.md."""
 _LINE = "\nThe limit was raised to 4096 in March, as the notes of the maintainers say.\n"
 
 _Tokens = list[int]
@@ -30,10 +31,10 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     """Measure small edits, new orders of documents, and documents that were read alone and are put together.
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
-    and one drops a message, which is the continuation of another text. Documents are not put together if the default
-    promise will hardly allow it, because they lose twice as much as new orders. The last edit changes the pass keys of
-    one place. Before it the i-th text has those of number -1 - i there, and in the judge's prompt those of number i.
-    Return [] if the model or the prompts allow no moves.
+    and one drops a message, which is the continuation of another text. New orders are measured if the default promise
+    allows small edits. Documents are put together if it allows twice the loss of new orders, the least that this loses.
+    The last edit changes the pass keys of one place. Before it the i-th text has those of number -1 - i there, and in
+    the judge's prompt those of number i. Return [] if the model or the prompts allow no moves.
     """
     prompts = list({each.text: each.tokens[: each.n_prompt] for each in judge.probes}.items())  # the longest of each
     # Other prompts would bring pass keys with the same names.
@@ -88,8 +89,8 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         return Judged.of(*scores)
 
     with suppress(_NothingMovedError):
-        for most_moves in (FEW, MANY, TOGETHER):
-            if most_moves == TOGETHER and _APART * found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
+        for most_moves, factor in _FACTORS.items():
+            if found and factor * found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
                 break
             edits = Edits(most_moves=most_moves)
             one = memo.get(f"edits {most_moves}", Judged, partial(judged, edits))

@@ -39,18 +39,18 @@ from .memo import Memo
 from .planned import Planned
 from .speed import measure_speed
 
-MOST_TOKENS = 185_000  # that calibration and tuning together read through a model, whatever its size
+MOST_TOKENS = 120_000  # that calibration and tuning together read through a model, whatever its size
 LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
 
-_N_REQUESTS, _N_DECODE = 32, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
+_N_REQUESTS, _N_DECODE = 16, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
 _RANK = 256  # of maps that only the bulk of prompts reads, where a whole ubatch shares their cost: docs/dev/method.md
 _COST_CONTEXTS, _COST_S = (512, 2048, 8192), 6.0
 _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _LEAST_CTX = _JUDGED_AT + 512  # tokens of a context in which plans can be judged
 _ROOM = 256  # tokens of a context beyond the longest prompt whose sublayers are timed
 _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
-_SEARCHED_AT = 512, _JUDGED_AT  # tokens of the search's short and long prompts; FFNs are measured on the short ones
-_N_TEXTS, _N_SEARCHED = 4, 2  # held-out texts to judge plans, and to search sets
+_SEARCHED_AT = 1024  # tokens of the prompts of the search
+_N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
 # the tokens of the prompt. For the first four, which are the most useful, any plan is enough at first.
@@ -77,7 +77,7 @@ def tune(
 ) -> Frontier:
     """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
-    At most 185,000 tokens are read, besides those that time sublayers for some seconds. Let nothing else run meanwhile,
+    At most 120,000 tokens are read, besides those that time sublayers for some seconds. Let nothing else run meanwhile,
     because times are measured. Only the memo writes files.
 
     Args:
@@ -209,25 +209,24 @@ class _Tuning:
         """Measure the losses of parts. While tokens last, judge the plans that are expected to keep :data:`_AIMS`."""
         planned = Planned(profile, _JUDGED_AT)
         with self.on_stage("Searching") as on_progress:
-            n_answer = _ANSWER[0], N_COPIED
-            judges = [Judge(llm, text_probes(llm, held.search, [n], n_answer)) for n in _SEARCHED_AT]
+            cuts = _SEARCHED_AT * 7 // 8, _SEARCHED_AT
+            search = Judge(llm, text_probes(llm, held.search, cuts, (_ANSWER[0], N_COPIED)))
 
-            def lost(candidate: Candidate, long: bool) -> Lost:
-                search, n_prompt = judges[long], _SEARCHED_AT[long]
-
+            def lost(candidate: Candidate) -> Lost:
                 def judge() -> list[float]:
-                    scores = search(planned.plan(candidate, n_prompt // candidate.share))
+                    scores = search(planned.plan(candidate, _SEARCHED_AT // candidate.share))
                     return [quality_of(search.probes, scores, kind).harm for kind in KINDS]
 
-                return tuple(self.memo.get(f"search {candidate} at {n_prompt}", list[float], judge))
+                return tuple(self.memo.get(f"search {candidate}", list[float], judge))
 
             seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
             losses = measure(planned.orders, lost, on_progress)
-            sets = {length: losses.sets(of) for length, of in seconds.items()}
+            doubled = replace(losses, grown=_growth_of(llm))
+            grown = {length: growth(length / _JUDGED_AT, doubled.grown) for length in seconds}
+            sets = {length: replace(losses, grown=grown[length]).sets(of) for length, of in seconds.items()}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
-        doubled = _growth_of(llm)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
-        found, needs = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs are infinite if a pass key is lost
+        found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs, infinite if a pass key is lost
 
         # Kept, so that a run that is stopped below judges the same sets later. Edits have had the whole model judged.
         n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before + (0 if edits else each_costs)
@@ -238,18 +237,23 @@ class _Tuning:
             plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
             judge_it = partial(judged_plan, judge, plan)
             one, n_tokens = self.memo.get(f"judged {candidate}", tuple[Judged | None, int], judge_it)
-            n_left, needs[candidate] = n_left - n_tokens, (math.inf,) * len(KINDS)
+            n_left, judged[candidate] = n_left - n_tokens, (math.inf,) * len(KINDS)
             if one is not None:
                 speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
-                point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan, doubled)
-                found[candidate], needs[candidate] = point, point.needs_by_kind
+                point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan, doubled.growth(candidate))
+                found[candidate], judged[candidate] = point, point.needs_by_kind
+
+        def needs_at(length: int) -> dict[Candidate, Lost]:
+            factors = {each: growth(length / _JUDGED_AT, doubled.growth(each)) for each in judged}
+            return {each: tuple(factors[each] * need for need in needs) for each, needs in judged.items()}
 
         with self.on_stage("Judging") as on_progress:
             n_begin, of_edits = max(n_left, 1), Frontier((), edits=tuple(edits))
             for number, (promise, edited, length) in enumerate(_AIMS):
-                wanted = of_edits.left(length, promise, edited=edited) / growth(length / _JUDGED_AT, doubled)
+                wanted = of_edits.left(length, promise, edited=edited)
                 n_failed, takes = 0, seconds[length]
-                while not needs or n_left >= each_costs:
+                while not judged or n_left >= each_costs:
+                    needs = needs_at(length)
                     best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
                     is_first = number < len(_FIRST_AIMS)
                     if best is not None and max(needs[best]) >= (_ENOUGH if is_first else _NEAR) * wanted:
@@ -260,7 +264,7 @@ class _Tuning:
                         break
                     add(candidate)
                     on_progress(1 - max(n_left, 0) / n_begin)
-                    if max(needs[candidate]) > wanted:
+                    if max(needs_at(length)[candidate]) > wanted:
                         n_failed += 1
                     elif is_first:
                         break
@@ -286,7 +290,7 @@ class _Tuning:
 
 
 def _growth_of(llm: AdaSkipLlama) -> float:
-    """Return the assumed factor of a plan's loss if a prompt is twice as long.
+    """Return the assumed factor of the loss of skipped sublayers if a prompt is twice as long.
 
     Attentions that see only the last tokens do not see more of a longer prompt. So only the others count.
     """

@@ -37,7 +37,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_N_DECODE": 2,
         "_JUDGED_AT": JUDGED_AT,
         "_ANSWER": ANSWER,
-        "_SEARCHED_AT": (128, JUDGED_AT),
+        "_SEARCHED_AT": 128,
         "LEAST_CONTEXT": 64,
         "LONGEST": 512,
         "load_average": lambda: None,

@@ -105,13 +105,15 @@ def test_nothing_is_measured_where_nothing_moves(family: str, options: Any, n_pr
     assert measured(llm, judge_of(llm, n_prompt)) == []
 
 
-def test_documents_are_put_together_if_half_the_default_promise_is_twice_the_loss_of_new_orders(
+def test_a_kind_of_edits_is_measured_if_half_the_default_promise_allows_the_one_before(
     monkeypatch: pytest.MonkeyPatch, open_tiny: Open
 ) -> None:
+    """Documents that are put together lose twice as much as new orders."""
     monkeypatch.setattr(edited, "DEFAULT_LOSS", 9.0)
     llm, memo = open_tiny(**OPTIONS), Memo()
     judge = judge_of(llm)
-    needed = 2 * 2 * measured(llm, judge, memo)[1].needs(N_PROMPT)
-    for share, kinds in ((0.99, [FEW, MANY]), (1.01, [FEW, MANY, TOGETHER])):
-        monkeypatch.setattr(edited, "DEFAULT_LOSS", share * needed)
-        assert [each.edits.most_moves for each in measured(llm, judge, memo)] == kinds
+    small, order, _ = (2 * each.needs(N_PROMPT) for each in measured(llm, judge, memo))
+    kinds = FEW, MANY, TOGETHER
+    for promise, n in ((0.99 * small, 1), (1.01 * small, 2), (1.98 * order, 2), (2.02 * order, 3)):
+        monkeypatch.setattr(edited, "DEFAULT_LOSS", promise)
+        assert [each.edits.most_moves for each in measured(llm, judge, memo)] == [*kinds[:n]]
