@@ -32,7 +32,8 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
     if "judged_on" in (about := frontier.about):
         out.print(
             f"Answers judged on {about['judged_on']}; plans found on {about['searched_on']}; calibrated on "
-            f"{about['calibrated_on']}. The model read {frontier.n_read:,} tokens.",
+            f"{about['calibrated_on']}. The model read {frontier.n_read:,} tokens, besides those that timed sublayers "
+            "and the result.",
             style="dim",
             markup=False,
         )
@@ -146,7 +147,7 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
         "If the promise allows it, tokens that an edited prompt shares with the one before are not read again. small: "
         "lines and messages are changed or dropped. new order: five documents change places, four times. together: "
         "five documents that were read alone are put together, then change places. A kind is measured if the default "
-        "promise allows the one before. pass keys: as above, but an edit changed a third of them, and answers must "
+        "promise may allow it. pass keys: as above, but an edit changed a third of them, and answers must "
         "give the new ones. from a promise of: the least promise that allows this. It does not count the divergence "
         "in keys. Edits may use half of it. The plan has the rest in `serve`, elsewhere from the first edited prompt "
         "on.\n",

@@ -18,7 +18,7 @@ from .settings import Settings, Tried
 
 DEFAULT_LOSS = 0.05  # the default promise, in nats per token: the perplexity grows by 5% at most
 LEAST_CONTEXT = 512  # tokens: shorter prompts run whole, because they have little bulk and take little time
-GROWTH = 1.4  # the assumed factor of a loss if a prompt is twice as long: measured in docs/dev/method.md
+GROWTH = 1.5  # the assumed factor of a loss if a prompt is twice as long: measured in docs/dev/method.md
 EDITS_SHARE = 0.5  # the share of a promise that edited prompts may lose; plans may lose the rest
 
 
@@ -65,7 +65,7 @@ class Figures:
         """Return the expected loss in the worst promised kind of answers to prompts of ``context`` tokens.
 
         For prompts twice as long as the judged ones, that of a plan is ``growth`` times as large, and that of runs in a
-        new order 1.4 times. That of small edits does not grow.
+        new order 1.5 times. That of small edits does not grow.
         """
         return max(each.harm for each in self._promised) * self._growth(context)
 
@@ -97,7 +97,7 @@ class Point(Figures):
 
     Attributes:
         plan: a plan of mode ``prompt``. Its windows and its tail are for prompts of ``judged_at`` tokens.
-        growth: the assumed factor of its loss if a prompt is twice as long, from 1 to 4. It is less than 1.4 if windows
+        growth: the assumed factor of its loss if a prompt is twice as long, from 1 to 4. It is less than 1.5 if windows
             lose a part of it, or if some attentions of the model see only the last tokens.
     """
 
@@ -113,7 +113,7 @@ class Point(Figures):
         return is_faster and max(self.needs_by_kind) <= max(other.needs_by_kind)
 
     def plan_for(self, context: int) -> SkipPlan:
-        """Return the plan with windows and tail of the same share of a prompt of ``context`` tokens.
+        """Return the plan with windows and tail for prompts of ``context`` tokens: see ``Bulk.scaled``.
 
         It is one and the same object for equal plans, because comparing plans compares all their maps.
         """
@@ -161,7 +161,7 @@ class Frontier:
         machine: the machine of the measurements.
         tried: all settings that were timed.
         speeds: measured speed-ups, with the plan that keeps the default promise.
-        n_read: tokens that calibration and tuning read.
+        n_read: tokens that calibration and tuning read, except to time sublayers and the result.
         about: texts and release, for people to read.
         edits: figures of edited prompts, by growing numbers of moves; () if tokens cannot be moved.
 

@@ -20,8 +20,8 @@ from .memo import Memo
 
 _HEAD, _TAIL = 64, 128  # tokens at the two ends of a prompt that stay, like a system prompt and a question
 _N_DOCUMENTS = 5
-_FACTORS = {FEW: 0.0, MANY: 1.0, TOGETHER: 2.0}
-"""The least loss of a kind of edits, over that of the kind before; 0 for the first. See docs/dev/method.md."""
+_FACTORS = {FEW: 0.0, MANY: 3.0, TOGETHER: 2.0}
+"""The expected loss of a kind of edits over that of the kind before; 0 for the first. See docs/dev/method.md."""
 _LINE = "\nThe limit was raised to 4096 in March, as the notes of the maintainers say.\n"
 
 _Tokens = list[int]
@@ -31,10 +31,10 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     """Measure small edits, new orders of documents, and documents that were read alone and are put together.
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
-    and one drops a message, which is the continuation of another text. New orders are measured if the default promise
-    allows small edits. Documents are put together if it allows twice the loss of new orders, the least that this loses.
-    The last edit changes the pass keys of one place. Before it the i-th text has those of number -1 - i there, and in
-    the judge's prompt those of number i. Return [] if the model or the prompts allow no moves.
+    and one drops a message, which is the continuation of another text. A kind is measured if the default promise
+    allows its expected loss, by that of the kind before. The last edit changes the pass keys of one place. Before it
+    the i-th text has those of number -1 - i there, and in the judge's prompt those of number i. Return [] if the model
+    or the prompts allow no moves.
     """
     prompts = list({each.text: each.tokens[: each.n_prompt] for each in judge.probes}.items())  # the longest of each
     # Other prompts would bring pass keys with the same names.

@@ -53,8 +53,9 @@ _SEARCHED_AT = 1024  # tokens of the prompts of the search
 _N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
-# the tokens of the prompt. For the first four, which are the most useful, any plan is enough at first.
-_FIRST_AIMS = (0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
+# the tokens of the prompt. For the first four, which are the most useful, any plan is enough at first. Long prompts come
+# first: their plan keeps the promise after shorter ones too.
+_FIRST_AIMS = (0.05, False, _LONG), (0.05, False, _JUDGED_AT), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
 _ENOUGH = 0.5  # the share of one of the first four promises for which no other plan is sought at first
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
@@ -77,7 +78,7 @@ def tune(
 ) -> Frontier:
     """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
-    At most 120,000 tokens are read, besides those that time sublayers for some seconds. Let nothing else run meanwhile,
+    At most 120,000 tokens are read, besides those that time sublayers and the result. Let nothing else run meanwhile,
     because times are measured. Only the memo writes files.
 
     Args:
@@ -156,7 +157,6 @@ class _Tuning:
             speeds = measure_speed(
                 self.path, settings, plan, prompt, n_rounds=_N_ROUNDS, kwargs=self.kwargs, on_progress=on_progress
             )
-        self.n_read += _N_ROUNDS * len(prompt) * (2 if plan is None else 3)
         return replace(frontier, speeds=speeds, n_read=self.n_read)
 
     def _prompt(self, llm: AdaSkipLlama, kinds: Sequence[Mapping[str, str]]) -> list[int]:
@@ -175,7 +175,8 @@ class _Tuning:
         if best.prompt_short_s > 0:
             share = min(_JUDGED_AT / 2 / self.context, 1.0)  # the other stages read shorter prompts
             rate = 1 / (best.prompt_short_s + share * (best.prompt_long_s - best.prompt_short_s))
-            took = max(round((MOST_TOKENS - found.n_tokens) / rate / 60), 1)
+            n_timed = 3 * _N_ROUNDS * _JUDGED_AT  # the result, in three processes
+            took = max(round((MOST_TOKENS + n_timed - found.n_tokens) / rate / 60), 1)
             self.tell(f"This model reads {rate:,.0f} tokens per second. The other stages take about {took} min.")
         return found
 
@@ -230,7 +231,7 @@ class _Tuning:
 
         # Kept, so that a run that is stopped below judges the same sets later. Edits have had the whole model judged.
         n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before + (0 if edits else each_costs)
-        n_left = MOST_TOKENS - 3 * _N_ROUNDS * _JUDGED_AT - self.memo.get("read before judging", int, lambda: n_read)
+        n_left = MOST_TOKENS - self.memo.get("read before judging", int, lambda: n_read)
 
         def add(candidate: Candidate) -> None:
             nonlocal n_left

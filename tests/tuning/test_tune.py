@@ -166,9 +166,8 @@ def test_it_tells_its_texts_speed_tokens_and_duration(done: tuple[Frontier, Call
     searched, judged = (found.about[name].split(", ") for name in ("searched_on", "judged_on"))  # type: ignore[union-attr]
     assert len(searched) == 1 and len(judged) == 2 and {*searched, *judged} < {*TEXTS}, "either part is half of them"
     assert found.about["calibrated_on"] == "manual"
-    n_timed = 3 * 3 * JUDGED_AT  # three rounds of stock, ours, and ours with a plan, in processes of their own
     n_here = sum(calls.tokens.values()) - N_TIMED
-    assert found.n_read == pytest.approx(n_here + n_timed, abs=4)  # llama.cpp counts none as 1
+    assert found.n_read == pytest.approx(n_here, abs=4)  # llama.cpp counts none as 1
     assert found.n_read < tuning.MOST_TOKENS
     assert calls.timed == [(found.settings, found.choose(JUDGED_AT), JUDGED_AT)] and found.speeds[0].of == "settings"
 
@@ -186,7 +185,7 @@ def test_where_nothing_can_be_skipped_there_are_settings_alone(tiny: Any, calls:
     """The model keeps a state, which cannot be rewound."""
     found = tune(tiny("mamba"), context=1100)
     assert found.points == () and found.choose(5000) is None and calls.timed[0][1] is None
-    assert found.n_read == pytest.approx(sum(calls.tokens.values()) + 2 * 3 * JUDGED_AT, abs=4)
+    assert found.n_read == pytest.approx(sum(calls.tokens.values()), abs=4)
 
 
 def test_each_judged_plan_leaves_fewer_tokens_and_one_is_judged_anyway(
@@ -224,12 +223,12 @@ def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, 
     tune()
     assert sorted(found) == [2048, 8192]
     assert all(sets is found[n] for sets, (_, _, n) in zip(used, AIMS, strict=True))
-    # In prompts twice as long skipped sublayers are expected to lose 1.4 times as much. Here they are measured after
+    # In prompts twice as long skipped sublayers are expected to lose 1.5 times as much. Here they are measured after
     # 192 tokens. Nine tenths of the promise are near enough.
     left = Frontier((), edits=edits).left
-    assert grown == pytest.approx({n: 1.4 ** math.log2(n / JUDGED_AT) for n in (2048, 8192)})
+    assert grown == pytest.approx({n: 1.5 ** math.log2(n / JUDGED_AT) for n in (2048, 8192)})
     assert aimed == pytest.approx([0.9 * left(n, promise, edited=edited) for promise, edited, n in AIMS])
-    assert aimed[0] == aimed[1] == pytest.approx(0.9 * 0.05)
+    assert aimed[0] == aimed[1] == pytest.approx(0.9 * 0.05) and AIMS[0][2] > AIMS[1][2], "the long ones first"
     assert aimed[2] < aimed[0] and aimed[3] == pytest.approx(2 * aimed[0])
 
 
@@ -243,7 +242,7 @@ def test_plans_need_more_after_long_prompts(one_promise: OnePromise, tune: Tune,
         assert aimed[1] == pytest.approx(after_failure * aimed[0])
 
 
-@pytest.mark.parametrize(("architecture", "expected"), [("llama", 1.4), ("gemma3", 1 + 0.4 / 3)])
+@pytest.mark.parametrize(("architecture", "expected"), [("llama", 1.5), ("gemma3", 1 + 0.5 / 3)])
 def test_sliding_windows_make_losses_grow_less(architecture: str, expected: float, open_tiny: Open) -> None:
     """Two of the three attentions of this gemma3 see 8 tokens."""
     assert tuning._growth_of(open_tiny(architecture)) == pytest.approx(expected)
