@@ -91,7 +91,7 @@ def _print_points(out: Console, frontier: Frontier) -> None:
         "same token: how often plan and whole model find the same token likeliest. pass keys: those that the whole "
         "model finds clearly, and of these those that the plan finds. Means over texts, ± half of a 95% interval. "
         "speed: how many times as fast the first token comes, predicted. For a prompt twice as long, losses are "
-        f"assumed to be {min(factors):.3g} to {max(factors):.3g} times as large: windows add none.\n",
+        f"assumed to be {min(factors):.3g} to {max(factors):.3g} times as large. Those of windows do not grow.\n",
         style="dim",
     )
 
@@ -147,10 +147,9 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
         "If the promise allows it, tokens that an edited prompt shares with the one before are not read again. small: "
         "lines and messages are changed or dropped. new order: five documents change places, four times. together: "
         "five documents that were read alone are put together, then change places. A kind is measured if the default "
-        "promise may allow it. pass keys: as above, but an edit changed a third of them, and answers must "
-        "give the new ones. from a promise of: the least promise that allows this. It does not count the divergence "
-        "in keys. Edits may use half of it. The plan has the rest in `serve`, elsewhere from the first edited prompt "
-        "on.\n",
+        "promise may allow it. pass keys: as above, but an edit changed a third of them, and answers must give the new "
+        "ones. from a promise of: the least promise that allows this. It does not count the divergence in keys. Edits "
+        "may use half of it. The plan has the rest in `serve`, elsewhere from the first edited prompt on.\n",
         style="dim",
     )
 
