@@ -53,7 +53,8 @@ def tune(
 
     An edited prompt shares tokens with the one before. `tune` also measures the loss if these are not read again.
 
-    It reads at most 120,000 tokens, besides timing sublayers and the result. If it was stopped, the same command continues.
+    It reads at most 120,000 tokens, besides timing sublayers and the result. If it was stopped, the same command
+    continues.
     """
     start = time.monotonic()
     target = output or plan_path(model)

@@ -53,13 +53,13 @@ _SEARCHED_AT = 1024  # tokens of the prompts of the search
 _N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
-# the tokens of the prompt. For the first four, which are the most useful, any plan is enough at first. Long prompts come
-# first: their plan keeps the promise after shorter ones too.
+# the tokens of the prompt. For the first four, which are the most useful, nearly any plan is enough at first. Long
+# prompts come first: their plan keeps the promise after shorter ones too.
 _FIRST_AIMS = (0.05, False, _LONG), (0.05, False, _JUDGED_AT), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
-_ENOUGH = 0.5  # the share of one of the first four promises for which no other plan is sought at first
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
 _WORTHWHILE = 0.97  # of the time of a plan that keeps a promise: another one is judged for it only if it takes less
+_AT_FIRST = 0.92  # the same, as long as plans are sought for the first four
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
@@ -257,11 +257,12 @@ class _Tuning:
                     needs = needs_at(length)
                     best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
                     is_first = number < len(_FIRST_AIMS)
-                    if best is not None and max(needs[best]) >= (_ENOUGH if is_first else _NEAR) * wanted:
+                    if best is not None and max(needs[best]) >= _NEAR * wanted:
                         break
                     is_last = n_left < 2 * each_costs
                     candidate = aim(sets[length], needs, _NEAR * _SAFER ** (n_failed + is_last) * wanted)
-                    if candidate is None or (best and takes(candidate) > _WORTHWHILE * takes(best)):
+                    share = _AT_FIRST if is_first else _WORTHWHILE
+                    if candidate is None or (best and takes(candidate) > share * takes(best)):
                         break
                     add(candidate)
                     on_progress(1 - max(n_left, 0) / n_begin)

@@ -304,14 +304,13 @@ def test_a_plan_that_nearly_needs_the_promise_is_the_last_and_failures_make_the_
     assert aimed == pytest.approx([0.9e-9, 0.9e-9 * 0.85, 0.9e-9 * 0.85**2])
 
 
-def test_the_first_promises_take_any_plan_at_first(one_promise: OnePromise, tune: Tune, put: Put) -> None:
-    one_promise(9.0)
-    most = max(each.needs(JUDGED_AT) for each in tune().points)
-    for share, n_aimed in ((0.6, 1), (0.4, 2)):  # of the promise that the first plan needs
-        aimed = one_promise(most / share, EVERY_SET, IDLE_SET)
-        put(_AIMS=2 * tuning._AIMS, _FIRST_AIMS=2 * tuning._AIMS)
-        tune()
-        assert len(aimed) == n_aimed
+def test_the_first_promises_take_any_plan_at_first_unless_another_one_is_much_faster(
+    one_promise: OnePromise, tune: Tune, put: Put
+) -> None:
+    for share, n_judged in ((0.0, 1), (9.0, 2)):
+        one_promise(9.0, IDLE_SET, EVERY_SET)
+        put(_AIMS=2 * tuning._AIMS, _FIRST_AIMS=2 * tuning._AIMS, _AT_FIRST=share)
+        assert len(tune().points) == n_judged
     assert AIMS[: len(FIRST_AIMS)] == FIRST_AIMS and {*FIRST_AIMS} <= {*AIMS[len(FIRST_AIMS) :]}
 
 
