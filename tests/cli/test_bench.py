@@ -59,7 +59,7 @@ def test_a_frontier_chooses_a_plan_for_each_context(model: Path, monkeypatch: py
     """Under the default promise of 0.05. Longer prompts lose more."""
     monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
     careful, fast = (SkipPlan.manual(3, ffn=ffn, phase="bulk") for ffn in ([2], [1, 2]))
-    points = [point(careful, 0.035, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]
+    points = [point(careful, 0.03, {32: 1.2}, judged_at=32), point(fast, 0.045, {32: 1.5}, judged_at=32)]
     save_plan(plan_path(model), frontier(points))
     result = run("bench", model, *QUICK, "--contexts", "16,32,64,128")
     (tuned,) = (each for each in json.loads(result.stdout)["contenders"] if each["name"] == "tuned")
