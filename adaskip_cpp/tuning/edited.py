@@ -20,8 +20,7 @@ from .memo import Memo
 
 _HEAD, _TAIL = 64, 128  # tokens at the two ends of a prompt that stay, like a system prompt and a question
 _N_DOCUMENTS = 5
-_FACTORS = {FEW: 0.0, MANY: 3.0, TOGETHER: 2.0}
-"""The expected loss of a kind of edits over that of the kind before; 0 for the first. See docs/dev/method.md."""
+_FACTORS = {MANY: 3.0, TOGETHER: 2.0}  # the expected loss over that of the kind before: docs/dev/method.md
 _LINE = "\nThe limit was raised to 4096 in March, as the notes of the maintainers say.\n"
 
 _Tokens = list[int]
@@ -89,8 +88,8 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         return Judged.of(*scores)
 
     with suppress(_NothingMovedError):
-        for most_moves, factor in _FACTORS.items():
-            if found and factor * found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
+        for most_moves in (FEW, MANY, TOGETHER):
+            if found and _FACTORS[most_moves] * found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
                 break
             edits = Edits(most_moves=most_moves)
             one = memo.get(f"edits {most_moves}", Judged, partial(judged, edits))

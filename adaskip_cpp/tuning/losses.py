@@ -116,7 +116,7 @@ class Losses:
     grown: float = 1.0
 
     def growth(self, candidate: Candidate) -> float:
-        """Return the factor of a set's predicted loss by ``grown``."""
+        """Return the factor by which ``grown`` raises a set's predicted loss."""
         before, after = (replace(self, grown=grown).parts(candidate).sum() for grown in (1.0, self.grown))
         return float(after / before) if before > 0 else self.grown
 

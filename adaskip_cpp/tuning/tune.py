@@ -58,8 +58,10 @@ _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as
 _FIRST_AIMS = (0.05, False, _LONG), (0.05, False, _JUDGED_AT), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
-_WORTHWHILE = 0.97  # of the time of a plan that keeps a promise: another one is judged for it only if it takes less
-_AT_FIRST = 0.92  # the same, as long as plans are sought for the first four
+_WORTHWHILE, _AT_FIRST = (
+    0.97,
+    0.92,
+)  # of the time of a plan that keeps a promise: another one is judged if it takes less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
@@ -175,8 +177,8 @@ class _Tuning:
         if best.prompt_short_s > 0:
             share = min(_JUDGED_AT / 2 / self.context, 1.0)  # the other stages read shorter prompts
             rate = 1 / (best.prompt_short_s + share * (best.prompt_long_s - best.prompt_short_s))
-            n_timed = 3 * _N_ROUNDS * _JUDGED_AT  # the result, in three processes
-            took = max(round((MOST_TOKENS + n_timed - found.n_tokens) / rate / 60), 1)
+            n_left = MOST_TOKENS - found.n_tokens + 3 * _N_ROUNDS * _JUDGED_AT  # three processes time the result
+            took = max(round(n_left / rate / 60), 1)
             self.tell(f"This model reads {rate:,.0f} tokens per second. The other stages take about {took} min.")
         return found
 
@@ -223,8 +225,8 @@ class _Tuning:
             seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
             losses = measure(planned.orders, lost, on_progress)
             doubled = replace(losses, grown=_growth_of(llm))
-            grown = {length: growth(length / _JUDGED_AT, doubled.grown) for length in seconds}
-            sets = {length: replace(losses, grown=grown[length]).sets(of) for length, of in seconds.items()}
+            factor = {n: growth(n / _JUDGED_AT, doubled.grown) for n in seconds}
+            sets = {n: replace(losses, grown=factor[n]).sets(of) for n, of in seconds.items()}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
         lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
         found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs, infinite if a pass key is lost

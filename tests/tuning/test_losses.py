@@ -166,9 +166,7 @@ def test_what_a_judged_set_lost_beyond_its_prediction_is_expected_of_others() ->
     first = aim(sets, {}, FIRST * 0.041)
     assert first is not None and counts(first) == (4, 0, 0)
     assert counts(aim(sets, {first: both(0.12)}, 0.06)) == (2, 0, 0), "it lost three times its prediction"
-    assert counts(aim(sets, {first: both(0.024)}, 0.05)) == (8, 0, 0), (
-        "it needs 0.6 times its prediction, not the first"
-    )
+    assert counts(aim(sets, {first: both(0.024)}, 0.05)) == (8, 0, 0), "it needs 0.6 times its prediction"
     # Losses jump where a set is too large, which says little about smaller ones: as after a smaller jump.
     assert len({aim(sets, {first: both(need)}, 0.06) for need in (0.18, 0.3, 1.0)}) == 1
     fastest = sets.candidates[0]
