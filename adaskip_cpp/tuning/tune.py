@@ -58,10 +58,7 @@ _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as
 _FIRST_AIMS = (0.05, False, _LONG), (0.05, False, _JUDGED_AT), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
-_WORTHWHILE, _AT_FIRST = (
-    0.97,
-    0.92,
-)  # of the time of a plan that keeps a promise: another one is judged if it takes less
+_WORTHWHILE, _AT_FIRST = 0.97, 0.92  # of the time of a plan that keeps a promise: another one must take less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
