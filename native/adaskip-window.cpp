@@ -89,24 +89,26 @@ std::optional<adaskip_kv_reads> adaskip_kv_reads::find(ggml_cgraph * gf, ggml_te
 // adaskip_window_input
 //
 
-// The cells that a ubatch reads, and those that each token sees.
+// The cells that a ubatch reads, and those that each token sees. If a window leaves out no block of cells, as at the
+// beginning of a prompt, all are read in place.
 class adaskip_window_input : public llm_graph_input_i {
 public:
-    adaskip_window_input(ggml_context * ctx, const llama_kv_cache * cache, int64_t n_ubatch, int32_t n_window,
-            int32_t n_sinks, bool is_flash)
+    adaskip_window_input(ggml_context * ctx, const llama_kv_cache * cache, int64_t n_kv, int64_t n_ubatch,
+            int32_t n_window, int32_t n_sinks, bool is_flash)
         : cache(cache), n_window(n_window), n_sinks(n_sinks) {
-        // at most the whole cache, because a window or a head may have any size
-        const int64_t n_seen  = std::min((int64_t) n_sinks + n_window - 1 + n_ubatch, (int64_t) cache->get_size());
-        const int64_t n_cells = GGML_PAD(n_seen, ADASKIP_CELLS);
+        const int64_t n_seen  = (int64_t) n_sinks + n_window - 1 + n_ubatch;
+        const int64_t n_cells = std::min(GGML_PAD(n_seen, ADASKIP_CELLS), n_kv);
 
-        cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
-        mask  = ggml_new_tensor_2d(ctx, is_flash ? GGML_TYPE_F16 : GGML_TYPE_F32, n_cells, n_ubatch);
-        ggml_set_input(cells);
+        mask = ggml_new_tensor_2d(ctx, is_flash ? GGML_TYPE_F16 : GGML_TYPE_F32, n_cells, n_ubatch);
         ggml_set_input(mask);
+        if (n_cells < n_kv) {
+            cells = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_cells);
+            ggml_set_input(cells);
+        }
     }
 
     void set_input(const llama_ubatch * ubatch) override {
-        if (!cells->buffer || !mask->buffer) {
+        if (!mask->buffer || (cells && !cells->buffer)) {
             return; // no attention in the graph reads them
         }
         const auto [first, last] = std::minmax_element(ubatch->pos, ubatch->pos + ubatch->n_tokens);
@@ -124,21 +126,22 @@ public:
         };
         take(0, std::min(n_sinks, begin));
         take(std::max(begin, 0), *last + 1);
-        if ((int64_t) ids.size() > cells->ne[0]) {
+        if ((int64_t) ids.size() > mask->ne[0]) {
             throw adaskip_exception(ADASKIP_ERROR_INTERNAL, "several KV cells hold one position of a sequence");
         }
-        ids.resize(cells->ne[0], 0);
-
         std::vector<float> visible(ggml_nelements(mask), -INFINITY);
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
             for (size_t j = 0; j < positions.size(); ++j) {
                 const bool is_near = positions[j] > ubatch->pos[i] - n_window || positions[j] < n_sinks;
                 if (positions[j] <= ubatch->pos[i] && is_near) {
-                    visible[i * mask->ne[0] + j] = 0.0f;
+                    visible[i * mask->ne[0] + (cells ? (int32_t) j : ids[j])] = 0.0f;
                 }
             }
         }
-        ggml_backend_tensor_set(cells, ids.data(), 0, ggml_nbytes(cells));
+        if (cells) {
+            ids.resize(cells->ne[0], 0);
+            ggml_backend_tensor_set(cells, ids.data(), 0, ggml_nbytes(cells));
+        }
         if (mask->type == GGML_TYPE_F32) {
             ggml_backend_tensor_set(mask, visible.data(), 0, ggml_nbytes(mask));
             return;
@@ -148,11 +151,11 @@ public:
         ggml_backend_tensor_set(mask, halves.data(), 0, ggml_nbytes(mask));
     }
 
-    // the tensors depend on the number of tokens alone, which llama.cpp has compared
+    // the tensors depend on the numbers of tokens and of cells in use, which llama.cpp has compared
     bool can_reuse(const llm_graph_params &) override { return true; }
 
-    ggml_tensor * cells; // I32 [n_cells]
-    ggml_tensor * mask;  // [n_cells, n_tokens]
+    ggml_tensor * cells = nullptr; // I32 [n_cells], null if all are read in place
+    ggml_tensor * mask;            // [n_cells, n_tokens]
 
 private:
     const llama_kv_cache * const cache;
@@ -173,8 +176,9 @@ const adaskip_window_input & adaskip_window::input_of(const adaskip_kv_reads & r
     if (!input) {
         const ggml_tensor * q = reads.kq ? reads.kq->src[1] : reads.attention->src[0];
 
-        auto made = std::make_unique<adaskip_window_input>(ctx, cache, q->ne[1], n_tokens, n_sinks, !reads.kq);
-        input     = made.get();
+        auto made = std::make_unique<adaskip_window_input>(
+                ctx, cache, reads.k->ne[1], q->ne[1], n_tokens, n_sinks, !reads.kq);
+        input = made.get();
         res.add_input(std::move(made));
     }
     return *input;
@@ -203,7 +207,11 @@ static void resize(ggml_tensor * t, int64_t n_cells) {
 }
 
 void adaskip_window::narrow(const adaskip_kv_reads & reads) {
-    const auto &  input   = input_of(reads);
+    const auto & input = input_of(reads);
+    if (!input.cells) {
+        reads.attention->src[reads.kq ? 1 : 3] = input.mask;
+        return;
+    }
     const int64_t n_cells = input.cells->ne[0];
 
     // [n_embd_head, n_head_kv, n_cells] -> [n_embd_head, n_cells, n_head_kv]

@@ -37,18 +37,22 @@ REFERENCED = ["llama", "gemma3"]
     ids=str,
 )
 @pytest.mark.parametrize("size", [1, 5, 30])
+@pytest.mark.parametrize("n", [90, 400])
 @pytest.mark.parametrize("name", REFERENCED)
 def test_attentions_look_back_at_a_window_in_the_bulk(
-    name: str, size: int, options: dict[str, Any], both: Open
+    name: str, n: int, size: int, options: dict[str, Any], both: Open
 ) -> None:
+    """Where the cells in use are one block of 256, they are read in place; of two blocks, one is gathered."""
+    options = {"n_ctx": 512, "n_ubatch": 100, **options} if n > 256 else options
     layers = (1,) if name == "gemma3" else (0, 1)  # Gemma's others have windows of their own
     of = plan(chosen((2, 0), (0, 1)), windowed=layers, window_size=size, tail=5)
     llm, expected = both(of, name, **options)
     for each in (llm, expected):
-        each.eval(tokens(90)[:30])
-        each.eval(tokens(90)[30:])
-    # flash attention rounds to F16
-    tolerance = max(TOLERANCE[name], 1e-2 if options.get("flash_attn") is True else 0.0)
+        each.eval(tokens(n)[:30])
+        each.eval(tokens(n)[30:])
+    # flash attention rounds to F16; in prompts alone, it computes ubatches of 64 and more tokens
+    is_flash = options.get("flash_attn") is True or (n > 256 and options.get("flash_attn") == "prompts")
+    tolerance = max(TOLERANCE[name], 1e-2 if is_flash else 0.0)
     assert error(llm, expected) < tolerance
     if name != "gemma3":  # the sliding layer after its full one sees 8 tokens alone, all of the tail
         cells = [replace(cell, windows=None) for cell in expected.cells]
@@ -69,9 +73,12 @@ def test_who_has_a_window_already_gets_no_other(open_tiny: Open) -> None:
 def test_a_window_adds_so_many_nodes_whatever_the_context_and_no_split(
     options: dict[str, Any], n_nodes: int, open_tiny: Open
 ) -> None:
-    """View, gather, cast, reshape, permute of K and V for view and permute; a V that is transposed is turned round."""
+    """View, gather, cast, reshape, permute of K and V for view and permute; a V that is transposed is turned round.
+
+    Up to 256 cells are read in place.
+    """
     llm = open_tiny(n_ctx=1024, n_batch=128, logits_all=False, **options)
-    counted = []
+    counted = list[list[tuple[int, int]]]()
     for windowed in ((2,), (1,), (0, 1)):  # nobody reads the last layer's attention
         llm.set_plan(plan(chosen((1, 1)), windowed=windowed, window_size=50))
         llm.reset()
@@ -79,9 +86,10 @@ def test_a_window_adds_so_many_nodes_whatever_the_context_and_no_split(
         for start in range(0, 1000, 125):
             llm.eval_bulk(tokens(1000)[start : start + 125])
             seen.add((llm.counters.nodes, llm.counters.splits))
-        counted.extend(seen)
-    (nodes, splits), *others = counted
-    assert splits > 0 and others == [(nodes + n_nodes, splits), (nodes + 2 * n_nodes, splits)]
+        counted.append(sorted(seen))
+    ((nodes, splits),), *others = counted
+    assert splits > 0
+    assert others == [[(nodes, splits), (nodes + n * n_nodes, splits)] for n in (1, 2)]
 
 
 @pytest.mark.parametrize(
