@@ -191,7 +191,7 @@ class Frontier:
     def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS, *, edited: bool = False) -> SkipPlan | None:
         """Return the fastest plan that keeps a promise for a prompt; None for the whole model.
 
-        Plans change at powers of two, so a growing chat keeps its plan for long.
+        Plans change at the lengths of ``context_for``, so a growing chat keeps its plan for long.
 
         Args:
             n_tokens: tokens of the prompt. Below 512 the whole model runs.
@@ -235,9 +235,8 @@ class Frontier:
 
         ``most_tokens`` is the size of the context. The other arguments are those of ``choose``.
         """
-        lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, context_for(most_tokens).bit_length())]
-        left = {n: self.left(n, max_loss, edited=edited) for n in lengths}
-        kept = [(each, n) for each in self.points for n in lengths if each.needs(n) <= left[n]]
+        left = {n: self.left(n, max_loss, edited=edited) for n in contexts(context_for(most_tokens))}
+        kept = [(each, n) for each in self.points for n in left if each.needs(n) <= left[n]]
         return tuple({id(plan): plan for plan in (each.plan_for(n) for each, n in kept)}.values())
 
 
@@ -247,8 +246,17 @@ def growth(ratio: float, doubled: float) -> float:
 
 
 def context_for(n_tokens: int) -> int:
-    """Return the length that a prompt is planned for: the next power of two."""
-    return 1 << max(n_tokens - 1, 0).bit_length()
+    """Return the length that a prompt is planned for: the next power of two, or three quarters of it."""
+    power = 1 << max(n_tokens - 1, 0).bit_length()
+    return 3 * power // 4 if n_tokens <= 3 * power // 4 and power >= 4 else power
+
+
+def contexts(most: int) -> list[int]:
+    """Return all lengths from 512 to ``most`` tokens that prompts are planned for."""
+    found = [context_for(LEAST_CONTEXT)]
+    while found[-1] < most:
+        found.append(context_for(found[-1] + 1))
+    return [n for n in found if n <= most]
 
 
 def check_max_loss(max_loss: Any) -> None:

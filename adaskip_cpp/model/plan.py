@@ -124,7 +124,7 @@ class Bulk:
         """
         share = max(round(of / (self.window_size + CELLS - DEFAULT_WINDOW)), 1)
         size = window_size_for(context, share) if self.narrowed else self.window_size
-        return replace(self, window_size=size, tail=max(min(self.tail * (context // of), context), self.tail))
+        return replace(self, window_size=size, tail=max(min(self.tail * context // of, context), self.tail))
 
     def span(self, n_cached: int, n_tokens: int) -> tuple[int, int]:
         """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none.

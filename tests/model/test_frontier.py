@@ -9,7 +9,7 @@ from oracles.frontiers import quality
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.errors import PlanError
 from adaskip_cpp.model.edits import FEW, MANY, Edits
-from adaskip_cpp.model.frontier import DEFAULT_LOSS, EditPoint, Point
+from adaskip_cpp.model.frontier import DEFAULT_LOSS, EditPoint, Point, context_for, contexts
 from adaskip_cpp.model.plan import Bulk
 from adaskip_cpp.model.quality import Passkeys
 from adaskip_cpp.model.skip_set import SkipSet
@@ -53,11 +53,18 @@ def test_a_plan_that_saves_no_time_is_not_chosen() -> None:
     assert [Frontier((for_long,)).point(n, 0.05) for n in (512, 1024, 4096)] == [None, None, for_long]
 
 
-@pytest.mark.parametrize(("n_tokens", "growth"), [(512, 1), (2048, 1), (2049, 1.5), (4096, 1.5), (32768, 1.5**4)])
+@pytest.mark.parametrize(("n_tokens", "growth"), [(512, 1), (2048, 1), (3073, 1.5), (4096, 1.5), (32768, 1.5**4)])
 def test_what_is_lost_grows_by_half_with_each_doubling(n_tokens: int, growth: float) -> None:
-    """A prompt counts as the next power of two; shorter ones than were judged lose no less."""
+    """A prompt counts as the next of the lengths below; shorter ones than were judged lose no less."""
     assert FRONTIER.point(n_tokens, 0.04 * growth + 1e-9) is FAST
     assert FRONTIER.point(n_tokens, 0.04 * growth - 1e-9) is SLOW
+
+
+def test_prompts_are_planned_for_powers_of_two_and_three_quarters_of_these() -> None:
+    assert contexts(5000) == [512, 768, 1024, 1536, 2048, 3072, 4096] and contexts(512) == [512] and contexts(0) == []
+    assert all(context_for(n) == next(each for each in contexts(4096) if each >= n) for n in range(512, 4097))
+    between = point(0.04, 1.5).needs(3072)
+    assert between == pytest.approx(0.04 * 1.5**0.585, rel=1e-3)
 
 
 def test_a_plans_own_growth_counts_if_it_has_one() -> None:
@@ -93,9 +100,13 @@ def test_windows_and_tail_go_with_the_length_of_the_prompt() -> None:
     sizes = {n: (plan.bulk.window_size, plan.bulk.tail) for n, plan in plans.items()}
     assert sizes == {1000: (252, 64), 2048: (252, 64), 4000: (508, 128), 4096: (508, 128), 16384: (8 * 256 - 4, 512)}
     assert plans[1000] is plans[2048] is narrow.points[0].plan and plans[4000] is plans[4096]
+    between: Any = [narrow.choose(n, 9) for n in (6000, 6144)]
+    assert between[0] is between[1] and (between[0].bulk.window_size, between[0].bulk.tail) == (764, 192)
     without: Any = {n: FRONTIER.choose(n, 9) for n in (512, 2048, 3000, 4096)}
-    assert [(plan.bulk.window_size, plan.bulk.tail) for plan in without.values()] == [(252, 64)] * 2 + [(252, 128)] * 2
-    assert without[512] is without[2048] is FASTEST.plan and without[3000] is without[4096]
+    assert [(plan.bulk.window_size, plan.bulk.tail) for plan in without.values()] == [
+        (252, 64), (252, 64), (252, 96), (252, 128),
+    ]  # fmt: skip
+    assert without[512] is without[2048] is FASTEST.plan
 
 
 @pytest.mark.parametrize("max_loss", [-0.01, float("nan"), float("inf"), True, "0.05", None, [0.05]])
@@ -153,9 +164,9 @@ def test_readable_are_the_very_objects_that_are_chosen_at_any_length_up_to_the_l
     assert FRONTIER.readable(0.005, AT) == ()
     narrow = Frontier((SLOW, point(0.02, 1.5, windowed=(1,))))
     found = narrow.readable(0.05, 9000)
-    assert [plan.bulk.tail for plan in found[:4] if plan.bulk] == [64, 128, 256, 512]
-    windows = [plan.bulk.window_size for plan in found[4:] if plan.bulk]
-    assert windows == [252, 508, 1020], "at 16,384 it loses more than the promise"
+    assert [plan.bulk.tail for plan in found[:4] if plan.bulk] == [64, 96, 128, 192]
+    windows = [plan.bulk.window_size for plan in found[6:] if plan.bulk]
+    assert windows == [252, 508, 508, 764, 1020], "at 16,384 it loses more than the promise"
     for n in (512, 2048, 3000, 5000, 8192, 9000):
         assert any(narrow.choose(n, 0.05) is plan for plan in found)
     assert all(a is b for a, b in zip(found, narrow.readable(0.05, 9000), strict=True))
