@@ -25,7 +25,7 @@ from ..measuring import corpus
 from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
 from ..measuring.probes import KINDS, N_COPIED
-from ..model.frontier import DEFAULT_LOSS, GROWTH, LEAST_CONTEXT, EditPoint, Frontier, Point, growth
+from ..model.frontier import DEFAULT_LOSS, GROWTH, EditPoint, Frontier, Point, contexts, growth
 from ..model.plan import DEFAULT_REFIT, DEFAULT_TAIL, window_size_for
 from ..model.settings import Settings
 from ..planning.profile import Profile
@@ -58,6 +58,7 @@ _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as
 _FIRST_AIMS = (0.05, False, _LONG), (0.05, False, _JUDGED_AT), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
+_JUST = 0.95  # the share that is aimed at with sets just within a judged one; _SAFER while no plan keeps the promise
 _WORTHWHILE, _AT_FIRST = 0.97, 0.92  # of the time of a plan that keeps a promise: another one must take less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
@@ -136,8 +137,7 @@ class _Tuning:
             prompt = self._prompt(llm, kinds)
         found = self._find_settings()
         self.n_read, settings = found.n_tokens, found.settings
-        points: list[Point] = []
-        edits: list[EditPoint] = []
+        points, edits = list[Point](), list[EditPoint]()
         about: dict[str, str | int | float | None] = {"package_version": metadata.version("adaskip-cpp")}
         with self._model(settings) as llm:
             machine = cost_settings(llm)
@@ -225,9 +225,8 @@ class _Tuning:
             factor = {n: growth(n / _JUDGED_AT, doubled.grown) for n in seconds}
             sets = {n: replace(losses, grown=factor[n]).sets(of) for n, of in seconds.items()}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
-        lengths = [2**i for i in range(LEAST_CONTEXT.bit_length() - 1, LONGEST.bit_length())]
+        lengths = contexts(LONGEST)
         found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs, infinite if a pass key is lost
-
         # Kept, so that a run that is stopped below judges the same sets later. Edits have had the whole model judged.
         n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before + (0 if edits else each_costs)
         n_left = MOST_TOKENS - self.memo.get("read before judging", int, lambda: n_read)
@@ -259,7 +258,8 @@ class _Tuning:
                     if best is not None and max(needs[best]) >= _NEAR * wanted:
                         break
                     is_last = n_left < 2 * each_costs
-                    candidate = aim(sets[length], needs, _NEAR * _SAFER ** (n_failed + is_last) * wanted)
+                    least, just = _SAFER ** (n_failed + is_last) * wanted, (_JUST if best else _SAFER) * wanted
+                    candidate = aim(sets[length], needs, _NEAR * least, near=just)
                     share = _AT_FIRST if is_first else _WORTHWHILE
                     if candidate is None or (best and takes(candidate) > share * takes(best)):
                         break

@@ -38,7 +38,6 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_JUDGED_AT": JUDGED_AT,
         "_ANSWER": ANSWER,
         "_SEARCHED_AT": 128,
-        "LEAST_CONTEXT": 64,
         "LONGEST": 512,
         "load_average": lambda: None,
         "_AIMS": ((0.001, False, JUDGED_AT), (100.0, False, JUDGED_AT)),  # what adds nothing, and then all

@@ -39,7 +39,7 @@ from adaskip_cpp.tuning.memo import Memo
 AIMS, FIRST_AIMS = tuning._AIMS, tuning._FIRST_AIMS
 IDLE_SET, EVERY_SET = Candidate(ffn=(1, 2)), Candidate((1, 2), (1, 2))
 DATA = {"manual": " ".join(TEXTS.values())[::-1]}
-GIVEN = {"flash_attn": False, "repack": True, "n_batch": 512, "n_ubatch": 512, "n_threads": 1, "n_threads_batch": 1}
+GIVEN = vars(Settings(n_threads=1, n_threads_batch=1))
 """All settings: which one is faster here, chance would decide."""
 
 
@@ -214,7 +214,7 @@ def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, 
         grown[length] = losses.grown
         return found.setdefault(length, find(losses, seconds))
 
-    def aim(sets: Any, needs: Any, promise: float) -> None:
+    def aim(sets: Any, needs: Any, promise: float, **_: Any) -> None:
         used.append(sets)
         aimed.append(promise)
 
@@ -255,7 +255,7 @@ def one_promise(put: Put) -> OnePromise:
     def one(promise: float, *judged: Candidate) -> list[float]:
         aimed = list[float]()
 
-        def aim(sets: Any, needs: Any, wanted: float) -> Any:
+        def aim(sets: Any, needs: Any, wanted: float, **_: Any) -> Any:
             aimed.append(wanted)
             return next((each for each in judged or (IDLE_SET, EVERY_SET) if each not in needs), None)
 
