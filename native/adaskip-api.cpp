@@ -5,6 +5,7 @@
 #include "adaskip-error.h"
 #include "adaskip-grammar.h"
 #include "adaskip-topology.h"
+#include "adaskip-unpack.h"
 #include "adaskip-window.h"
 
 #include "llama-context.h"
@@ -350,6 +351,23 @@ int32_t adaskip_set_flash_least(llama_context * ctx, int32_t n_tokens) {
         }
         ctx->adaskip.n_flash_least = n_tokens;
     });
+}
+
+int32_t adaskip_unpackable(const llama_context * ctx, int64_t * out, int32_t n_out) {
+    return guarded(ctx, [&] {
+        require(out && n_out == ADASKIP_N_TYPES, "the numbers by type are null or not ADASKIP_N_TYPES");
+        std::fill(out, out + n_out, 0);
+        for (const auto & [name, tensor] : llama_internal_get_tensor_map(&ctx->get_model())) {
+            GGML_UNUSED(name);
+            if (adaskip_can_unpack(tensor)) {
+                out[tensor->type] += ggml_nelements(tensor);
+            }
+        }
+    });
+}
+
+int32_t adaskip_set_unpacked(llama_context * ctx, uint64_t types) {
+    return guarded(ctx, [&] { ctx->adaskip.unpacked = types; });
 }
 
 int32_t adaskip_set_most_moves(llama_context * ctx, int32_t most_moves) {

@@ -55,6 +55,7 @@ public:
     }
 
     uint32_t n_flash_least = 0; // ubatches of fewer tokens do without flash attention
+    uint64_t unpacked      = 0; // bits of ggml_type: weights that products with many tokens read as F16
 
     const adaskip_plan_sets & get_plan() const { return plan; }
 
@@ -116,10 +117,11 @@ private:
         int32_t  statistics  = 0;
         uint64_t observed_id = 0; // graph_id of the bulk set, if its sublayers alone are observed
         bool     has_outputs = true;
+        uint64_t unpacked    = 0;
 
         bool operator==(const graph_key & other) const {
             return graph_id == other.graph_id && statistics == other.statistics && observed_id == other.observed_id &&
-                   has_outputs == other.has_outputs;
+                   has_outputs == other.has_outputs && unpacked == other.unpacked;
         }
     };
 

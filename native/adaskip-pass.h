@@ -35,6 +35,9 @@ public:
     // few tokens multiply by V as it is: on CPUs, answers after 7,600 tokens come 1.3 to 1.5 times as fast.
     void keep_rows_of_v();
 
+    // lets products with many tokens read weights of these types as F16; types: bits of ggml_type
+    void unpack_weights(uint64_t types, uint32_t n_layer);
+
     // marks a result without a reader as dead; null has no effect
     void drop(const ggml_tensor * root) { dropped.insert(root); }
 

@@ -14,9 +14,7 @@ static const char * kind_name(int kind) {
     return kind == ADASKIP_TERM_ATTENTION ? "attention" : "FFN";
 }
 
-// The layer of a weight by its GGUF name, "blk.7.ffn_up.weight" or "dec.blk.7.attn_q.weight", -1 if it has none. `rest`
-// is the name after the layer.
-static int layer_of_weight(const ggml_tensor * t, const char ** rest = nullptr) {
+int adaskip_layer_of_weight(const ggml_tensor * t, const char ** rest) {
     int il = -1;
     int n  = 0;
     if (sscanf(t->name, "blk.%d.%n", &il, &n) != 1 && sscanf(t->name, "dec.blk.%d.%n", &il, &n) != 1) {
@@ -39,7 +37,7 @@ std::string adaskip_term::shape() const {
     std::set<std::string> parts;
     for (const auto * t : weights) {
         const char * name = "";
-        layer_of_weight(t, &name);
+        adaskip_layer_of_weight(t, &name);
         parts.insert(describe(name, t, GGML_MAX_DIMS));
     }
     for (const auto * t : caches) {
@@ -285,7 +283,7 @@ struct finder {
         res.il            = layers.empty() ? -1 : *layers.rbegin();
         res.shared        = layers.size() > 1;
         for (auto * leaf : info.leafs) {
-            if (layer_of_weight(leaf) >= 0) {
+            if (adaskip_layer_of_weight(leaf) >= 0) {
                 res.weights.push_back(leaf);
             }
             const auto it = stores.find(leaf);
@@ -307,7 +305,7 @@ struct finder {
     std::set<int> layers_of(const branch_info & info) const {
         std::set<int> res;
         for (const auto * leaf : info.leafs) {
-            const int il = layer_of_weight(leaf);
+            const int il = adaskip_layer_of_weight(leaf);
             if (il >= 0 && il < n_layer) {
                 res.insert(il);
             }

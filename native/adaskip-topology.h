@@ -72,5 +72,9 @@ struct adaskip_topology {
 adaskip_topology adaskip_topology_find(
         ggml_cgraph * gf, ggml_tensor * end, int n_layer, const std::vector<bool> & elided);
 
+// The layer of a weight by its GGUF name, "blk.7.ffn_up.weight" or "dec.blk.7.attn_q.weight", -1 if it has none. `rest`
+// is the name after the layer.
+int adaskip_layer_of_weight(const ggml_tensor * t, const char ** rest = nullptr);
+
 // nodes without a consumer in the graph: results, and stores into a memory
 std::vector<ggml_tensor *> adaskip_graph_roots(ggml_cgraph * gf);

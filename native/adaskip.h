@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define ADASKIP_ABI_VERSION 15
+#define ADASKIP_ABI_VERSION 16
 
 struct llama_context;
 struct llama_vocab;
@@ -63,6 +63,10 @@ enum adaskip_statistics_flags {
     ADASKIP_STATISTICS_ACTIVATIONS = 8,
     // Only the sublayers that the plan's bulk skips, and only their inputs and outputs. Needs the flag before.
     ADASKIP_STATISTICS_OF_BULK = 16,
+};
+
+enum adaskip_types {
+    ADASKIP_N_TYPES = 64, // of ggml, at most
 };
 
 // one sublayer of the model, as found in its compute graph
@@ -233,6 +237,17 @@ int32_t adaskip_get_elided_kv(const struct llama_context * ctx, uint8_t * elided
 // Ubatches of fewer tokens do without flash attention in a context that has it; 0 for none. ggml's CPU backend reads
 // prompts faster with it, but few tokens after many slower. Fails if the cache has quantized V.
 int32_t adaskip_set_flash_least(struct llama_context * ctx, int32_t n_tokens);
+
+// Quantized weights can be unpacked on x86: products with 64 and more tokens read them as F16. They must lie in the
+// CPU's memory as in the file, not repacked. Each ubatch unpacks a matrix just before its product. ggml's CPU backend
+// multiplies F16 faster than some quantized types. Results differ by rounding: of activations to F16 instead of 8 bits.
+// Larger activations than F16 has, 65,504, become that.
+
+// fills out[ADASKIP_N_TYPES]: by ggml_type, the number of values of the layers' matrices that can be unpacked
+int32_t adaskip_unpackable(const struct llama_context * ctx, int64_t * out, int32_t n_out);
+
+// types: bit i is 1 if weights of ggml_type i are unpacked where they can be
+int32_t adaskip_set_unpacked(struct llama_context * ctx, uint64_t types);
 
 // flags: 0 to stop, and callback may be NULL; else ADASKIP_STATISTICS_ON with other enum adaskip_statistics_flags
 int32_t adaskip_set_statistics(

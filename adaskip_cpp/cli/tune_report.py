@@ -8,7 +8,7 @@ from rich.table import Column
 from ..intervals import Interval
 from ..model.edits import FEW, MANY, TOGETHER
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, Figures, Frontier
-from ..model.settings import Settings
+from ..model.settings import Settings, in_words
 from ..pictures.profile_plots import LENGTHS
 from .report import seconds
 from .terminal import table
@@ -62,8 +62,7 @@ def _print_settings(out: Console, frontier: Frontier) -> None:
 
 
 def _difference(settings: Settings, before: Settings) -> str:
-    changed = {name: value for name, value in vars(settings).items() if value != getattr(before, name)}
-    return ", ".join(f"{name} {value}" for name, value in changed.items())
+    return in_words({name: value for name, value in vars(settings).items() if value != getattr(before, name)})
 
 
 def _print_points(out: Console, frontier: Frontier) -> None:

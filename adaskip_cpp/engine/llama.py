@@ -70,6 +70,10 @@ class AdaSkipLlama(EditedPromptsLlama):
             one.
         repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). Logits differ by
             rounding. None for the setting of ``tune``, or True without one.
+        unpack: types of weights, such as ``["Q4_1"]``, that prompts read as F16, in products with 64 and more tokens.
+            It concerns the layers' weights in the memory of the CPU that llama.cpp did not repack (``unpackable``), on
+            x86. SmolLM2 in Q4_1 then reads 1.7 times as fast (docs/dev/method.md). Logits differ by rounding. None for
+            the setting of ``tune``, or no type.
         reuse: the part of an earlier prompt that is used again. ``"prefix"`` is the common beginning, as in
             ``llama_cpp.Llama``. ``"edits"`` or an ``Edits`` also moves each run of tokens that both prompts share.
             Moved tokens were computed after other text, which costs some quality. ``"auto"`` moves runs if a frontier
@@ -94,8 +98,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         PlanError: the plan cannot be used, see ``set_plan``.
         PlanFileError: with ``"auto"``, the plan file, see ``plan_path``, is missing or cannot be used.
         ProfileMismatchError: the plan is of another model.
-        RequestError: ``reuse`` or ``flash_attn`` is unknown. Or ``flash_attn="prompts"`` cannot be, because V is
-            quantized or tensors are split between GPUs.
+        RequestError: ``reuse``, ``flash_attn`` or a type in ``unpack`` is unknown. Or ``flash_attn="prompts"`` cannot
+            be, because V is quantized or tensors are split between GPUs.
 
     Examples:
         >>> from adaskip_cpp import AdaSkipLlama  # before anything that imports llama_cpp
@@ -113,11 +117,14 @@ class AdaSkipLlama(EditedPromptsLlama):
         exact_batches: bool = False,
         flash_attn: FlashAttention | None = None,
         repack: bool | None = None,
+        unpack: Sequence[str] | None = None,
         reuse: Reuse = "auto",
         **kwargs: Any,
     ) -> None:
         model_path = os.fspath(model_path)
         check_gguf(model_path)
+        given = {"flash_attn": flash_attn, "repack": repack, "unpack": unpack}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
         self.frontier: Frontier | None = None
         self.max_loss: float | None = None
         self.on_batch: Callable[[int], object] = lambda n_tokens: None
@@ -130,11 +137,8 @@ class AdaSkipLlama(EditedPromptsLlama):
             self.frontier, plan = plan, None
             self.max_loss = DEFAULT_LOSS if max_loss is None else max_loss
             if is_here(self.frontier.machine):
-                tuned = self.frontier.settings.to_kwargs()
-                tuned_repack, tuned_flash = tuned.pop("repack"), tuned.pop("flash_attn")
-                repack, kwargs = tuned_repack if repack is None else repack, {**tuned, **kwargs}
-                flash_attn = tuned_flash if flash_attn is None else flash_attn
-        self._exact_batches, self._repack = exact_batches, repack is not False
+                kwargs = {**self.frontier.settings.to_kwargs(), **kwargs}
+        self._exact_batches, self._repack = exact_batches, bool(kwargs.pop("repack", True))
         self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native code knows the tag in force
         self._plan_opened = plan  # decides the KV layout
         self._refit: Refit | None = None  # the maps of the last bulk that were fitted to its prompt
@@ -143,7 +147,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         # In a plan, decode skips every attention that prefill skips, so these are skipped in both.
         elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
         with elide_kv(elided):
-            super().__init__(model_path, reuse=reuse, flash_attn=flash_attn or False, **kwargs)
+            super().__init__(model_path, reuse=reuse, **kwargs)
         if plan is not None:
             try:
                 self.set_plan(plan)
@@ -645,6 +649,7 @@ class AdaSkipLlama(EditedPromptsLlama):
             "exact_batches": self._exact_batches,
             "repack": self._repack,
             "flash_attn": self.flash_attn,
+            "unpack": self.unpack,
             "reuse": self._reuse,
             "plan_in_force": (self.plan, self.readable, self.frontier, self.max_loss),
         }

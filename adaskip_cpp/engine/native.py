@@ -1,6 +1,6 @@
 """Calls native/adaskip.h through cffi for ``llama.py``: plain data in and out, error codes as exceptions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -260,6 +260,20 @@ class NativeContext:
     def set_flash_least(self, n: int) -> None:
         """Do without flash attention in ubatches of fewer than ``n`` tokens."""
         self._check(lib.adaskip_set_flash_least(self._ctx, n))
+
+    def unpackable(self) -> dict[str, int]:
+        """Return the number of values of the layers' matrices that can be unpacked, by type."""
+        from gguf import GGMLQuantizationType
+
+        found = ffi.new("int64_t[]", lib.ADASKIP_N_TYPES)
+        self._check(lib.adaskip_unpackable(self._ctx, found, len(found)))
+        return {GGMLQuantizationType(type_id).name: n for type_id, n in enumerate(found) if n}
+
+    def set_unpacked(self, types: Iterable[str]) -> None:
+        """Let products with many tokens read weights of these types as F16."""
+        from gguf import GGMLQuantizationType
+
+        self._check(lib.adaskip_set_unpacked(self._ctx, sum(1 << GGMLQuantizationType[each] for each in set(types))))
 
     def set_most_moves(self, n: int) -> None:
         """Allow reading positions that count up to ``n`` moves; before the first call, none that moved."""

@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -36,9 +36,12 @@ class AdaSkipState(LlamaState):
 class SelfDescribingLlama(llama_cpp.Llama):
     """A model with its native side. :class:`AdaSkipLlama` adds the plan."""
 
-    def __init__(self, model_path: StrPath, *, flash_attn: FlashAttention = False, **kwargs: Any) -> None:
+    def __init__(
+        self, model_path: StrPath, *, flash_attn: FlashAttention = False, unpack: Sequence[str] = (), **kwargs: Any
+    ) -> None:
         if isinstance(flash_attn, str):
             _check_in_prompts(flash_attn, kwargs)
+        self.unpack = _known_types(unpack)
         self.flash_attn: FlashAttention = "prompts" if flash_attn == "prompts" else bool(flash_attn)
         try:
             with _errors_logged() as reasons:
@@ -53,6 +56,8 @@ class SelfDescribingLlama(llama_cpp.Llama):
             ) from error
         if flash_attn == "prompts":
             self._adaskip.set_flash_least(_FLASH_TILE)
+        if self.unpack:
+            self._adaskip.set_unpacked(self.unpack)
         self._n_ctx = self.context_size  # that by which llama_cpp.Llama bounds prompts and answers
         self.n_batch = min(self.n_batch, self._adaskip.n_positions or self.n_batch)  # embed cuts texts to it
 
@@ -110,6 +115,11 @@ class SelfDescribingLlama(llama_cpp.Llama):
     def can_move(self) -> bool:
         """Whether runs of tokens can be moved for edited prompts: there is no state, and llama.cpp can shift K."""
         return self._adaskip.can_move
+
+    @cached_property
+    def unpackable(self) -> dict[str, int]:
+        """Number of weights by type that lie in the CPU's memory as in the file: ``unpack`` can name these types."""
+        return self._adaskip.unpackable()
 
     @property
     def logits_all(self) -> bool:
@@ -247,6 +257,17 @@ class SelfDescribingLlama(llama_cpp.Llama):
             self._ctx.kv_cache_clear()
             self.reset()  # type: ignore[no-untyped-call]
             raise StateError(f"llama.cpp refused the state ({error}); the cache is empty, read the prompt.") from error
+
+
+def _known_types(unpack: Sequence[str]) -> tuple[str, ...]:
+    if not unpack:
+        return ()
+    from gguf import GGMLQuantizationType
+
+    for each in unpack:
+        if each not in GGMLQuantizationType.__members__:
+            raise RequestError(f'unpack has {each!r}; use a list of types of quantized weights, such as ["Q4_1"].')
+    return tuple(unpack)
 
 
 def _check_in_prompts(flash_attn: str, others: Mapping[str, Any]) -> None:

@@ -47,4 +47,5 @@ def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
         swa_full=bool(parameters.swa_full),
         llama_cpp_python=metadata.version("llama-cpp-python"),
         repack=bool(model.use_extra_bufts),
+        unpack=llm.unpack,
     )

@@ -32,6 +32,7 @@ class CostSettings:
         swa_full: whether the cache holds all tokens of sliding windows.
         llama_cpp_python: release of llama-cpp-python.
         repack: whether llama.cpp may keep weights on the CPU in its own layout.
+        unpack: types of weights that prompts read as F16.
     """
 
     cpu: str
@@ -47,6 +48,7 @@ class CostSettings:
     swa_full: bool
     llama_cpp_python: str
     repack: bool = True  # missing in older profiles, which were measured with it
+    unpack: tuple[str, ...] = ()  # missing in older profiles, which were measured without it
 
     @property
     def words(self) -> str:
@@ -56,10 +58,11 @@ class CostSettings:
         devices = ", ".join(each for each in self.devices if each not in ("CPU", self.cpu))
         offloaded = f", {layers} layers offloaded to: {devices}" if devices else ""
         flash = "in prompts alone" if self.flash_attention == "prompts" else "on" if self.flash_attention else "off"
+        unpacked = f", {' and '.join(self.unpack)} unpacked" if self.unpack else ""
         return (
             f"{self.cpu}, {threads} thread{'' if threads == '1' else 's'}{offloaded}, batches of {self.n_batch}, "
             f"ubatches of {self.n_ubatch}, KV in {self.type_k} and {self.type_v}, flash attention "
-            f"{flash}, weights {'repacked' if self.repack else 'as in the file'}"
+            f"{flash}, weights {'repacked' if self.repack else 'as in the file'}{unpacked}"
         )
 
 

@@ -1,6 +1,7 @@
 """Options of llama.cpp that change speed and rounding alone, for ``tune`` and the frontier: ``Settings``."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 FlashAttention: TypeAlias = bool | Literal["prompts"]
@@ -17,6 +18,7 @@ class Settings:
         n_ubatch: tokens that llama.cpp computes at once.
         n_threads: threads for answers; None for the default of ``llama_cpp.Llama``.
         n_threads_batch: threads for prompts; None for the default of ``llama_cpp.Llama``.
+        unpack: types of weights, such as ``"Q4_1"``, that prompts read as F16 (``native/adaskip-unpack.h``).
     """
 
     flash_attn: FlashAttention = False
@@ -25,10 +27,17 @@ class Settings:
     n_ubatch: int = 512
     n_threads: int | None = None
     n_threads_batch: int | None = None
+    unpack: tuple[str, ...] = ()
 
     def to_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments for ``AdaSkipLlama``, without those that are None."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Return values of settings by name in one line."""
+    words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in words.items())
 
 
 @dataclass(frozen=True)

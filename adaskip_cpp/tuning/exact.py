@@ -14,10 +14,10 @@ from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError, RequestError
 from ..measuring.cores import logical_cores, physical_cores
 from ..measuring.timing import SecondsByDepth
-from ..model.settings import Settings, Tried
+from ..model.settings import Settings, Tried, in_words
 from ..progress import OnProgress
 
-MOST_TOKENS = 12_000  # that all trials together read through the model
+MOST_TOKENS = 14_000  # that all trials together read through the model
 
 _DEEPEST = 8192  # tokens of the longest prompts whose last tokens are timed; longer ones are extrapolated
 _READ_DEPTH = 1280  # tokens before a piece is timed again, if these must be read
@@ -26,6 +26,7 @@ _N_DECODE = 12  # timed tokens of an answer, after an untimed one that builds th
 _WARM_UP = 2, 1  # untimed tokens of prompt and answer: they read the weights into memory and wake the threads
 _CLEARLY_SLOWER = 1.5  # a candidate that takes so many times as long in the first round gets no second one
 _MARGIN, _MARGIN_OF_ONE = 0.03, 0.10  # share of the time that must be saved in several rounds, or in a single one
+_LEAST_SHARE = 0.1  # of the weights that can be unpacked: types with less are not tried
 _NOT_QUANTIZED = {"0", "1", "32"}  # general.file_type of F32, F16 and BF16: llama.cpp repacks quantized weights only
 _FAILURES = (AdaSkipError, RuntimeError, ValueError, MemoryError, OSError)
 
@@ -49,7 +50,8 @@ def fastest_settings(
 ) -> FoundSettings:
     """Find the settings under which the whole model answers a request fastest on this machine.
 
-    Settings are varied one at a time: threads for answers, flash attention, repacking, threads for prompts, batch size.
+    Settings are varied one at a time: threads for answers, flash attention, repacking, unpacking of one type of weights
+    after the other, threads for prompts, batch size.
     If flash attention makes answers slower, it is also tried in prompts alone. Each candidate is timed in turn with the
     best settings so far (best, candidate, candidate, best), in newly opened models. It replaces them if it is faster in
     both rounds and saves 3% of the request's time on average. If two rounds disagree, the median of three decides. For
@@ -181,6 +183,7 @@ class _Search:
         self._best, self._words, self._left = Settings(**self.given), "", MOST_TOKENS
         self._rates = _Rates(SecondsByDepth(0.0, 0.0), SecondsByDepth(0.0, 0.0))  # of the best settings
         self._tried: list[Tried] = []
+        self._unpackable: dict[bool, dict[str, int]] = {}  # without repacking, and with it
 
     def run(self) -> FoundSettings:
         piece, n_decode = min(_PIECE, self.context), _N_DECODE if self.n_answer else 0
@@ -199,6 +202,10 @@ class _Search:
             self._try(replace(self._deep, piece=0), base=flash, flash_attn="prompts")
         if self._file_type not in _NOT_QUANTIZED:
             self._try(short, repack=not self._best.repack)
+        unpackable = self._unpackable[self._best.repack]
+        for name in sorted(unpackable, key=lambda each: -unpackable[each]):
+            if unpackable[name] >= _LEAST_SHARE * sum(unpackable.values()):
+                self._try(replace(short, n_decode=0), unpack=(*self._best.unpack, name))
         for n in cores:
             if n != self._threads["n_threads_batch"]:
                 self._try(replace(short, n_decode=0), n_threads_batch=n)
@@ -232,7 +239,7 @@ class _Search:
         n_first, n_second = shape.first + (0 if is_first else best_shape.first), shape.part + best_shape.first
         if change.keys() & self.given.keys() or self._left < n_first:
             return _Trial()
-        self._words = ", ".join(f"{name} {value}" for name, value in change.items())
+        self._words = in_words(change)
         ours = [self._rates if is_first else self._measure(self._best, best_shape)]
         theirs: list[_Rates] = []
         try:
@@ -291,6 +298,7 @@ class _Search:
                 self._file_type = str(llm.metadata.get("general.file_type", ""))
                 parameters: Any = llm.context_params
                 self._threads = {name: int(getattr(parameters, name)) for name in ("n_threads", "n_threads_batch")}
+            self._unpackable[settings.repack] = llm.unpackable
             yield _Visit(llm, shape, self._count)
 
     def _count(self, n: int) -> None:

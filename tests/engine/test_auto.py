@@ -84,7 +84,7 @@ def test_plans_with_other_tails_share_cells_and_a_hash(open_tiny: Open, monkeypa
         positions = evaluated(llm, lambda end=end: next(llm.generate(tokens(end), temp=0)))
         assert positions == list(range(begin, end))
         tails.append(llm.plan.bulk.tail)
-    assert tails == [6, 12, 12] and len(hashed) == 1
+    assert tails == [4, 12, 12] and len(hashed) == 1
 
 
 def test_a_tighter_promise_reads_what_was_read_under_a_plan_that_breaks_it_again(llm: Any, open_tiny: Open) -> None:
@@ -144,7 +144,7 @@ def test_auto_reads_the_file_beside_the_model_and_nothing_else(tiny: Tiny, tmp_p
         open_model(model, plan="auto")
 
 
-TUNED = Settings(flash_attn=True, repack=False, n_batch=64, n_ubatch=32, n_threads=1, n_threads_batch=2)
+TUNED = Settings(True, repack=False, n_batch=64, n_ubatch=32, n_threads=1, n_threads_batch=2, unpack=("Q4_1", "Q5_0"))
 
 
 def settings_of(path: Path, plan: Frontier | None, **arguments: Any) -> Settings:
@@ -152,10 +152,10 @@ def settings_of(path: Path, plan: Frontier | None, **arguments: Any) -> Settings
     with closing(AdaSkipLlama(str(path), plan=plan, n_ctx=128, verbose=False, **arguments)) as llm:
         found, repack = cost_settings(llm), bool(llm.model_params.use_extra_bufts)
         threads = found.n_threads, found.n_threads_batch
-        return Settings(found.flash_attention, repack, found.n_batch, found.n_ubatch, *threads)
+        return Settings(found.flash_attention, repack, found.n_batch, found.n_ubatch, *threads, found.unpack)
 
 
-@pytest.mark.parametrize("given", [{}, {"flash_attn": False, "repack": True, "n_threads": 3}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"flash_attn": False, "repack": True, "n_threads": 3}, {"unpack": ()}], ids=str)
 def test_arguments_win_over_found_settings(given: dict[str, Any], tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     found, without = replace(FOUND, settings=TUNED), settings_of(tiny(), None, **given)
     for machine in (None, SETTINGS):  # none, and another one

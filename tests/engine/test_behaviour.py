@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import platform
 import subprocess
 import sys
 from contextlib import closing
@@ -18,7 +19,7 @@ from oracles.tiny_families import N_LAYER, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.engine.binding import lib
+from adaskip_cpp.engine.binding import ffi, lib
 from adaskip_cpp.errors import RequestError
 
 PROGRAM = Path(__file__).parents[1] / "oracles" / "behaviour.py"
@@ -103,6 +104,56 @@ def test_impossible_flash_attention_is_refused(options: dict[str, Any], message:
         quantised = open_tiny("qwen3", **{**options, "flash_attn": True})
         for n in (-1, 64):
             assert lib.adaskip_set_flash_least(quantised._adaskip._ctx, n) == lib.ADASKIP_ERROR_ARGUMENT
+
+
+only_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="weights are unpacked on x86 alone")
+
+
+@only_x86
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "Q4_1"), ("llama", "Q5_0"), ("gemma3", "Q8_0")])
+def test_unpacked_weights_are_stocks_with_f16_weights_in_64_tokens_and_with_those_of_the_file_in_63(
+    family: str, quantization: str, tmp_path: Path, open_model: Open
+) -> None:
+    """The oracle is a file that has the unpacked values as F16."""
+    of = GGMLQuantizationType[quantization]
+    packed, f16 = (write_model(tmp_path / f"{i}.gguf", family, quantization=of, unpacked=i == 1) for i in range(2))
+    unrepacked: dict[str, Any] = {"repack": False, "logits_all": True}
+    llm, other = open_model(packed, unpack=[quantization], **unrepacked), open_model(f16, **unrepacked)
+    assert llm.unpackable.keys() == {quantization} and other.unpackable == {}
+    with closing(pickle.loads(pickle.dumps(llm))) as pickled:
+        for each in (llm, pickled):
+            assert each.unpack == (quantization,)
+            for n, path in ((64, f16), (63, packed)):
+                each.reset()
+                (expected,) = run_stock([Job(str(path), [tokens(n)], OPTIONS, model_params={"use_extra_bufts": False})])
+                np.testing.assert_array_equal(eval_logits(each, [tokens(n)]), expected)
+                assert each.counters.nodes - each.counters.nodes_full == ((7 + 4) * each.n_layer if n == 64 else 0)
+    for each in (llm, other):
+        each.reset()
+        each.set_plan(SkipPlan.manual(llm.n_layer, [1], [0], 0.9))
+    np.testing.assert_array_equal(*(eval_logits(each, [tokens(64)]) for each in (llm, other)))
+
+
+@only_x86
+def test_activations_beyond_f16_are_bounded_where_stocks_f16_fails(tmp_path: Path, open_model: Open) -> None:
+    large: dict[str, Any] = {"quantization": GGMLQuantizationType.Q8_0, "ffn_gain": 1000.0}
+    packed, f16 = (write_model(tmp_path / f"{i}.gguf", unpacked=i == 1, **large) for i in range(2))
+    (expected,) = run_stock([Job(str(f16), [tokens(64)], OPTIONS)])
+    assert not np.isfinite(expected).all()
+    llm = open_model(packed, unpack=["Q8_0"], repack=False)
+    assert np.isfinite(eval_logits(llm, [tokens(64)])).all()
+
+
+def test_types_that_do_not_exist_are_refused_and_others_change_nothing(open_tiny: Open, tiny: Tiny) -> None:
+    for unpack in ("Q4_0", ["Q4_0", "q4_0"], [7]):
+        with pytest.raises(RequestError, match="unpack has"):
+            open_tiny(unpack=unpack)
+    llm = open_tiny(unpack=["Q4_1"])
+    assert llm.unpack == ("Q4_1",) and llm.unpackable == {}
+    np.testing.assert_array_equal(eval_logits(llm, PIECES), stock(tiny()))
+    out = ffi.new("int64_t[]", lib.ADASKIP_N_TYPES)
+    for where, n in ((ffi.NULL, len(out)), (out, len(out) - 1)):
+        assert lib.adaskip_unpackable(llm._adaskip._ctx, where, n) == lib.ADASKIP_ERROR_ARGUMENT
 
 
 @pytest.mark.parametrize("quantization", ["Q4_0", "Q8_0"])

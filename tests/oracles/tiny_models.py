@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, TokenType
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from oracles.gguf_files import write
 from oracles.tiny_families import ENCODERS, FAMILIES, N_CTX_TRAIN, N_EMBD, N_FF, N_HEAD, N_VOCAB, Family
@@ -37,13 +37,17 @@ def write_model(
     zero: Collection[tuple[int, str]] = (),
     split: int = 0,
     quantization: GGMLQuantizationType = GGMLQuantizationType.F32,
+    unpacked: bool = False,
+    ffn_gain: float = 1.0,
     pre: str = "",
 ) -> Path:
     """Write a tiny random model; returns its path, or that of the first of several files.
 
     ``name`` is a key of FAMILIES or ENCODERS, or a family; ``seed`` fixes a tensor together with its name; sublayers of
     ``zero`` add nothing to the residual stream; ``split`` is how many tensors a file has, for several; ``quantization``
-    is of all matrices. With ``pre``, what splits texts into words, the vocabulary is of byte pairs, else SentencePiece.
+    is of all matrices; if ``unpacked``, those of layers are F16 then, with the same values. What FFNs read is
+    ``ffn_gain`` times as large. With ``pre``, what splits texts into words, the vocabulary is of byte pairs, else
+    SentencePiece.
     """
     family = {**FAMILIES, **ENCODERS}[name] if isinstance(name, str) else name
     layers = n_layer or family.n_layer
@@ -53,10 +57,12 @@ def write_model(
     _write_byte_pairs(writer, pre) if pre else _write_tokenizer(writer)
     silenced = 0
     for tensor, shape in family.tensors(layers):
-        values = _values(tensor, shape, seed)
+        values = _values(tensor, shape, seed) * (ffn_gain if tensor.endswith(".ffn_norm.weight") else 1.0)
         if tensor.startswith(ends):
             values, silenced = np.zeros_like(values), silenced + tensor.endswith(".weight")
         kind = quantization if len(shape) == 2 else GGMLQuantizationType.F32
+        if unpacked and len(shape) == 2 and tensor.startswith("blk."):
+            values, kind = dequantize(quantize(values, kind), kind), GGMLQuantizationType.F16
         writer.add_tensor(tensor, quantize(values, kind), raw_dtype=kind)
     assert silenced == len(zero), f"{name} has not all of {zero}"
     write(writer)
