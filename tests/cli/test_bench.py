@@ -73,6 +73,7 @@ def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own
     here: bool, load: float | None, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuned = Settings(flash_attn=True, n_batch=16, n_ubatch=8)
+    found = {**tuned.to_kwargs(), "unpack": []} if here else {}  # JSON has no tuples
     save_plan(plan_path(model), frontier([], settings=tuned))
     monkeypatch.setattr(running, "is_here", lambda machine: here)
     monkeypatch.setattr(measure, "load_average", lambda: load)
@@ -81,7 +82,7 @@ def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own
     assert (machine["flash_attention"], machine["n_ubatch"]) == ((True, 8) if here else (False, 18))
     threads = {"n_threads": 1, "n_threads_batch": 1}  # they were given
     assert settings["stock_options"] == {**threads, "n_gpu_layers": -1}
-    assert settings["options"] == {**settings["stock_options"], **(tuned.to_kwargs() if here else {}), **threads}
+    assert settings["options"] == {**settings["stock_options"], **found, **threads}
     assert data["complete"] and f"llama-cpp-python {version('llama-cpp-python')}" in data["configuration"]["Versions"]
     assert [each["contender"] for each in data["times"]] == [STOCK, NO_PLAN]
     assert all(len(each["first_token_s"]) == 1 and len(each["token_s"][0]) == 2 for each in data["times"])

@@ -99,7 +99,7 @@ def test_a_chat_over_two_plans_and_a_restart_is_read_once(open_served: Open, alo
     first.close()
     again = open_served("llama", frontier_of(3), tmp_path, **LONG)  # equal figures, as from a plan file
     expected, careful = run(again, talk)
-    longer = FRONTIER.points[0].plan_for(2048)
+    longer = FRONTIER.points[0].plan_for(1536)
     assert careful.choice.plan == longer != CAREFUL and careful.n_reused >= 899
     _, back = run(again, talk[:1000])
     assert back.choice.plan == FAST and back.n_reused >= 999, "nor where it goes back"
