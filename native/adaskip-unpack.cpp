@@ -30,7 +30,7 @@ static bool has_f16c() {
     return false;
 }
 
-// n is a multiple of 8. ggml_fp32_to_fp16_row takes 20 times as long, as it is not compiled for F16C.
+// Rounds n values, a multiple of 8. ggml_fp32_to_fp16_row takes 20 times as long: it is not compiled for F16C.
 ADASKIP_F16C static void round_to_f16(const float * x, ggml_fp16_t * y, int64_t n) {
     const __m256 most  = _mm256_set1_ps(65504.0f);
     const __m256 least = _mm256_set1_ps(-65504.0f);

@@ -32,7 +32,6 @@ _WEIGHT = 0.1
 """The weight of the sets' mean factor in that of each part, in judged sets. With 0.25, a part that lost three times as
 much as predicted was still trusted."""
 
-_JUST_WITHIN = 0.7  # the least share of a judged set's predicted loss that a set just within it has
 _LEAST_LOSS = 0.002  # nats per token: below this, rounding and chance hide a predicted loss
 
 _DEPTHS = {"attention": (1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 1.0)}
@@ -177,32 +176,19 @@ def measure(
     return Losses({part: _curve(part, every[part[0]], judged) for part in _CURVES})
 
 
-def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float, *, near: float = 0.0) -> Candidate | None:
+def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidate | None:
     """Return the fastest set that is expected to keep a promise; None if a judged set keeps it and is faster.
 
     ``needs`` has the least promises of each judged set, by kind of answers. They are infinite if it keeps none. The
     predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set needs at least
-    as much as the sets within it. If it is just within a judged set, its need is expected to be a share of that set's
-    need. Then ``near``, which may be more than ``promise``, is enough.
+    as much as the sets within it.
     """
-    factors = _factors(sets.losses, needs, promise)
-    expected = (sets.parts * factors).sum(axis=2)
-    of_judged = {each: (sets.losses.parts(each) * factors).sum(axis=1) for each in needs}
-
-    def is_just_within_one(candidate: Candidate, lost: npt.NDArray[np.float64]) -> bool:
-        for judged, need in needs.items():
-            share = np.maximum(lost, _LEAST_LOSS) / np.maximum(of_judged[judged], _LEAST_LOSS)
-            if judged.contains(candidate) and min(share) >= _JUST_WITHIN and max(share * need) <= near:
-                return True
-        return False
-
-    for candidate, lost in zip(sets.candidates, expected, strict=True):
+    at_most = (sets.parts * _factors(sets.losses, needs, promise)).sum(axis=2).max(axis=1) <= promise
+    for candidate, is_expected in zip(sets.candidates, at_most, strict=True):
         if candidate in needs:
             if max(needs[candidate]) <= promise:
                 return None
-        elif (max(lost) <= promise or is_just_within_one(candidate, lost)) and not any(
-            max(need) > max(promise, near) and candidate.contains(each) for each, need in needs.items()
-        ):
+        elif is_expected and all(max(need) <= promise or not candidate.contains(each) for each, need in needs.items()):
             return candidate
     return None
 

@@ -58,7 +58,6 @@ _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as
 _FIRST_AIMS = (0.05, False, _LONG), (0.05, False, _JUDGED_AT), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
-_JUST = 0.95  # the share that is aimed at with sets just within a judged one; _SAFER while no plan keeps the promise
 _WORTHWHILE, _AT_FIRST = 0.97, 0.92  # of the time of a plan that keeps a promise: another one must take less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
@@ -227,6 +226,7 @@ class _Tuning:
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
         lengths = contexts(LONGEST)
         found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs, infinite if a pass key is lost
+
         # Kept, so that a run that is stopped below judges the same sets later. Edits have had the whole model judged.
         n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before + (0 if edits else each_costs)
         n_left = MOST_TOKENS - self.memo.get("read before judging", int, lambda: n_read)
@@ -258,8 +258,7 @@ class _Tuning:
                     if best is not None and max(needs[best]) >= _NEAR * wanted:
                         break
                     is_last = n_left < 2 * each_costs
-                    least, just = _SAFER ** (n_failed + is_last) * wanted, (_JUST if best else _SAFER) * wanted
-                    candidate = aim(sets[length], needs, _NEAR * least, near=just)
+                    candidate = aim(sets[length], needs, _NEAR * _SAFER ** (n_failed + is_last) * wanted)
                     share = _AT_FIRST if is_first else _WORTHWHILE
                     if candidate is None or (best and takes(candidate) > share * takes(best)):
                         break

@@ -63,8 +63,7 @@ def test_what_is_lost_grows_by_half_with_each_doubling(n_tokens: int, growth: fl
 def test_prompts_are_planned_for_powers_of_two_and_three_quarters_of_these() -> None:
     assert contexts(5000) == [512, 768, 1024, 1536, 2048, 3072, 4096] and contexts(512) == [512] and contexts(0) == []
     assert all(context_for(n) == next(each for each in contexts(4096) if each >= n) for n in range(512, 4097))
-    between = point(0.04, 1.5).needs(3072)
-    assert between == pytest.approx(0.04 * 1.5**0.585, rel=1e-3)
+    assert point(0.04, 1.5).needs(3072) == pytest.approx(0.04 * 1.5**0.585, rel=1e-3)
 
 
 def test_a_plans_own_growth_counts_if_it_has_one() -> None:
@@ -103,9 +102,9 @@ def test_windows_and_tail_go_with_the_length_of_the_prompt() -> None:
     between: Any = [narrow.choose(n, 9) for n in (6000, 6144)]
     assert between[0] is between[1] and (between[0].bulk.window_size, between[0].bulk.tail) == (764, 192)
     without: Any = {n: FRONTIER.choose(n, 9) for n in (512, 2048, 3000, 4096)}
-    assert [(plan.bulk.window_size, plan.bulk.tail) for plan in without.values()] == [
-        (252, 64), (252, 64), (252, 96), (252, 128),
-    ]  # fmt: skip
+    assert [(each.bulk.window_size, each.bulk.tail) for each in without.values()] == [
+        (252, n) for n in (64, 64, 96, 128)
+    ]
     assert without[512] is without[2048] is FASTEST.plan
 
 

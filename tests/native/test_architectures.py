@@ -78,9 +78,7 @@ def test_the_whole_model_equals_stock_and_sublayers_skipped_stock_on_the_zeroed_
 @pytest.mark.parametrize(
     ("name", "changes"), [*((name, each) for name in FAMILIES for each in ({}, FLASH)), ("qwen3", Q8_0)]
 )
-def test_a_window_sees_the_same_cells_gathered_and_in_place(
-    name: str, changes: dict[str, Any], open_tiny: Open
-) -> None:
+def test_a_window_sees_the_same_cells_gathered_or_not(name: str, changes: dict[str, Any], open_tiny: Open) -> None:
     """In one ubatch, all cells are in use and read in place. Of two blocks of 256, small ones gather one at the end."""
     llm = open_tiny(name, **{**OPTIONS, **changes, "n_ctx": 512, "n_batch": 512, "n_ubatch": 512}, exact_batches=True)
     windowed = tuple(row.layer for row in llm.sublayers if row.windowable and row.layer < llm.n_layer_kv - 1)

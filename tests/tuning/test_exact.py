@@ -314,8 +314,12 @@ def test_types_of_weights_are_unpacked_one_after_the_other_where_prompts_are_fas
     weights = {"Q8_0": 9, "Q6_K": 20, "Q4_1": 11, "Q5_0": 60}
     found = search(Machine(prompt, unpackable=weights))
     assert found.settings == Settings(unpack=("Q5_0",))
-    unpacked = dict.fromkeys(each.settings.unpack for each in found.tried)
-    assert list(unpacked) == [(), ("Q5_0",), ("Q5_0", "Q6_K"), ("Q5_0", "Q4_1")]
+    assert [*dict.fromkeys(each.settings.unpack for each in found.tried)] == [
+        (),
+        ("Q5_0",),
+        ("Q5_0", "Q6_K"),
+        ("Q5_0", "Q4_1"),
+    ]
     assert found.settings.to_kwargs()["unpack"] == ("Q5_0",)
 
 

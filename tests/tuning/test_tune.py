@@ -214,7 +214,7 @@ def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, 
         grown[length] = losses.grown
         return found.setdefault(length, find(losses, seconds))
 
-    def aim(sets: Any, needs: Any, promise: float, **_: Any) -> None:
+    def aim(sets: Any, needs: Any, promise: float) -> None:
         used.append(sets)
         aimed.append(promise)
 
@@ -255,7 +255,7 @@ def one_promise(put: Put) -> OnePromise:
     def one(promise: float, *judged: Candidate) -> list[float]:
         aimed = list[float]()
 
-        def aim(sets: Any, needs: Any, wanted: float, **_: Any) -> Any:
+        def aim(sets: Any, needs: Any, wanted: float) -> Any:
             aimed.append(wanted)
             return next((each for each in judged or (IDLE_SET, EVERY_SET) if each not in needs), None)
 
