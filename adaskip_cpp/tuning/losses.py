@@ -4,8 +4,9 @@ For ``tune.py``. Start at :func:`measure`, then :func:`aim`. This module knows n
 loss and the time of a set.
 
 Sublayers of a kind are skipped in an *order*, the last layer first (docs/dev/method.md explains why). The loss of the
-first k of an order is measured at a few depths k, separately for attentions, FFNs and windows. Between the depths it is
-interpolated, and a set's loss is predicted as the sum of the three. Judged sets correct the prediction of each part.
+first k of an order is measured at a few depths k, separately for attentions and FFNs. Between the depths it is
+interpolated. Windows are measured in groups of layers, and those that lose least come first. A set's loss is predicted
+as the sum of the three. Judged sets correct the prediction of each part.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,9 @@ SHARES = (8, 4)  # windows that are tried: an eighth and a quarter of the prompt
 
 _USELESS = 0.14  # nats per token: if a depth loses more than this, deeper ones are not measured
 
-_FIRST = 2.0
+_FIRST = 3.0
 """The promise that a set needs over its predicted loss, assumed until one set is judged: a promise allows for chance.
-Measured for four sets of Gemma 3: 0.9 to 1.6, and for five of SmolLM2: 2.9 to 4.9."""
+Measured for four sets of Gemma 3: 0.9 to 1.6, for nine of SmolLM2: 1.8 to 4.9, and for five of Qwen2.5-Coder: 3 to 5."""
 
 _WEIGHT = 0.1
 """The weight of the sets' mean factor in that of each part, in judged sets. With 0.25, a part that lost three times as
@@ -34,8 +35,12 @@ much as predicted was still trusted."""
 
 _LEAST_LOSS = 0.002  # nats per token: below this, rounding and chance hide a predicted loss
 
-_DEPTHS = {"attention": (1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0), "windowed": (1 / 2, 1.0)}
+_DEPTHS = {"attention": (1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0)}
 """Depths at which an order is measured, as shares of its length."""
+
+_N_GROUPS = 4  # groups of layers whose windows are measured, besides the later half, which loses little
+
+_WIDER = 0.5  # the loss of a window of a quarter over that of an eighth; measured: 0.2 to 0.6
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,6 @@ class Candidate:
 _PARTS = ("attention", "ffn", "windowed")
 Orders: TypeAlias = Mapping[str, tuple[int, ...]]  # by part, the layers in the order in which they are left out
 
-_Part: TypeAlias = tuple[str, int]  # one curve each: the name of a part, and for windows their share, else 0
-_CURVES: tuple[_Part, ...] = (("attention", 0), ("ffn", 0), *(("windowed", share) for share in SHARES))
-
 
 @dataclass(frozen=True)
 class _Curve:
@@ -69,14 +71,13 @@ class _Curve:
     order: tuple[int, ...]
     depths: tuple[int, ...]
     lost: tuple[Lost, ...]
-    adds: bool  # whether each layer adds its loss, as windows do; skipped sublayers multiply it after the first depth
 
     def at(self, depth: int) -> npt.NDArray[np.float64]:
-        """Interpolate: linearly up to the first depth, then linearly if layers add, else in logarithms."""
+        """Interpolate, linearly up to the first depth, then in logarithms."""
         if not self.order:
             return np.zeros(1)  # of any kind of answers
         kinds = self._convex()
-        if self.adds or depth <= self.depths[1]:
+        if depth <= self.depths[1]:
             return np.array([np.interp(depth, self.depths, kind) for kind in kinds])
         return np.exp([np.interp(depth, self.depths, np.log(np.maximum(kind, 1e-5))) for kind in kinds])
 
@@ -112,7 +113,8 @@ class Losses:
     prompt, are as large after longer prompts: docs/dev/method.md.
     """
 
-    curves: Mapping[_Part, _Curve]
+    curves: Mapping[str, _Curve]  # of skipped attentions and FFNs
+    windows: Mapping[int, npt.NDArray[np.float64]]  # by layer that of a window of an eighth, the least first
     grown: float = 1.0
 
     def growth(self, candidate: Candidate) -> float:
@@ -126,28 +128,22 @@ class Losses:
         The result is float64 ``[kinds, 3]``, with the kinds of answers of ``Lost``. Windows of skipped attentions lose
         nothing.
         """
-        windows = self.curves["windowed", candidate.share]
-        hidden = len({*candidate.windowed} & {*candidate.attention})
+        windows = [self.windows[layer] for layer in {*candidate.windowed} - {*candidate.attention}]
         parts = np.broadcast_arrays(
-            self.curves["attention", 0].at(len(candidate.attention)),
-            self.curves["ffn", 0].at(len(candidate.ffn)),
-            np.maximum(windows.at(len(candidate.windowed)) - windows.at(hidden), 0.0),
+            *(curve.at(len(getattr(candidate, name))) for name, curve in self.curves.items()),
+            sum(windows, np.zeros(1)) * (1.0 if candidate.share == SHARES[0] else _WIDER),
         )
         return np.stack(parts, axis=1) * (self.grown, self.grown, 1.0)
 
     def sets(self, seconds: Callable[[Candidate], float]) -> Sets:
         """Return combinations of depths, in steps, that save 1% of the time. ``seconds`` predicts that of a prompt."""
-        steps = {
-            part: _steps(len(curve.order), 8 if part[0] == "windowed" else 25) for part, curve in self.curves.items()
-        }
-        windows = [(SHARES[0], 0), *((share, depth) for share in SHARES for depth in steps["windowed", share] if depth)]
+        steps = [_steps(len(self.curves[name].order), 25) for name in _DEPTHS]
+        order = tuple(self.windows)
+        windows = [(SHARES[0], 0), *product(SHARES, _steps(len(order), 12)[1:])]
         most, found = 0.99 * seconds(Candidate()), []
-        for attention, ffn, (share, windowed) in product(steps["attention", 0], steps["ffn", 0], windows):
-            depths = {"attention": (attention, 0), "ffn": (ffn, 0), "windowed": (windowed, share)}
-            layers: dict[str, Any] = {
-                name: tuple(sorted(self.curves[name, of].order[:depth])) for name, (depth, of) in depths.items()
-            }
-            candidate = Candidate(**layers, share=share)
+        for attention, ffn, (share, windowed) in product(*steps, windows):
+            layers = self.curves["attention"].order[:attention], self.curves["ffn"].order[:ffn], order[:windowed]
+            candidate = Candidate(*(tuple(sorted(each)) for each in layers), share=share)
             if (takes := seconds(candidate)) < most:
                 found.append((takes, candidate, self.parts(candidate)))
         found.sort(key=lambda each: (each[0], np.max(each[2].sum(axis=1))))
@@ -173,7 +169,11 @@ def measure(
         on_progress(done / total)
         return result
 
-    return Losses({part: _curve(part, every[part[0]], judged) for part in _CURVES})
+    curves = {name: _curve(name, every[name], judged) for name in _DEPTHS}
+    windows: dict[int, npt.NDArray[np.float64]] = {}
+    for group in _groups(every["windowed"]):
+        windows |= dict.fromkeys(group, np.array(judged(Candidate(windowed=tuple(sorted(group))))) / len(group))
+    return Losses(curves, dict(sorted(windows.items(), key=lambda each: float(each[1].max()))))
 
 
 def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidate | None:
@@ -195,7 +195,7 @@ def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidat
 
 def n_judged(every: Orders) -> int:
     """Return the largest number of sets that :func:`measure` judges."""
-    return sum(len(_depths(part, every[part[0]])) for part in _CURVES)
+    return sum(len(_depths(name, every[name])) for name in _DEPTHS) + len(_groups(every["windowed"]))
 
 
 def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) -> npt.NDArray[np.float64]:
@@ -220,27 +220,32 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
     return found
 
 
-def _depths(part: _Part, order: Sequence[int]) -> tuple[int, ...]:
-    """Return the depths at which an order is measured: for shares of windows after the first, the whole order only."""
-    shares = _DEPTHS[part[0]][-1 if part[1] in SHARES[1:] else 0 :]
-    return tuple(dict.fromkeys(round(share * len(order)) for share in shares if round(share * len(order))))
+def _depths(name: str, order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(round(share * len(order)) for share in _DEPTHS[name] if round(share * len(order))))
 
 
-def _curve(part: _Part, order: tuple[int, ...], judged: Callable[[Candidate], Lost]) -> _Curve:
-    (name, share), depths, lost = part, _depths(part, order), list[Lost]()
+def _groups(order: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the first half of an order, and parts of its other half."""
+    n_half = (len(order) + 1) // 2
+    groups = [order[:n_half], *np.array_split(order[n_half:], _N_GROUPS)]
+    return [tuple(map(int, group)) for group in groups if len(group)]
+
+
+def _curve(name: str, order: tuple[int, ...], judged: Callable[[Candidate], Lost]) -> _Curve:
+    depths, lost = _depths(name, order), list[Lost]()
 
     def measured(depth: int) -> Lost:
         layers: dict[str, Any] = {name: tuple(sorted(order[:depth]))}
-        return judged(Candidate(**layers, share=share or SHARES[0]))
+        return judged(Candidate(**layers))
 
     if not depths:
-        return _Curve((), (), (), True)
+        return _Curve((), (), ())
     for depth in depths:
         is_useless = bool(lost) and max(lost[-1]) > _USELESS  # assume a far larger loss of deeper sets
         lost.append(tuple(4 * each for each in lost[-1]) if is_useless else measured(depth))
     if len(depths) > 1 and depths[0] > 1 and max(lost[0]) > _USELESS:
         depths, lost = (depths[0] // 2, *depths), [measured(depths[0] // 2), *lost]
-    return _Curve(order, (0, *depths), ((0.0,) * len(lost[0]), *lost), name == "windowed")
+    return _Curve(order, (0, *depths), ((0.0,) * len(lost[0]), *lost))
 
 
 def _steps(n: int, most: int) -> list[int]:

@@ -53,9 +53,8 @@ _SEARCHED_AT = 1024  # tokens of the prompts of the search
 _N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
-# the tokens of the prompt. For the first four, which are the most useful, nearly any plan is enough at first. Long
-# prompts come first: their plan keeps the promise after shorter ones too.
-_FIRST_AIMS = (0.05, False, _LONG), (0.05, False, _JUDGED_AT), (0.05, True, _JUDGED_AT), (0.1, False, _JUDGED_AT)
+# the tokens of the prompt. For the first four, which are the most useful, nearly any plan is enough at first.
+_FIRST_AIMS = (0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.1, False, _JUDGED_AT), (0.05, True, _JUDGED_AT)
 _AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
 _WORTHWHILE, _AT_FIRST = 0.97, 0.92  # of the time of a plan that keeps a promise: another one must take less

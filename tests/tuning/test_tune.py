@@ -228,7 +228,7 @@ def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, 
     left = Frontier((), edits=edits).left
     assert grown == pytest.approx({n: 1.5 ** math.log2(n / JUDGED_AT) for n in (2048, 8192)})
     assert aimed == pytest.approx([0.9 * left(n, promise, edited=edited) for promise, edited, n in AIMS])
-    assert aimed[0] == aimed[1] == pytest.approx(0.9 * 0.05) and AIMS[0][2] > AIMS[1][2], "the long ones first"
+    assert aimed[0] == aimed[1] == pytest.approx(0.9 * 0.05) and AIMS[0][2] < AIMS[1][2], "the short ones first"
     assert aimed[2] < aimed[0] and aimed[3] == pytest.approx(2 * aimed[0])
 
 
