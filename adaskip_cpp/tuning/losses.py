@@ -204,7 +204,7 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
     They are fitted by least squares of relative errors. Each is drawn to the mean factor of whole sets, so a few judged
     sets suffice. A set that needs more than three times this promise is taken to need three times as much: losses jump
     where a set is too large, which says little about smaller ones. Qwen2.5-Coder once needed 20 times as much as
-    predicted, and then sets that keep the promise were expected to break it.
+    predicted, and then sets that keep the promise were expected to break it. A lost pass key says less still.
     """
     if not needs:
         return np.full((1, len(_PARTS)), _FIRST)
@@ -212,7 +212,7 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
     found = np.empty(parts.shape[1:])
     for kind, need in enumerate(np.maximum(np.array([*needs.values()]).T, _LEAST_LOSS)):
         predicted = np.maximum(parts[:, kind].sum(axis=1), _LEAST_LOSS)
-        need = np.minimum(need, np.maximum(3 * promise, _FIRST * predicted))
+        need = np.minimum(need, np.maximum(np.where(np.isinf(need), 1.5, 3.0) * promise, _FIRST * predicted))
         mean = np.exp(np.log([_FIRST, *(need / predicted)]).mean())
         shares = np.vstack([parts[:, kind] / need[:, None] * mean, np.sqrt(_WEIGHT) * np.eye(len(_PARTS))])
         right = np.concatenate([np.ones(len(need)), np.full(len(_PARTS), np.sqrt(_WEIGHT))])

@@ -241,6 +241,7 @@ def test_after_a_set_that_loses_a_pass_key_the_next_one_is_not_much_like_it() ->
     assert first is not None
     found = aim(sets, {first: both(math.inf)}, 0.04)
     assert found is not None
-    assert max(sets.losses.parts(found).sum(axis=1)) < 0.8 * max(sets.losses.parts(first).sum(axis=1))
+    # Nor is it far smaller: a lost key says little about the size of losses.
+    assert 0.5 < max(sets.losses.parts(found).sum(axis=1)) / max(sets.losses.parts(first).sum(axis=1)) < 0.8
     # A smaller promise asks for a set that loses less, of which the lost pass key tells nothing.
     assert aim(sets, {first: both(math.inf)}, 0.01) == aim(sets, {}, 0.01)
