@@ -51,13 +51,12 @@ if _TYPE_CHECKING:
     from .evaluation.measure import evaluate
     from .tuning.tune import tune
 
-_MEASURING = {
+_MEASURING = {  # imported on first use, because they make the import of the package a fifth longer
     "bench": "benchmark.measure",
     "evaluate": "evaluation.measure",
     "EvaluationOptions": "evaluation.items",
     "tune": "tuning.tune",
 }
-"""Names that are imported on first use, because they make the import of the package a fifth longer."""
 
 
 def __getattr__(name: str) -> object:

@@ -18,8 +18,7 @@ from .errors import ModelFileError
 from .measuring import corpus
 from .measuring.judge import Judge
 from .measuring.probes import Probe
-from .measuring.synthetic import passkey_items
-from .measuring.tasks import fill, greedy_text, python_sources, text_items
+from .measuring.tasks import fill, greedy_text, passkey_items, python_sources, text_items
 from .model.plan import SkipPlan
 from .planning.profile import Profile
 from .planning.request import PlanRequest
@@ -103,7 +102,11 @@ def run(
         on_plans(profile, sides)
         _compare(llm, prompt, sides, on_stage)
 
-        judge = Judge(llm, _probes(llm))
+        # The last tokens of unseen texts are the answers, all others the prompts.
+        held_out = corpus.held_out() | python_sources()
+        texts = {name: held_out[name] for name in _LOSS_TEXTS if name in held_out}
+        items = text_items(llm, texts, n_items=len(texts), n_tokens=_N_READ + _N_JUDGED)
+        judge = Judge(llm, [Probe("", "continuation", each.tokens, _N_READ, each.tokens[_N_READ:]) for each in items])
         on_stage(f"Loss on {_N_JUDGED} tokens after each of {len(judge.probes)} prompts unseen in calibration")
         whole = np.concatenate(judge.whole_losses)
         for side in sides.values():
@@ -139,8 +142,7 @@ def _contenders(profile: Profile, n_prompt: int) -> dict[str, Side]:
         return Side(plan, cost.speedup(plan, n_prompt, "prefill"))
 
     prompt = side(PlanRequest(speedup=SPEEDUP))
-    papers = side(PlanRequest(speedup=prompt.predicted, mode="e2e"))
-    return {WHOLE: Side(), PROMPT: prompt, PAPERS: papers}
+    return {WHOLE: Side(), PROMPT: prompt, PAPERS: side(PlanRequest(speedup=prompt.predicted, mode="e2e"))}
 
 
 def _prompt(llm: AdaSkipLlama) -> list[int]:
@@ -173,11 +175,3 @@ def _compare(llm: AdaSkipLlama, prompt: list[int], sides: Mapping[str, Side], on
             assert generation.timing is not None
             side.timings.append(generation.timing)
         n += 1
-
-
-def _probes(llm: AdaSkipLlama) -> list[Probe]:
-    """Return probes of held-out texts: the last tokens are the answer, all others the prompt."""
-    held_out = corpus.held_out() | python_sources()
-    texts = {name: held_out[name] for name in _LOSS_TEXTS if name in held_out}
-    items = text_items(llm, texts, n_items=len(texts), n_tokens=_N_READ + _N_JUDGED)
-    return [Probe("", "continuation", item.tokens, _N_READ, item.tokens[_N_READ:]) for item in items]

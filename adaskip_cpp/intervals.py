@@ -33,14 +33,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95% interval.
-
-    Attributes:
-        value: the estimate.
-        low: lower end of the interval; NaN from fewer than 2 measurements.
-        high: upper end of the interval; NaN from fewer than 2 measurements.
-        n: number of measurements.
-    """
+    """An estimate with its 95% interval, from ``n`` measurements; the ends are NaN from fewer than 2."""
 
     value: float
     low: float
@@ -48,11 +41,7 @@ class Interval:
     n: int
 
     def excludes(self, x: float = 1.0) -> bool:
-        """Return whether the interval does not contain a number; False if its ends are NaN.
-
-        Args:
-            x: the number; 1 for a ratio, 0 for a difference.
-        """
+        """Whether ``x`` is outside: 1 for a ratio, 0 for a difference. False if the ends are NaN."""
         return self.low > x or self.high < x
 
 
@@ -103,16 +92,11 @@ def _interval(x: _Array, estimate: Callable[[_Array], _Array]) -> Interval:
     if n < 2:
         return Interval(value, math.nan, math.nan, n)
     draws = estimate(x[np.random.default_rng(0).integers(0, n, (_N_DRAWS, n))])
-    widening = _student_t(n - 1) * math.sqrt(n / (n - 1))
+    df, z = n - 1, NormalDist().inv_cdf(0.975)
+    # Quantiles of Student's t at 97.5%: the table, then the expansion of Abramowitz and Stegun, 26.7.5.
+    t = _T[df - 1] if df <= len(_T) else z + (z**3 + z) / 4 / df + (5 * z**5 + 16 * z**3 + 3 * z) / 96 / df**2
+    widening = t * math.sqrt(n / df)
     half = widening * float(draws.std())
     tail = NormalDist().cdf(-widening)
     low, high = np.quantile(draws, (tail, 1 - tail)).tolist()
     return Interval(value, min(low, value - half), max(high, value + half), n)
-
-
-def _student_t(df: int) -> float:
-    """Return the quantile of Student's t at 97.5%: a table, then the expansion of Abramowitz and Stegun, 26.7.5."""
-    if df <= len(_T):
-        return _T[df - 1]
-    z = NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / 4 / df + (5 * z**5 + 16 * z**3 + 3 * z) / 96 / df**2

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _SHOW_AFTER_S = 2.0  # work that takes longer than this, or is expected to, gets a progress display
-_BEGUN = 1e-9  # of all work
 _DRAWN_HZ = 2  # low, because drawing takes processor time from the model
 _LINES_S = 60.0  # between two lines of progress where there is no terminal
 
@@ -42,18 +41,17 @@ def progress_bar(label: str, *, still: bool = False, lines: bool = False) -> Ite
         return
     start = time.monotonic()
     columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.description}")
-    console = Console(stderr=True)
     bar = Progress(
         *columns,
         TimeRemainingColumn(),
-        console=console,
+        console=Console(stderr=True),
         transient=True,
         auto_refresh=not still,
         refresh_per_second=_DRAWN_HZ,
         speed_estimate_period=math.inf,  # a move may take minutes
     )
     task = bar.add_task("", total=1.0)
-    bar.advance(task, _BEGUN)  # rich shows the time left from the second move on
+    bar.advance(task, 1e-9)  # rich shows the time left from the second move on
     shown_later = threading.Timer(_SHOW_AFTER_S, bar.start)
 
     def on_progress(fraction: float, words: str = "") -> None:

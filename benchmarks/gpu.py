@@ -39,7 +39,7 @@ from typing import Any
 from agreement import Check, Checks, n_skipped
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, calibrate
-from adaskip_cpp.benchmark.bench import Bench, BenchResult, BenchSettings
+from adaskip_cpp.benchmark.measure import Bench, BenchResult, BenchSettings
 from adaskip_cpp.benchmark.table import NO_PLAN, STOCK, table
 from adaskip_cpp.calibration.linear import DEFAULT_RANK
 from adaskip_cpp.demo import packaged_model

@@ -1,21 +1,177 @@
-"""The function :func:`adaskip_cpp.bench`: measures how fast a model is with and without plans."""
+"""Measures how fast a model is with and without plans, in rounds. Start at :func:`adaskip_cpp.bench`.
 
+Contenders take turns, each in its own process, and each round starts new processes. Two processes of one program differ
+in speed by a few percent as long as they live, because their memory lies in other places. Kept processes would repeat
+this difference in every round: it would not average out, and the intervals would be too narrow.
+"""
+
+import itertools
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from typing import Any
 
-from ..errors import DataError
+from ..errors import AdaSkipError, DataError
 from ..files import StrPath
 from ..measuring import corpus
 from ..measuring.cores import busy_warning, load_average
 from ..measuring.running import Running, described, open_quietly, settings_here
+from ..measuring.timing import N_SETTLE, in_turn
+from ..model.cost_model import CostSettings
 from ..model.frontier import Frontier
 from ..model.plan import SkipPlan
 from ..model.plan_file import frontier_beside
 from ..progress import OnProgress
-from .bench import Bench, BenchResult, BenchSettings
+from .process import Worker
+from .table import NO_PLAN, STOCK, BenchTimes, Row, table
 
 _DEFAULT_CONTEXTS = (512, 2048, 8192)
+_PAUSE_S = 0.03  # between two runs: the last contender's threads spin for some milliseconds before they sleep
+_N_WARM_UP = 512  # most tokens that a new process reads untimed: one ubatch touches all weights and buffers
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """The settings of a benchmark: arguments of ``bench``, with ``contexts`` ascending.
+
+    ``options`` are arguments of ``AdaSkipLlama`` for the whole model and for plans, such as ``n_threads``, and
+    ``stock_options`` those of ``llama_cpp.Llama`` for stock.
+    """
+
+    model: str
+    contexts: tuple[int, ...]
+    n_rounds: int
+    n_decode: int
+    options: Mapping[str, Any]
+    stock_options: Mapping[str, Any]
+
+
+@dataclass
+class BenchResult:
+    """The result of ``bench``, by contender.
+
+    Attributes:
+        settings: contexts, rounds and the arguments of both libraries.
+        plans: the plans by name. A frontier chooses a plan for each prompt.
+        times: the time of each run, in seconds.
+        machine: the machine; None before the whole model was loaded.
+        ended_by: the reason if the benchmark ended early, else None.
+        configuration: the model and the releases in words, by name.
+        load_average: load of the machine before the benchmark; None if the system does not measure it.
+    """
+
+    settings: BenchSettings
+    plans: Mapping[str, SkipPlan | Frontier]
+    times: BenchTimes
+    machine: CostSettings | None = None
+    ended_by: AdaSkipError | KeyboardInterrupt | None = None
+    configuration: Mapping[str, str] = field(default_factory=dict)
+    load_average: float | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """Medians and ratios of all complete rounds, one row for each phase, context and contender."""
+        return table(self.times)
+
+    def plans_of(self, name: str) -> dict[int, SkipPlan | None]:
+        """Return the plans of a contender by context; None for the whole model."""
+        plan = self.plans.get(name)
+        if isinstance(plan, Frontier):
+            return {context: plan.choose(context) for context in self.settings.contexts}
+        return dict.fromkeys(self.settings.contexts, plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "configuration": self.configuration,
+            "load_average": self.load_average,
+            "settings": self.settings,
+            "machine": self.machine,
+            "complete": self.ended_by is None,
+            "error": str(self.ended_by) if isinstance(self.ended_by, AdaSkipError) else None,
+            "contenders": [
+                {"name": name, "plans": {n: plan and plan.to_dict() for n, plan in self.plans_of(name).items()}}
+                for name in self.times.contenders
+            ],
+            "times": [
+                {
+                    "contender": name,
+                    "context": context,
+                    "first_token_s": [run.first_token_s for run in runs],
+                    "token_s": [run.token_s for run in runs],
+                }
+                for (name, context), runs in self.times.times.items()
+            ],
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+
+class Bench:
+    """A benchmark of plans and frontiers, by contender, with or without stock. Longer contexts repeat ``tokens``."""
+
+    def __init__(
+        self,
+        settings: BenchSettings,
+        plans: Mapping[str, SkipPlan | Frontier],
+        tokens: Sequence[int],
+        *,
+        stock: bool = True,
+        on_progress: OnProgress = lambda fraction, words="": None,
+    ) -> None:
+        self._settings, self._on_progress = settings, on_progress
+        self._tokens = list(itertools.islice(itertools.cycle(tokens), max(settings.contexts)))
+        contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
+        # Tokens that an online stage observes do not count, so that its choice is timed.
+        stages = {name: plan.online for name, plan in plans.items() if isinstance(plan, SkipPlan)}
+        windows = {name: stage.window for name, stage in stages.items() if stage is not None}
+        settle = {name: window + N_SETTLE for name, window in windows.items() if window < settings.n_decode}
+        self.result = BenchResult(settings, dict(plans), BenchTimes(contenders, settle=settle))
+
+    def run(self) -> BenchResult:
+        """Run all rounds. Ctrl-C or a failed contender ends them early, and is raised only in the first round."""
+        try:
+            for n_round in range(self._settings.n_rounds):
+                with ExitStack() as stack:
+                    workers = self._start(stack, n_round)
+                    for context in self._settings.contexts:
+                        for index in in_turn(len(workers), n_round):
+                            self._time(workers[index], context, n_round)
+        except (KeyboardInterrupt, AdaSkipError) as error:
+            if not self.result.rows:
+                raise
+            self.result.ended_by = error
+        return self.result
+
+    def _start(self, stack: ExitStack, n_round: int) -> list[Worker]:
+        settings, plans = self._settings, self.result.plans
+        n_ctx = max(settings.contexts) + settings.n_decode
+        workers: list[Worker] = []
+        for name in self.result.times.contenders:
+            if n_round == 0:
+                self._on_progress(0.0, f"loading {name}")
+            worker = stack.enter_context(Worker(name, "stock" if name == STOCK else "ours"))
+            workers.append(worker)
+            options = settings.stock_options if name == STOCK else settings.options
+            plan = {"plan": plans[name]} if name in plans else {}
+            reply = worker.open(settings.model, {**options, **plan, "n_ctx": n_ctx})
+            if name == NO_PLAN:
+                self.result.machine = reply["settings"]
+        for worker in workers:
+            if n_round == 0:
+                self._on_progress(0.0, f"warming up: {worker.name}")
+            worker.time(self._tokens[: min(settings.contexts[0], _N_WARM_UP)], N_SETTLE)
+        return workers
+
+    def _time(self, worker: Worker, context: int, n_round: int) -> None:
+        times, n_rounds = self.result.times, self._settings.n_rounds
+        n_read = sum(of * len(runs) for (_, of), runs in times.times.items())
+        share = n_read / (n_rounds * len(times.contenders) * sum(self._settings.contexts))
+        self._on_progress(share, f"round {n_round + 1} of {n_rounds}, {context:,} tokens: {worker.name}")
+        time.sleep(_PAUSE_S)
+        run = worker.time(self._tokens[:context], self._settings.n_decode)
+        times.times.setdefault((worker.name, context), []).append(run)
 
 
 def bench(
@@ -86,9 +242,7 @@ def fit_contexts(asked: Sequence[int] | None, n_ctx_train: int, n_decode: int) -
     limit = n_ctx_train - n_decode if n_ctx_train else max(asked or _DEFAULT_CONTEXTS)
     wanted = sorted(set(asked or [each for each in _DEFAULT_CONTEXTS if each <= limit] or [limit]))
     if wanted[0] < 1 or wanted[-1] > limit:
-        raise DataError(
-            f"a prompt of {wanted[-1]:,} tokens and {n_decode} decoded tokens do not fit into the model's context of "
-            f"{n_ctx_train:,}; use contexts from 1 to {limit:,} (contexts, --contexts), or decode fewer (n_decode, "
-            "--decode-tokens)"
-        )
+        lengths = f"a prompt of {wanted[-1]:,} tokens and {n_decode} decoded tokens"
+        advice = f"use contexts from 1 to {limit:,} (contexts, --contexts), or decode fewer (n_decode, --decode-tokens)"
+        raise DataError(f"{lengths} do not fit into the model's context of {n_ctx_train:,}; {advice}")
     return tuple(wanted)

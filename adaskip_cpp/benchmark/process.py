@@ -1,4 +1,4 @@
-"""Starts a contender's process (``worker.py``) and talks to it, for ``bench.py`` and ``tune``. See :class:`Worker`."""
+"""Starts a contender's process (``worker.py``) and talks to it, for ``measure.py`` and ``tune``. Start at Worker."""
 
 import os
 import pickle
@@ -28,9 +28,8 @@ class Worker:
         # A file, because a pipe that nobody reads would fill up.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         path = os.pathsep.join(map(os.path.abspath, sys.path))
-        worker = str(Path(__file__).with_name("worker.py"))
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, path, worker, side],
+            [sys.executable, "-c", _START, path, str(Path(__file__).with_name("worker.py")), side],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -64,18 +63,14 @@ class Worker:
             requests.flush()
             reply: dict[str, Any] = pickle.load(replies)
         except (EOFError, OSError, pickle.UnpicklingError):
-            raise NativeError(
-                f"the process of {self.name!r} ended with code {self._process.wait()} ({self._last_words()}); if "
-                "memory is short, use smaller contexts (contexts, --contexts)"
-            ) from None
+            ended = f"the process of {self.name!r} ended with code {self._process.wait()} ({self._last_words()})"
+            raise NativeError(f"{ended}; if memory is short, use smaller contexts (contexts, --contexts)") from None
         if "error" in reply:
             kind = getattr(errors, reply["class"], None)
             if isinstance(kind, type) and issubclass(kind, AdaSkipError):
                 raise kind(reply["error"])
-            raise NativeError(
-                f"{self.name!r} failed ({reply['class']}: {reply['error']}; {self._last_words()}); "
-                "check the model with `adaskip-cpp inspect`"
-            )
+            why = f"{reply['class']}: {reply['error']}; {self._last_words()}"
+            raise NativeError(f"{self.name!r} failed ({why}); check the model with `adaskip-cpp inspect`")
         return reply
 
     def _last_words(self) -> str:

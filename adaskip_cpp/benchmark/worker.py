@@ -4,8 +4,6 @@ It imports adaskip_cpp only for ours, so that stock llama-cpp-python runs on its
 stdin, replies go to stdout. The process ends when stdin does, with its parent, even during a request.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import pickle
@@ -20,33 +18,23 @@ from typing import IO, Any
 _TIMING = runpy.run_path(str(Path(__file__).parents[1] / "measuring" / "timing.py"), run_name="timing")
 
 
-class _Contender:
-    """A model, stock or ours. :class:`adaskip_cpp.benchmark.process.Worker` requests calls of its methods."""
+def _open(ours: bool, model: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load a model, ours or stock. Return it, and the reply to :class:`adaskip_cpp.benchmark.process.Worker`."""
+    if ours:
+        from adaskip_cpp.engine.llama import AdaSkipLlama
+        from adaskip_cpp.engine.settings import cost_settings
+    import llama_cpp
+    from llama_cpp import _logger
 
-    def __init__(self, side: str) -> None:
-        self._ours = side == "ours"
-        self._llm: Any = None
-
-    def open(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
-        if self._ours:
-            from adaskip_cpp.engine.llama import AdaSkipLlama
-            from adaskip_cpp.engine.settings import cost_settings
-        import llama_cpp
-        from llama_cpp import _logger
-
-        library = Path(llama_cpp.llama_cpp._lib._name).resolve()
-        stock = "adaskip_cpp" not in sys.modules and Path(llama_cpp.__file__).resolve().parent in library.parents
-        if not self._ours and not stock:
-            raise RuntimeError(f"{library} is not the libllama of llama-cpp-python; reinstall llama-cpp-python")
-        # verbose: why a model cannot be loaded is in llama.cpp's log alone.
-        self._llm = (AdaSkipLlama if self._ours else llama_cpp.Llama)(model, verbose=True, **options)
-        self._llm.verbose = False
-        _logger.set_verbose(False)
-        settings = {"settings": cost_settings(self._llm)} if self._ours else {}
-        return {"library": str(library), **settings}
-
-    def time(self, prompt: list[int], n_decode: int) -> dict[str, Any]:
-        return dataclasses.asdict(_TIMING["time_request"](self._llm, prompt, n_decode))
+    library = Path(llama_cpp.llama_cpp._lib._name).resolve()
+    stock = "adaskip_cpp" not in sys.modules and Path(llama_cpp.__file__).resolve().parent in library.parents
+    if not ours and not stock:
+        raise RuntimeError(f"{library} is not the libllama of llama-cpp-python; reinstall llama-cpp-python")
+    # verbose: why a model cannot be loaded is in llama.cpp's log alone.
+    llm: Any = (AdaSkipLlama if ours else llama_cpp.Llama)(model, verbose=True, **options)
+    llm.verbose = False
+    _logger.set_verbose(False)
+    return llm, {"library": str(library), "settings": cost_settings(llm) if ours else None}
 
 
 def _read(parent: IO[bytes], requests: queue.SimpleQueue[bytes]) -> None:
@@ -64,14 +52,17 @@ def main(side: str) -> None:
     # for the thread that reads from it.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    contender = _Contender(side)
+    llm: Any = None
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(asked, requests), daemon=True).start()
     while True:
         request = requests.get()
         try:
             method, arguments = pickle.loads(request)
-            reply = getattr(contender, method)(*arguments)
+            if method == "open":
+                llm, reply = _open(side == "ours", *arguments)
+            else:
+                reply = dataclasses.asdict(_TIMING["time_request"](llm, *arguments))
         except Exception as error:
             reply = {"error": str(error), "class": type(error).__name__}
         pickle.dump(reply, replies)

@@ -38,7 +38,7 @@ def calibrate(
     on_stage: Stage = progress_bar,
     description: str | None = None,
 ) -> Profile:
-    """Calibrate a model: measure the effect and the time of each sublayer on sample texts.
+    """Calibrate a model: measure the effect and the time of each sublayer on sample texts, as a profile to plan with.
 
     This is the paper's offline importance learning, for prompts and for answers. The whole model reads every request,
     and continues 20 of them by ``n_decode`` tokens. The model's plan is set again at the end, also after an error or
@@ -58,9 +58,6 @@ def calibrate(
             ``adaskip_cpp.progress.silent`` shows nothing.
         description: the text in words, stored in the profile.
 
-    Returns:
-        The profile. ``Profile.plan`` makes plans of it.
-
     Raises:
         RequestError: there are no requests, or one is empty, is too long for the context, or has an unknown token id.
             All requests are checked before the first one is read.
@@ -76,43 +73,38 @@ def calibrate(
     else:
         token_lists = [_tokens(llm, request, index) for index, request in enumerate(requests)]
     _check(llm, token_lists, n_decode, rank)
-    if description is None:
-        description = corpus.DESCRIPTION if requests is None else "requests given by the caller"
-
-    prefill: list[PhaseStatistics] = []
-    decode: list[PhaseStatistics] = []
-    fit = LinearFit(_to_fit(llm) if rank else [])
+    default = corpus.DESCRIPTION if requests is None else "requests given by the caller"
+    prefill, decode, fit = list[PhaseStatistics](), list[PhaseStatistics](), LinearFit(_to_fit(llm) if rank else [])
     n_decoded = min(len(token_lists), MAX_DECODED)
     decodes = {index * len(token_lists) // n_decoded for index in range(n_decoded)}
-    n_text = sum(map(len, token_lists))
-    n_seen, n_expected = 0, n_text + n_decode * n_decoded
+    n_seen, n_text = 0, sum(map(len, token_lists))
 
     def advance(n_tokens: int) -> None:
         nonlocal n_seen
         n_seen += n_tokens
-        on_progress(n_seen / n_expected, f"{len(prefill)}/{len(token_lists)} requests, {n_seen:,} tokens")
+        share = n_seen / (n_text + n_decode * n_decoded)
+        on_progress(share, f"{len(prefill)}/{len(token_lists)} requests, {n_seen:,} tokens")
 
     with set_aside(llm):
         llm.set_plan(None)
         with on_stage("Calibrating") as on_progress:
             for index, tokens in enumerate(token_lists):
-                prefill.append(_observe(llm, tokens, advance, fit=fit if fit.sublayers else None))
+                prefill.append(_observe(llm, tokens, advance, fit))
                 if index in decodes:
-                    decode.append(_observe(llm, tokens, advance, n_decode=n_decode))
+                    decode.append(_observe(llm, tokens, advance, fit, n_decode))
             mean = PhaseStatistics.mean(prefill)
             fitted = fit.fit(rank, map_scale(mean.median_ratio))
         cost_model = None
         if cost:
             with on_stage("Timing sublayers") as on_time:
                 cost_model = measure_cost(llm, rank=rank, on_progress=on_time)
-
     return Profile(
         prefill=mean,
         decode=PhaseStatistics.mean(decode),
         n_requests=len(prefill),
         n_tokens=n_text,
         model=llm.model_info,
-        corpus=description,
+        corpus=default if description is None else description,
         package_version=metadata.version("adaskip-cpp"),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cost=cost_model,
@@ -128,8 +120,8 @@ def _tokens(llm: AdaSkipLlama, request: Request, index: int) -> list[int]:
     try:
         return [operator.index(token) for token in request]
     except TypeError as error:
-        message = f"request {index} is neither a text nor a list of token ids; pass str or whole numbers"
-        raise RequestError(message) from error
+        why = f"request {index} is neither a text nor a list of token ids"
+        raise RequestError(f"{why}; pass str or whole numbers") from error
 
 
 def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int, rank: int) -> None:
@@ -144,36 +136,29 @@ def _check(llm: AdaSkipLlama, token_lists: list[list[int]], n_decode: int, rank:
         if not tokens:
             raise RequestError(f"request {index} is empty; leave it out")
         if len(tokens) + n_decode > n_ctx:
-            raise RequestError(
-                f"request {index} has {len(tokens)} tokens and {n_decode} to decode, the model's context {n_ctx}; "
-                "shorten it or load the model with a larger n_ctx"
-            )
+            why = f"request {index} has {len(tokens)} tokens and {n_decode} to decode, the model's context {n_ctx}"
+            raise RequestError(f"{why}; shorten it or load the model with a larger n_ctx")
         if wrong := [token for token in tokens if not 0 <= token < n_vocab]:
             where = f"request {index} has the token id {wrong[0]}, which is not in the vocabulary"
             raise RequestError(f"{where}; use ids from 0 to {n_vocab - 1}")
 
 
 def _observe(
-    llm: AdaSkipLlama,
-    tokens: list[int],
-    advance: Callable[[int], None],
-    *,
-    fit: LinearFit | None = None,
-    n_decode: int = 0,
+    llm: AdaSkipLlama, tokens: list[int], advance: Callable[[int], None], fit: LinearFit, n_decode: int = 0
 ) -> PhaseStatistics:
     """Return the statistics of a prompt, or of ``n_decode`` tokens generated after it; the prompt is cached then."""
-    statistics = RequestStatistics(llm.n_layer)
-    phase = "decode" if n_decode else "prefill"
+    statistics, phase = RequestStatistics(llm.n_layer), "decode" if n_decode else "prefill"
 
     def sink(batch: StatisticsBatch) -> None:
         if batch.phase != phase:  # the prompt's last token is evaluated again, for its logits
             return
         statistics.add(batch)
-        if fit is not None and batch.activations is not None:
+        if batch.activations is not None:
             fit.add(batch.activations, batch.positions)
         advance(batch.dot.shape[2])
 
-    with llm.collect_statistics(sink, keep_logits=n_decode > 0, activations=fit is not None):
+    fits = bool(fit.sublayers) and not n_decode
+    with llm.collect_statistics(sink, keep_logits=n_decode > 0, activations=fits):
         if n_decode:
             with contextlib.closing(llm.generate(tokens, temp=0.0)) as generated:
                 for _ in range(n_decode + 1):  # the first one is sampled from the prompt's logits

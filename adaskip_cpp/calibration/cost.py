@@ -5,7 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
 
 import numpy as np
@@ -37,50 +37,42 @@ def measure_cost(
     3 to 12 rounds take ``seconds``, at most half of them on deep contexts. Attentions are timed at ``contexts``, in
     tokens, ascending, as far as the model's context allows: the first and the last, and those between if there is time.
     Between them the cache is filled with tokens that only have K and V. If a sublayer cannot be skipped, all tokens are
-    read, as long as there is time. Linear maps of ``rank`` are timed too; 0 for none. The model's plan is put back at
-    the end, also after an error or Ctrl-C; its KV cache is dropped. Raises RequestError if the context is too small.
+    read, as long as there is time. Linear maps of ``rank`` are timed too; 0 for none. At the end the plan is as before,
+    and the KV cache empty, also after an error or Ctrl-C. Raises RequestError if the context is too small.
     """
     with set_aside(llm):
         return _Measurement(llm, contexts, seconds, rank, on_progress).run()
 
 
-@dataclass
 class _Measurement:
     """The rounds that time ubatches without outputs, and tokens. With ``kept``, skipped attentions keep K and V."""
 
-    llm: AdaSkipLlama
-    contexts: Sequence[int]
-    seconds: float
-    rank: int
-    on_progress: Callable[[float], object]
-
-    def __post_init__(self) -> None:
-        llm = self.llm
-        self.groups = _groups(llm)
+    def __init__(
+        self, llm: AdaSkipLlama, contexts: Sequence[int], seconds: float, rank: int, progress: Callable[[float], object]
+    ) -> None:
+        self.llm, self.contexts, self.seconds, self.rank, self.on_progress = llm, contexts, seconds, rank, progress
+        self.groups, self._size = _groups(llm), llm.context_size
         self._rest_grows = not can_fill(llm)  # then time the rest at all contexts
         self.samples: dict[Phase, list[Sample]] = {"prefill": [], "decode": []}
-        self._size = llm.context_size
-        self._n_decode = max(min(_N_DECODE, self._size // (2 * len(self._mixed()) + 2) - 1), 1)
-        self._reserve = (self._n_decode + 1) * max(len(self._mixed()), len(self.contexts) + 1)
-        self.n_tokens = min(int(llm.context_params.n_ubatch), llm.n_batch, self._size - self._reserve)
+        n_mixed = len(self._mixed())
+        self._n_decode = max(min(_N_DECODE, self._size // (2 * n_mixed + 2) - 1), 1)
+        reserve = (self._n_decode + 1) * max(n_mixed, len(contexts) + 1)
+        self.n_tokens = min(int(llm.context_params.n_ubatch), llm.n_batch, self._size - reserve)
         if self.n_tokens < 1:
-            raise RequestError(
-                f"a context of {self._size} tokens is too small; use n_ctx={max(4 * self._reserve, 2 * CELLS)} or more"
-            )
+            n_ctx = max(4 * reserve, 2 * CELLS)
+            raise RequestError(f"a context of {self._size} tokens is too small; use n_ctx={n_ctx} or more")
         self._tokens: list[int] = np.random.default_rng(0).integers(0, llm.n_vocab(), size=self.n_tokens).tolist()
         self._start = perf_counter()
 
     def run(self) -> CostModel:
         self._prepare(self._all(True))
-        self._eval("prefill", self.n_tokens, counts=False)  # loads the weights, fills caches, starts threads
-        self._eval("decode", 1, counts=False)
+        self._eval("prefill", counts=False)  # loads the weights, fills caches, starts threads
+        self._eval("decode", counts=False)
         self._start = perf_counter()
-        n_rounds, elapsed = 0, 0.0
-        while n_rounds < _LEAST_ROUNDS or (
-            n_rounds < _MAX_ROUNDS and elapsed * (n_rounds + 1) / n_rounds <= self.seconds
-        ):
+        for n_rounds in range(1, _MAX_ROUNDS + 1):
             self._round()
-            n_rounds, elapsed = n_rounds + 1, perf_counter() - self._start
+            if n_rounds >= _LEAST_ROUNDS and (perf_counter() - self._start) * (n_rounds + 1) / n_rounds > self.seconds:
+                break
         fits = [self._fit(self.groups)]
         if self.llm.context_params.swa_full:  # windows have all cells then, and some backends compute masked ones too
             fits.append(self._fit([replace(group, limit=math.inf) for group in self.groups]))
@@ -96,14 +88,14 @@ class _Measurement:
             if group.kind == 0:
                 limits[list(group.layers)] = group.limit
         deepest = max(sample.end for samples in self.samples.values() for sample in samples)
-        settings, n_layer_kv = cost_settings(self.llm), self.llm.n_layer_kv
-        return CostModel(settings, prefill, decode, limits, n_layer_kv, deepest), error + error_decode
+        model = CostModel(cost_settings(self.llm), prefill, decode, limits, self.llm.n_layer_kv, deepest)
+        return model, error + error_decode
 
     def _round(self) -> None:
         """Time every plan once, so that a slow moment of the machine affects all alike."""
         everything = self._all(True)
         self._prepare(everything)
-        self._eval("prefill", self.n_tokens)
+        self._eval("prefill")
         for runs in self._mixed():
             self._set_plan(everything, runs)
             self._decode()
@@ -111,19 +103,18 @@ class _Measurement:
             if group.kind == 1 and self._inner(group):
                 # They only run if K and V of later layers are stored.
                 self._prepare(self._only(group, group.layers, kept=True), kept=True)
-                self._eval("prefill", self.n_tokens)
+                self._eval("prefill")
         for maps in (False, True)[: 1 + (self.rank > 0)]:
             self._prepare(self._all(False, kept=True), kept=True, maps=maps)
-            self._eval("prefill", self.n_tokens)
+            self._eval("prefill")
         for group in self.groups:
             if group.kind == 0 and group.elidable:  # compared with the subsets below, this gives the cost of K and V
                 self._prepare(self._only(group, group.layers))
-                self._eval("prefill", self.n_tokens)
-        depth = len(self.contexts) if self._rest_grows else 1
+                self._eval("prefill")
         rest = self._all(False)
         rest[self.llm.n_layer_kv - 1, 0] = True  # its K and V make everything that cannot be skipped run
         self._prepare(rest)
-        self._deeper(self.contexts[:depth], None)
+        self._deeper(self.contexts if self._rest_grows else self.contexts[:1], None)
         for index, group in enumerate(self.groups):
             if group.kind == 0:
                 layers = self._inner(group) or group.layers
@@ -144,7 +135,7 @@ class _Measurement:
             n_missing = min(remaining[0], self._size - self._n_decode - 1) - self.n_tokens - self.llm.n_tokens
             if n_missing > 0 and not self._rest_grows:
                 fill(self.llm, (self._tokens * math.ceil(n_missing / self.n_tokens))[:n_missing])
-            self._eval("prefill", self.n_tokens)
+            self._eval("prefill")
             deeper = [context for context in remaining if context > self.llm.n_tokens] if self._has_room(2) else []
             if perf_counter() > end:
                 deeper = [] if self._rest_grows else deeper[-1:]  # a filled cache gives the last context in any case
@@ -168,8 +159,7 @@ class _Measurement:
             fewer[list(group.layers[::2]), group.kind] = False
             return fewer
 
-        groups = [group for group in self.groups if group.elidable]
-        attention, ffn = ([group for group in groups if group.kind == kind] for kind in (0, 1))
+        attention, ffn = ([each for each in self.groups if each.elidable and each.kind == kind] for kind in (0, 1))
         result = list(itertools.accumulate(attention, halved, initial=self._all(True)))
         result += [halved(runs, group) for runs in result[:: max(len(attention), 1)] for group in ffn]
         return sorted(result, key=lambda runs: -int(runs[:, 0].sum()))
@@ -186,6 +176,12 @@ class _Measurement:
         flags[list(layers), group.kind] = True
         return flags
 
+    def _prepare(self, prefill: Flags, decode: Flags | None = None, *, kept: bool = False, maps: bool = False) -> None:
+        """Empty the cache and set a plan; decode is by default as prefill, or with K and V kept the whole model."""
+        self.llm.reset()
+        as_prefill = self._all(True) if kept else prefill
+        self._set_plan(prefill, as_prefill if decode is None else decode, kept=kept, maps=maps)
+
     def _set_plan(self, prefill: Flags, decode: Flags, *, kept: bool = False, maps: bool = False) -> None:
         none = np.zeros(self.llm.n_layer, np.bool_)
         # The map of an FFN stands for its whole layer. Those after the last K and V are not computed.
@@ -197,25 +193,18 @@ class _Measurement:
             down = np.zeros((self.llm.n_layer, 2, self.rank, self.llm.n_embd()), np.float32)
             down[mapped, 1] = 1e-3
             of_prompt = replace(of_prompt, down=down, up=np.ascontiguousarray(down.swapaxes(2, 3)))
-        if kept:
-            # Prefill, which does not run, gets the decode set: else the next ubatch would read cached tokens again.
-            self.llm.set_plan(SkipPlan(of_decode, of_decode, bulk=Bulk(of_prompt)))
-        else:
-            self.llm.set_plan(SkipPlan(of_prompt, of_decode))
-
-    def _prepare(self, prefill: Flags, decode: Flags | None = None, *, kept: bool = False, maps: bool = False) -> None:
-        """Empty the cache and set a plan; decode is by default as prefill, or with K and V kept the whole model."""
-        self.llm.reset()
-        as_prefill = self._all(True) if kept else prefill
-        self._set_plan(prefill, as_prefill if decode is None else decode, kept=kept, maps=maps)
+        # Prefill, which does not run, gets the decode set: else the next ubatch would read cached tokens again.
+        plan = SkipPlan(of_decode, of_decode, bulk=Bulk(of_prompt)) if kept else SkipPlan(of_prompt, of_decode)
+        self.llm.set_plan(plan)
 
     def _decode(self, offset: str = "") -> None:
         for i in range(self._n_decode + 1):
-            self._eval("decode", 1, offset, counts=i > 0)
+            self._eval("decode", offset, counts=i > 0)
 
-    def _eval(self, phase: Phase, n_tokens: int, offset: str = "", *, counts: bool = True) -> None:
+    def _eval(self, phase: Phase, offset: str = "", *, counts: bool = True) -> None:
+        evaluate, n_tokens = (self.llm.eval_decode, 1) if phase == "decode" else (self.llm.eval_bulk, self.n_tokens)
         start = perf_counter()
-        (self.llm.eval_bulk if phase == "prefill" else self.llm.eval_decode)(self._tokens[:n_tokens])
+        evaluate(self._tokens[:n_tokens])
         self.llm.synchronize()  # llama_decode returns before a GPU has finished
         end = perf_counter()
         if counts:
@@ -242,10 +231,7 @@ def can_fill(llm: AdaSkipLlama) -> bool:
 
 
 def fill(llm: AdaSkipLlama, tokens: Sequence[int]) -> None:
-    """Put tokens into the cache at little cost, to time what comes after them: only K and V of each are computed.
-
-    The plan in force may read them.
-    """
+    """Put K and V of tokens into the cache at little cost, to time what follows. The plan in force may read them."""
     plan, none = llm.plan, SkipSet.none(llm.n_layer)
     skip = marked(llm.n_layer, *([row.layer for row in llm.sublayers if row.kind == kind] for kind in KINDS))
     filling = replace(plan or SkipPlan(none, none), bulk=Bulk(SkipSet(skip, np.ones(skip.shape))))

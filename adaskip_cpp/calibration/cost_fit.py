@@ -52,12 +52,10 @@ def fit(
     maps = np.array([[sample.what.n_maps] for sample in samples], float)
     columns = np.hstack([rest, maps, count, count * read * grows, kept * keeps, own.reshape(len(samples), -1)])
     times = np.array([sample.seconds for sample in samples])
-
     free = np.arange(columns.shape[1]) >= columns.shape[1] - len(offsets)
     found, error = _solve(columns / times[:, None], free)
     base, growth, keeping = np.zeros((n_layer, 2)), np.zeros(n_layer), np.zeros(n_layer)
-    each = found[3 : 3 + 3 * len(groups)].reshape(3, -1).T
-    for group, (one, more, keep) in zip(groups, each, strict=True):
+    for group, (one, more, keep) in zip(groups, found[3 : 3 + 3 * len(groups)].reshape(3, -1).T, strict=True):
         layers = list(group.layers)
         base[layers, group.kind] = one
         if group.kind == 0:
@@ -71,14 +69,11 @@ def _solve(columns: Floats, free: Flags) -> tuple[Floats, float]:
     used = size > 0
     scaled = columns / np.where(used, size, 1.0)
     weight = np.ones(len(columns))
-    x = np.zeros(len(size))
-    residual = weight
     for _ in range(_ITERATIONS):
         active = used.copy()
         while True:
             x = np.zeros(len(size))
-            solution = np.linalg.lstsq(scaled[:, active] * weight[:, None], weight, rcond=None)[0]
-            x[active] = solution
+            x[active] = np.linalg.lstsq(scaled[:, active] * weight[:, None], weight, rcond=None)[0]
             wrong = (x < 0) & ~free
             if not wrong.any():
                 break

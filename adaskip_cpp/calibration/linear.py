@@ -32,21 +32,20 @@ class _Sums:
     If ``n_sketch`` is below the width of the stream, ``basisᵀ u`` replaces u, with ``basis`` ``[n_embd, n_sketch]``.
     """
 
-    def __init__(self, u: Vectors, d: Vectors, n_sketch: int) -> None:
-        n_embd = u.shape[1]
-        self.n = 0
+    def __init__(self, u: Vectors, v: Vectors, n_sketch: int) -> None:
+        self.n, n_embd = 0, u.shape[1]
         self.basis: Vectors | None = None
         if n_sketch < n_embd:
             drawn = np.random.default_rng(0).standard_normal((n_sketch, n_embd))
             first = np.concatenate([u, drawn])[:n_sketch].astype(np.float64)
             self.basis = np.linalg.qr(first.T)[0].astype(np.float32)
-        self.mean = [first.mean(axis=0, dtype=np.float64).astype(np.float32) for first in (u, d)]
+        self.mean = [first.mean(axis=0, dtype=np.float64).astype(np.float32) for first in (u, v - u)]
         n_u = n_embd if self.basis is None else self.basis.shape[1]
         self.u, self.d = np.zeros(n_u), np.zeros(n_embd)
         self.uu, self.du = np.zeros((n_u, n_u), np.float32), np.zeros((n_embd, n_u), np.float32)
 
-    def add(self, u: Vectors, d: Vectors) -> None:
-        u, d = u - self.mean[0], d - self.mean[1]
+    def add(self, u: Vectors, v: Vectors) -> None:
+        u, d = u - self.mean[0], v - u - self.mean[1]
         u = u if self.basis is None else u @ self.basis
         self.n += len(u)
         self.u += u.sum(axis=0, dtype=np.float64)
@@ -71,29 +70,24 @@ class LinearFit:
             if first is None or last is None or later.size == 0:
                 continue
             u, v = first[0][later], last[1][later]
-            if not (np.isfinite(u).all() and np.isfinite(v).all()):
-                continue
-            d = v - u
-            if (layer, kind) not in self._sums:
-                self._sums[layer, kind] = _Sums(u, d, self._n_sketch(u.shape[1]))
-            self._sums[layer, kind].add(u, d)
+            if np.isfinite(u).all() and np.isfinite(v).all():
+                if (layer, kind) not in self._sums:
+                    self._sums[layer, kind] = _Sums(u, v, self._n_sketch(u.shape[1]))
+                self._sums[layer, kind].add(u, v)
 
     def _n_sketch(self, n_embd: int) -> int:
         """Return the number of directions of the inputs that fit into memory."""
         n_numbers = self.most_bytes // (4 * max(len(self.sublayers), 1))
-        if 2 * n_embd * n_embd <= n_numbers:
-            return n_embd
         n = int((np.sqrt(4.0 * n_embd * n_embd + 4 * n_numbers) - 2 * n_embd) / 2)  # n² + 2 n n_embd, the basis too
-        return max(n, 1)
+        return n_embd if 2 * n_embd * n_embd <= n_numbers else max(n, 1)
 
     def fit(self, rank: int, scale: Floats | None = None) -> dict[tuple[int, int], tuple[Vectors, Vectors]]:
         """Return down ``[rank, n_embd]`` and up ``[n_embd, rank]``, float32, of each sublayer with tokens and a scale.
 
         The rank is at most ``n_embd``. ``scale`` is s, ``[n_layer, 2]``, NaN if not known; None for 1.
         """
-        scales = {where: 1.0 if scale is None or where[1] == WHOLE else float(scale[where]) for where in self._sums}
-        known = {where: sums for where, sums in self._sums.items() if np.isfinite(scales[where])}
-        return {where: _fit(sums, rank, scales[where]) for where, sums in known.items()}
+        scales = {at: 1.0 if scale is None or at[1] == WHOLE else float(scale[at]) for at in self._sums}
+        return {at: _fit(sums, rank, scales[at]) for at, sums in self._sums.items() if np.isfinite(scales[at])}
 
 
 def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Vectors, Vectors]:
@@ -104,8 +98,7 @@ def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Vectors, Vectors]:
     second = sums.uu.astype(np.float64) / sums.n - np.outer(rest_u, rest_u)  # the covariance so far
     variance = float(np.trace(second)) / n_embd
     second += np.outer(mean_u, mean_u)
-    cross = sums.du.astype(np.float64) / sums.n - np.outer(rest_d, rest_u)
-    cross += np.outer(mean_d, mean_u)
+    cross = sums.du.astype(np.float64) / sums.n - np.outer(rest_d, rest_u) + np.outer(mean_d, mean_u)
     # From d = v - u to the rest v - s u = d - (s - 1) u.
     cross -= (scale - 1) * (second if sums.basis is None else sums.basis @ second)
     if not (0 < variance < np.inf and np.isfinite(cross).all()):  # one token, or all equal: nothing to fit
@@ -115,10 +108,9 @@ def _fit(sums: _Sums, rank: int, scale: float) -> tuple[Vectors, Vectors]:
     # so the best map of lower rank keeps the largest singular values of `whitened`.
     whitened = np.linalg.solve(root, cross.T).T
     left, singular, right = _truncated_svd(whitened, rank)
-    up = left * singular
     down = np.linalg.solve(root.T, right.T).T
     down = down if sums.basis is None else down @ sums.basis.T
-    return down.astype(np.float32), up.astype(np.float32)
+    return down.astype(np.float32), (left * singular).astype(np.float32)
 
 
 def _root(second: Floats, ridge: float) -> Floats:
@@ -135,8 +127,7 @@ def _truncated_svd(matrix: Floats, rank: int) -> tuple[Floats, Floats, Floats]:
     n_columns = min(rank + _OVERSAMPLING, matrix.shape[1])
     basis = matrix @ np.random.default_rng(0).standard_normal((matrix.shape[1], n_columns))
     for _ in range(_ITERATIONS):
-        basis, _ = np.linalg.qr(matrix.T @ np.linalg.qr(basis)[0])
-        basis = matrix @ basis
-    basis, _ = np.linalg.qr(basis)
+        basis = matrix @ np.linalg.qr(matrix.T @ np.linalg.qr(basis)[0])[0]
+    basis = np.linalg.qr(basis)[0]
     left, singular, right = np.linalg.svd(basis.T @ matrix, full_matrices=False)
     return (basis @ left)[:, :rank], singular[:rank], right[:rank]

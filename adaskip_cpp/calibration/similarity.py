@@ -27,8 +27,7 @@ class RequestStatistics:
         u, v = np.sqrt(u_sq, dtype=np.float32), np.sqrt(v_sq, dtype=np.float32)
         self._cosine += (batch.dot / np.maximum(u * v, _EPS)).sum(axis=2, dtype=np.float64)
         # A layer's input is its attention's, its output its FFN's.
-        layer_cosine = batch.layer_dot / np.maximum(u[:, 0] * v[:, 1], _EPS)
-        self._layer_cosine += layer_cosine.sum(axis=1, dtype=np.float64)
+        self._layer_cosine += (batch.layer_dot / np.maximum(u[:, 0] * v[:, 1], _EPS)).sum(axis=1, dtype=np.float64)
         self._u_sq += u_sq.sum(axis=2, dtype=np.float64)
         self._v_sq += v_sq.sum(axis=2, dtype=np.float64)
         self._ratios.append(np.divide(v, u, out=np.full(u.shape, np.nan, np.float32), where=u > 0))

@@ -11,7 +11,6 @@ from ..files import check_output, read_text
 from ..measuring import corpus
 from ..measuring.running import Running, open_quietly
 from ..model.stored import vectors_path
-from ..planning.profile import Profile
 from .terminal import console, model_options, option, verb
 
 _CTX_TIMED = 8192  # context for timing sublayers, in tokens: the default of `generate`, to cover its prompts
@@ -19,7 +18,7 @@ _CTX_TIMED = 8192  # context for timing sublayers, in tokens: the default of `ge
 _learning = partial(option, group="What to measure")
 
 
-@verb("Measure a model's sublayers.", example="adaskip-cpp calibrate model.gguf --data notes.txt -o model.adaskip.json")
+@verb("Measure a model's sublayers.", "model.gguf --data notes.txt -o model.adaskip.json")
 @click.argument("model")
 @option("-o", "--output", required=True, metavar="PROFILE", help="Profile file to write.")
 @option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
@@ -41,29 +40,20 @@ def calibrate(
     profile also gets linear maps, which replace skipped sublayers, and the time of each sublayer on this machine.
     """
     check_output(output)
-    start = time.monotonic()
+    start, out = time.monotonic(), console()
     llm = open_quietly(model, max(tokens + n_decode, 0 if no_cost else _CTX_TIMED), running)
+    data = corpus.cut(llm, "\n\n".join(map(read_text, files)), requests, tokens) if files else None
+    names = ", ".join(map(os.path.basename, files)) or None
     profile = run(
-        llm,
-        corpus.cut(llm, "\n\n".join(map(read_text, files)), requests, tokens) if files else None,
-        n_requests=requests,
-        n_tokens=tokens,
-        n_decode=n_decode,
-        cost=not no_cost,
-        description=", ".join(map(os.path.basename, files)) or None,
+        llm, data, n_requests=requests, n_tokens=tokens, n_decode=n_decode, cost=not no_cost, description=names
     )
     profile.save(output)
-    _print(profile, output, requests, time.monotonic() - start)
-
-
-def _print(profile: Profile, output: str, n_asked: int, elapsed_s: float) -> None:
-    out = console()
-    short = f" (the text is too short for {n_asked})" if profile.n_requests < n_asked else ""
+    short = f" (the text is too short for {requests})" if profile.n_requests < requests else ""
     out.print(f"Calibrated on {profile.n_requests} requests{short}: {profile.n_tokens:,} tokens of {profile.corpus}.")
     timed = ". No sublayer was timed." if profile.cost is None else ", and the sublayers were timed on this machine."
     out.print(f"{profile.decode.n_tokens:,} tokens were decoded{timed}")
     out.print(f"{profile.skippable.sum()} of {2 * profile.n_layer} sublayers can be skipped.")
-    out.print(
-        f"Profile written to {output}, its vectors to {vectors_path(output)}. Keep both together.", soft_wrap=True
-    )
-    out.print(f"It took {elapsed_s:.0f} s. Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)
+    vectors = vectors_path(output)
+    out.print(f"Profile written to {output}, its vectors to {vectors}. Keep both together.", soft_wrap=True)
+    took = f"It took {time.monotonic() - start:.0f} s."
+    out.print(f"{took} Next: adaskip-cpp plan {output}", style="dim", soft_wrap=True)

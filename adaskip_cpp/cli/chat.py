@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 import click
-from rich.console import Console
 
 from ..engine.generation import Generation, Message, Timing, chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
@@ -17,7 +16,7 @@ from ..progress import progress_bar
 from .plan import print_plan
 from .planning import PlanSource, source_options
 from .report import first_token_line, skipped_counts, skipped_words
-from .terminal import answer_options, console, is_broken_pipe, option, users_error, verb
+from .terminal import answer_options, console, is_broken_pipe, option, tell, users_error, verb
 
 _HELP = """\
 /reset  begin a new conversation
@@ -27,10 +26,7 @@ In the lines below an answer, "/s" means tokens per second. "12+3" means
 12 sublayers of the plan, and 3 FFNs that this answer added to them."""
 
 
-@verb(
-    "Chat with a model.",
-    example="adaskip-cpp chat model.gguf\nadaskip-cpp chat model.gguf --max-loss 0.02",
-)
+@verb("Chat with a model.", "model.gguf", "model.gguf --max-loss 0.02")
 @click.argument("model")
 @source_options
 @option("--system", metavar="TEXT", help="System message: instructions before the conversation.  [default: none]")
@@ -47,7 +43,7 @@ def chat(
     llm = source.open(model, ctx, running, seed)
     if not has_chat_template(llm):
         raise RequestError("this model has no chat template; use `adaskip-cpp generate --raw`")
-    Conversation(llm, max_tokens, temp, console(stderr=True), system).run()
+    Conversation(llm, max_tokens, temp, system).run()
 
 
 @dataclass
@@ -57,7 +53,6 @@ class Conversation:
     llm: AdaSkipLlama
     max_tokens: int
     temperature: float
-    err: Console
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
 
@@ -67,7 +62,7 @@ class Conversation:
             skips = "the whole model" if llm.plan is None or llm.plan.is_whole else skipped_words(llm.plan)
             if llm.frontier is not None:
                 skips = "a plan chosen by the length of the conversation"
-            self.tell(f"Chatting with {skips}. /help lists the commands, /quit ends the chat.")
+            tell(f"Chatting with {skips}. /help lists the commands, /quit ends the chat.")
         for text in _messages():
             try:
                 if not text.startswith("/"):
@@ -79,29 +74,22 @@ class Conversation:
             except Exception as error:
                 if is_broken_pipe(error) or (line := users_error(error)) is None:
                     raise
-                self.tell(f"Error: {' '.join(line.split())}", style="")
-
-    def tell(self, text: str, style: str = "dim") -> None:
-        self.err.print(text, style=style, markup=False, soft_wrap=True)
+                tell(f"Error: {' '.join(line.split())}", style="")
 
     def ask(self, text: str) -> Generation:
+        llm = self.llm
         system: list[Message] = [("system", self.system)] if self.system else []
-        prompt = chat_tokens(self.llm, [*system, *self.messages, ("user", text)])
-        n_ctx = self.llm.context_size
-        if len(prompt) >= n_ctx:
+        prompt = chat_tokens(llm, [*system, *self.messages, ("user", text)])
+        if len(prompt) >= llm.context_size:
             raise RequestError(
-                f"with this message the conversation has {len(prompt):,} tokens, but the context has {n_ctx:,}; "
-                "begin a new one with /reset, or start the chat with a larger --ctx"
+                f"with this message the conversation has {len(prompt):,} tokens, but the context has "
+                f"{llm.context_size:,}; begin a new one with /reset, or start the chat with a larger --ctx"
             )
-        return Generation(
-            self.llm, prompt, max_tokens=self.max_tokens, temperature=self.temperature, on_stage=progress_bar
-        )
+        return Generation(llm, prompt, max_tokens=self.max_tokens, temperature=self.temperature, on_stage=progress_bar)
 
     def answer(self, text: str) -> None:
         """Print the answer as it comes, then its figures. Ctrl-C ends the answer; its text so far is kept."""
-        generation = self.ask(text)
-        said: list[str] = []
-        stopped = False
+        generation, said, stopped = self.ask(text), list[str](), False
         try:
             with closing(iter(generation)) as pieces:
                 for piece in pieces:
@@ -113,27 +101,27 @@ class Conversation:
         if said or not stopped:
             self.messages += [("user", text), ("assistant", "".join(said))]
         if stopped:
-            self.tell("(stopped)" if said else "(stopped; the message is forgotten)")
+            tell("(stopped)" if said else "(stopped; the message is forgotten)")
         elif not said:
-            self.tell("(the model ended its answer at once)")
+            tell("(the model ended its answer at once)")
         if generation.timing is not None:
-            self.tell(first_token_line(self.llm, generation.timing))
-            self.tell(_status(self.llm, generation.timing))
+            tell(first_token_line(self.llm, generation.timing))
+            tell(_status(self.llm, generation.timing))
             if generation.timing.is_cut:
-                self.tell("(the context is full; /reset begins a new conversation)")
+                tell("(the context is full; /reset begins a new conversation)")
 
     def command(self, name: str) -> None:
         if name == "/reset":
             self.messages = []
-            self.tell("(a new conversation)")
+            tell("(a new conversation)")
         elif name == "/plan" and (plan := self.llm.plan) is not None:
-            print_plan(self.err, plan)
+            print_plan(console(stderr=True), plan)
         elif name == "/plan":
-            self.tell("Nothing is skipped now. For plans, run `adaskip-cpp tune`, or start with --plan.", style="")
+            tell("Nothing is skipped now. For plans, run `adaskip-cpp tune`, or start with --plan.", style="")
         else:
             if name != "/help":
-                self.tell(f"There is no command {name}.", style="")
-            self.tell(_HELP)
+                tell(f"There is no command {name}.", style="")
+            tell(_HELP)
 
 
 def _messages() -> Iterator[str]:

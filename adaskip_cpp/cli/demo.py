@@ -12,10 +12,10 @@ from ..demo import N_ANSWER, PAPERS, PROMPT, WHOLE, DemoResult, Side, packaged_m
 from ..measuring.running import Running, open_quietly
 from ..planning.profile import Profile
 from .plan import print_plan
-from .terminal import console, model_options, option, table, verb
+from .terminal import console, model_options, option, table, tell, verb
 
 
-@verb("Show how skipping works, on a small model.", example="adaskip-cpp demo")
+@verb("Show how skipping works, on a small model.", "")
 @option("--model", metavar="MODEL", help="Another GGUF file with a chat template.  [default: packaged SmolLM2-135M]")
 @model_options
 def demo(model: str | None, running: Running) -> None:
@@ -27,13 +27,10 @@ def demo(model: str | None, running: Running) -> None:
     """
     out, err = console(), console(stderr=True)
     start = time.monotonic()
-    path = model or packaged_model()
+    open_model = partial(open_quietly, model or packaged_model(), running=running)
     with err.status("Loading the model") as status:
-        result = run(
-            partial(open_quietly, path, running=running),
-            on_stage=status.update if err.is_terminal else lambda text: err.print(text, style="dim"),
-            on_plans=partial(_print_plans, out),
-        )
+        on_stage: Callable[[str], None] = status.update if err.is_terminal else tell
+        result = run(open_model, on_stage=on_stage, on_plans=partial(_print_plans, out))
     _print_result(out, result, time.monotonic() - start)
 
 
@@ -53,26 +50,20 @@ def _print_plans(out: Console, profile: Profile, sides: Mapping[str, Side]) -> N
 
 def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     sides, whole = result.sides.values(), result.sides[WHOLE]
+
+    def column(side: Side) -> list[str]:
+        first, loss = f"{side.first_token_s:.2f} s", f"{side.loss:.3f} nats"
+        if side is not whole:
+            first += f"\n[bold]{whole.first_token_s / side.first_token_s:.2f} x as fast[/]"
+            loss += f"\n[bold]{side.loss - whole.loss:+.3f} nats[/]"
+        token = "-" if side.token_s is None else f"{side.token_s * 1e3:.1f} ms"
+        return [first, token, loss, f"{side.n_keys} of {result.n_keys}"]
+
+    first, loss = f"first token, {result.n_prompt:,}-token prompt", f"loss on {result.n_judged:,} tokens"
+    names = [first, "each token after it", f"{loss}\nafter new prompts", "pass keys found"]
     figures = table("", *result.sides)
-
-    def row(name: str, cell: Callable[[Side], str], against: Callable[[Side], str] | None = None) -> None:
-        cells = (
-            cell(side) + ("" if side is whole or against is None else f"\n[bold]{against(side)}[/]") for side in sides
-        )
-        figures.add_row(name, *cells)
-
-    row(
-        f"first token, {result.n_prompt:,}-token prompt",
-        lambda side: f"{side.first_token_s:.2f} s",
-        lambda side: f"{whole.first_token_s / side.first_token_s:.2f} x as fast",
-    )
-    row("each token after it", lambda side: "-" if side.token_s is None else f"{side.token_s * 1e3:.1f} ms")
-    row(
-        f"loss on {result.n_judged:,} tokens\nafter new prompts",
-        lambda side: f"{side.loss:.3f} nats",
-        lambda side: f"{side.loss - whole.loss:+.3f} nats",
-    )
-    row("pass keys found", lambda side: f"{side.n_keys} of {result.n_keys}")
+    for row in zip(names, *map(column, sides), strict=True):
+        figures.add_row(*row)
     out.print(figures)
 
     answers = table(*(Column(f"answer, {name}", ratio=1) for name in result.sides), expand=True)
@@ -83,7 +74,6 @@ def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     out.print(
         f"Times are {f'medians of {n} runs each, in turn,' if n > 1 else 'of one run each, in turn,'} on {n_threads} "
         f"CPU thread{'s' if n_threads > 1 else ''}. Answers take the likeliest tokens, at most {N_ANSWER}. "
-        f"The demo took {elapsed_s:.0f} s.",
+        f"The demo took {elapsed_s:.0f} s.\nNext, with your own model: adaskip-cpp tune model.gguf",
         style="dim",
     )
-    out.print("Next, with your own model: adaskip-cpp tune model.gguf", style="dim")

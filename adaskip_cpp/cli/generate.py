@@ -3,26 +3,21 @@
 import click
 
 from ..engine.generation import Generation, chat_tokens, has_chat_template
-from ..engine.llama import AdaSkipLlama
 from ..files import read_text
 from ..measuring.running import Running
 from ..progress import progress_bar
 from .planning import PlanSource, source_options
 from .report import first_token_line, kv_line, skipped_lines, speed_lines
-from .terminal import RUNNING, answer_options, console, option, verb
+from .terminal import answer_options, console, option, run_option, verb
 
 
-@verb(
-    "Answer one prompt.",
-    example="adaskip-cpp generate model.gguf -f question.txt\n"
-    "adaskip-cpp generate model.gguf -f question.txt --max-loss 0.02",
-)
+@verb("Answer one prompt.", "model.gguf -f question.txt", "model.gguf -f question.txt --max-loss 0.02")
 @click.argument("model")
 @option("-p", "--prompt", help="The prompt. Give this or -f.")
 @option("-f", "--file", metavar="FILE", help="UTF-8 file with the prompt; - for stdin.")
 @source_options
-@option("--chat/--raw", group=RUNNING, default=None, help="Put the prompt into the model's chat template, or use it "
-        "as it is.  [default: --chat if there is one]")  # fmt: skip
+@run_option("--chat/--raw", default=None, help="Put the prompt into the model's chat template, or use it as it is.  "
+            "[default: --chat if there is one]")  # fmt: skip
 @answer_options(max_tokens=256)
 def generate(
     model: str, prompt: str | None, file: str | None, source: PlanSource, max_tokens: int, ctx: int, temp: float,
@@ -37,27 +32,19 @@ def generate(
         raise click.UsageError("there must be one prompt; give it with -p, or a file with -f")
     text = prompt if prompt is not None else read_text(file or "")
     llm = source.open(model, ctx, running, seed)
-    prompt_tokens = _tokens(llm, text, chat)
-    answer = Generation(llm, prompt_tokens, max_tokens=max_tokens, temperature=temp, on_stage=progress_bar)
+    if not text:  # the chat template would add its own tokens
+        tokens: list[int] = []
+    elif has_chat_template(llm) if chat is None else chat:
+        tokens = chat_tokens(llm, [("user", text)])
+    else:
+        tokens = llm.tokenize(text.encode("utf-8", "replace"), special=True)
+    answer = Generation(llm, tokens, max_tokens=max_tokens, temperature=temp, on_stage=progress_bar)
     for piece in answer:
         click.echo(piece, nl=False)
     click.echo()
-    if answer.timing is None:
+    if (timing := answer.timing) is None:
         return
-    lines = [
-        first_token_line(llm, answer.timing),
-        *speed_lines(answer.timing),
-        *skipped_lines(llm, answer.timing.n_generated),
-        kv_line(llm),
-    ]
-    if answer.timing.is_cut:
+    lines = [first_token_line(llm, timing), *speed_lines(timing), *skipped_lines(llm, timing.n_generated), kv_line(llm)]
+    if timing.is_cut:
         lines.append("the answer stops because the context is full; use a larger --ctx")
     console(stderr=True).print("\n".join(lines), style="dim")
-
-
-def _tokens(llm: AdaSkipLlama, text: str, chat: bool | None) -> list[int]:
-    if not text:  # the chat template would add its own tokens
-        return []
-    if has_chat_template(llm) if chat is None else chat:
-        return chat_tokens(llm, [("user", text)])
-    return llm.tokenize(text.encode("utf-8", "replace"), special=True)

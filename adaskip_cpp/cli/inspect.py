@@ -10,7 +10,7 @@ from ..measuring.running import Running, open_quietly
 from .terminal import console, model_options, table, verb
 
 
-@verb("Show which sublayers can be skipped.", example="adaskip-cpp inspect model.gguf")
+@verb("Show which sublayers can be skipped.", "model.gguf")
 @click.argument("model")
 @model_options
 def inspect(model: str, running: Running) -> None:
@@ -23,10 +23,8 @@ def inspect(model: str, running: Running) -> None:
     parameters = f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:,.0f} million"
     title = f"{name}  " if name else ""
     out.print(f"[bold]{title}[/]{llm.model_info.architecture}, {llm.n_layer} layers, {parameters} parameters")
-    out.print(
-        f"width {llm.n_embd():,}, trained on contexts of {llm.n_ctx_train:,} tokens, "
-        f"{llm.weight_bytes / 1e6:,.0f} MB of weights"
-    )
+    trained = f"trained on contexts of {llm.n_ctx_train:,} tokens"
+    out.print(f"width {llm.n_embd():,}, {trained}, {llm.weight_bytes / 1e6:,.0f} MB of weights")
     out.print(f"fingerprint {llm.model_info.fingerprint[:16]}")
     printed = table("layers", Column("attention"), Column("FFN"))
     rows = [(_cell(attention), _cell(ffn)) for attention, ffn in zip(sublayers[::2], sublayers[1::2], strict=True)]

@@ -19,6 +19,7 @@ from .tune import tune
 
 @click.group(
     cls=Verbs,
+    commands=(demo, inspect, tune, generate, chat, serve, run, calibrate, plan, plot, bench, evaluate),
     invoke_without_command=True,
     epilog="\b\nExample:\n  adaskip-cpp demo",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +35,3 @@ def main(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
-
-
-for command in (demo, inspect, tune, generate, chat, serve, run, calibrate, plan, plot, bench, evaluate):
-    main.add_command(command)

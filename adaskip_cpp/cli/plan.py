@@ -7,29 +7,27 @@ from rich.table import Column
 
 from ..files import check_output
 from ..model.plan import PHASES, REFIT_EVERY, TIMED, Phase, SkipPlan
-from ..model.plan_file import PlanFile, is_plan_file, load_plan, save_plan
+from ..model.plan_file import is_plan_file, load_plan, save_plan
 from ..model.skip_set import KIND_NAMES, SkipSet, ranked
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
-from ..planning.speedup import seconds_saved
 from ..planning.strategies import make_plan, ranking
 from .planning import plan_options
 from .report import PHASE_WORDS, layer_list, seconds, window_words
-from .terminal import OUTPUT, console, option, table, verb
+from .terminal import console, option, output_option, table, verb
 from .tune_report import print_frontier
 
 
 @verb(
     "Show a plan and its predicted speed-up.",
-    example="adaskip-cpp plan model.adaskip.json --speedup 1.25 --context 4096\n"
-    "adaskip-cpp plan model.adaskip.json --skip 12 -o model.adaskip-plan.json\n"
-    "adaskip-cpp plan model.adaskip-plan.json",
+    "model.adaskip.json --speedup 1.25 --context 4096",
+    "model.adaskip.json --skip 12 -o model.adaskip-plan.json",
+    "model.adaskip-plan.json",
 )
 @click.argument("profile_path", metavar="PROFILE")
 @plan_options
 @option("--context", type=click.IntRange(min=1), default=2048, help="Prompt length for predictions, in tokens.")
-@option("-o", "--output", metavar="PLAN", group=OUTPUT,
-        help="Also write the plan to a file, for --plan of other verbs.")  # fmt: skip
+@output_option("-o", "--output", metavar="PLAN", help="Also write the plan to a file, for --plan of other verbs.")
 def plan(profile_path: str, request: PlanRequest, context: int, output: str | None) -> None:
     """Show the plan that PROFILE gives with these options: the sublayers that it skips, and the rank of each sublayer.
 
@@ -45,7 +43,13 @@ def plan(profile_path: str, request: PlanRequest, context: int, output: str | No
     if is_plan_file(profile_path):
         if request != PlanRequest() or output is not None:
             raise click.UsageError("PROFILE is a plan file, which is shown as it is; leave out other options")
-        _print_plan_file(out, load_plan(profile_path))
+        found = load_plan(profile_path)
+        if found.frontier is not None:
+            print_frontier(out, found.frontier)
+        elif found.plan is not None:
+            print_plan(out, found.plan)
+            out.print()
+            _print_elided(out, found.plan)
         return
     if output is not None:
         check_output(output)
@@ -61,23 +65,13 @@ def plan(profile_path: str, request: PlanRequest, context: int, output: str | No
     else:
         speedups = ", ".join(f"{name} {cost.speedup(chosen, context, name):.2f} x" for name in TIMED)
         first, first_whole = (seconds(cost.seconds(each, context, "prefill")) for each in (chosen, None))
-        what = "a prompt" if phase == "bulk" else phase
-        measured = f"predicted from times of {cost.settings.words}, up to {cost.deepest:,} tokens"
-        out.print(f"ms: time saved in {what}, {measured}", style="dim", markup=False)
+        basis = f"predicted from times of {cost.settings.words}, up to {cost.deepest:,} tokens"
+        out.print(f"ms: time saved in {'a prompt' if phase == 'bulk' else phase}, {basis}", style="dim", markup=False)
         out.print(f"Predicted speed-up at {context:,} tokens: {speedups}.")
         out.print(f"Predicted first token: after {first}, whole model {first_whole}.")
     _print_elided(out, chosen)
     if output is not None:
         out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
-
-
-def _print_plan_file(out: Console, found: PlanFile) -> None:
-    if found.frontier is not None:
-        print_frontier(out, found.frontier)
-    elif found.plan is not None:
-        print_plan(out, found.plan)
-        out.print()
-        _print_elided(out, found.plan)
 
 
 def _phases(plan: SkipPlan) -> list[tuple[Phase, SkipSet]]:
@@ -91,9 +85,8 @@ def print_plan(out: Console, chosen: SkipPlan) -> None:
     (name, first), *others = phases
     counts = "".join(f", {each.n_skip} in {name}" for name, each in others)
     out.print(
-        f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {PHASE_WORDS[name]}"
-        f"{window_words(chosen)}{counts}[/]: "
-        f"strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
+        f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {PHASE_WORDS[name]}{window_words(chosen)}"
+        f"{counts}[/]: strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
     )
     alike = all(np.array_equal(first.skip, each.skip) for _, each in phases)
     told = [phases[0], *(pair for pair in others if pair[1].n_skip)] if name == "bulk" else phases
@@ -110,15 +103,15 @@ def print_plan(out: Console, chosen: SkipPlan) -> None:
             out.print(f"Of each {REFIT_EVERY:,} tokens, {bulk.refit} run whole, and maps are fitted to them.")
     for start, each in chosen.schedule[1:]:
         out.print(f"from token {start} of an answer: {each.n_skip} skipped")
-    if chosen.online is not None:
+    if stage := chosen.online:
         out.print(
-            f"online: after {chosen.online.window} tokens of an answer, it also skips every FFN whose similarity in "
-            f"these tokens is at least {chosen.online.threshold:.4f}"
+            f"online: after {stage.window} tokens of an answer, it also skips every FFN whose similarity in these "
+            f"tokens is at least {stage.threshold:.4f}"
         )
 
 
 def _print_ranks(out: Console, profile: Profile, request: PlanRequest, chosen: SkipPlan, context: int) -> None:
-    saved = None if profile.cost is None else 1e3 * seconds_saved(profile.cost, context, request.faster_phase)
+    saved = None if profile.cost is None else 1e3 * profile.cost.seconds_saved(context, request.faster_phase)
     values, phases = ranking(profile, request.mode), _phases(chosen)
     ranks = {divmod(index, 2): str(rank) for rank, index in enumerate(ranked(values), start=1)}
 
@@ -132,8 +125,8 @@ def _print_ranks(out: Console, profile: Profile, request: PlanRequest, chosen: S
         found = [rank, f"{profile.similarity[at]:.4f}", *times, "".join(name[0] for name in skipped), scale]
         return [f"[bold]{cell}[/]" if cell and skipped else cell for cell in found]
 
-    of_each = ("rank", "simi-\nlarity", *(["\nms"] if saved is not None else []), "\nskip", "\nscale")
-    columns = [f"{name}\nrank" if column == "rank" else column for name in KIND_NAMES for column in of_each]
+    of_each = ("simi-\nlarity", *(["\nms"] if saved is not None else []), "\nskip", "\nscale")
+    columns = [column for name in KIND_NAMES for column in (f"{name}\nrank", *of_each)]
     printed = table(Column("\nlayer", justify="right"), *columns, collapse_padding=True)
     for layer in range(profile.n_layer):
         printed.add_row(str(layer), *cells((layer, 0)), *cells((layer, 1)))
@@ -141,10 +134,8 @@ def _print_ranks(out: Console, profile: Profile, request: PlanRequest, chosen: S
 
 
 def _print_elided(out: Console, plan: SkipPlan) -> None:
-    elided = plan.without_kv
-    why = "the bulk keeps its K and V" if plan.bulk else "no attention is skipped in both prefill and decode"
-    out.print(
-        f"No KV memory is needed for {len(elided)} layer{'' if len(elided) == 1 else 's'}: {layer_list(elided)}."
-        if elided
-        else f"KV memory is needed for all layers: {why}."
-    )
+    if elided := plan.without_kv:
+        out.print(f"No KV memory is needed for {len(elided)} layer{'s' * (len(elided) > 1)}: {layer_list(elided)}.")
+    else:
+        why = "the bulk keeps its K and V" if plan.bulk else "no attention is skipped in both prefill and decode"
+        out.print(f"KV memory is needed for all layers: {why}.")

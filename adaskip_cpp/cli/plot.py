@@ -8,10 +8,7 @@ from ..planning.profile import Profile
 from .terminal import option, verb
 
 
-@verb(
-    "Draw a profile or a frontier.",
-    example="adaskip-cpp plot model.adaskip.json -o pictures\nadaskip-cpp plot model.adaskip-plan.json -o pictures",
-)
+@verb("Draw a profile or a frontier.", "model.adaskip.json -o pictures", "model.adaskip-plan.json -o pictures")
 @click.argument("path", metavar="FILE")
 @option("-o", "--output", metavar="DIR", required=True, help="Folder for the picture; made if it does not exist.")
 def plot(path: str, output: str) -> None:

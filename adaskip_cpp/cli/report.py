@@ -44,10 +44,8 @@ def speed_lines(timing: Timing) -> list[str]:
 
 
 def first_token_line(llm: AdaSkipLlama, timing: Timing) -> str:
-    """Return the time of the first token, and its predicted time without the plan, if a frontier predicts it.
-
-    That is the measured time, times the predicted speed-up. The machine may be busier than when it was measured.
-    """
+    """Return the time of the first token, and that without the plan if a frontier predicts a speed-up."""
+    # The measured time times the predicted speed-up: the machine may be busier than when `tune` measured it.
     line, point = f"first token after {seconds(timing.first_token_s)}", llm.point(timing.n_prompt)
     if point is None or timing.n_evaluated < timing.n_prompt:
         return line
@@ -74,8 +72,7 @@ def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
 
 
 def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
-    plan = llm.plan
-    if plan is None:
+    if (plan := llm.plan) is None:
         return []
     of, now = f"of {2 * plan.n_layer}", plan.decode_after(n_decoded)
     prompt, decode, added = skipped_counts(llm, n_decoded)
@@ -86,13 +83,11 @@ def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
         f"skipped: {prompt} {of} sublayers in {where} ({counts}){window_words(plan)}",
         f"         {decode + added} {of} in decode ({len(now.attention)} attention, {len(now.ffn)} FFN{online})",
     ]
-    learned, stage = llm.online, plan.online
-    if learned is None or stage is None:
-        return lines
-    if learned.ffn:
-        found = f"FFN of layers {layer_list(learned.ffn)} added"
-    elif learned.n_tokens >= stage.window:
-        found = f"no FFN added: none as similar as {stage.threshold:.4f}"
-    else:
+    if (learned := llm.online) is not None and (stage := plan.online) is not None:
         found = f"no FFN added: {learned.n_tokens} of {stage.window} tokens observed"
-    return [*lines, f"online:  {found}"]
+        if learned.ffn:
+            found = f"FFN of layers {layer_list(learned.ffn)} added"
+        elif learned.n_tokens >= stage.window:
+            found = f"no FFN added: none as similar as {stage.threshold:.4f}"
+        lines.append(f"online:  {found}")
+    return lines

@@ -16,7 +16,8 @@ from .terminal import option, verb
 
 @verb(
     "Run a Python program that uses llama_cpp.Llama.",
-    example="adaskip-cpp run app.py --its-option\nadaskip-cpp run -m package.module",
+    "app.py --its-option",
+    "-m package.module",
     context_settings={"allow_interspersed_args": False},
 )
 @option("-m", "is_module", is_flag=True, show_default=False, help="PROGRAM is a module, as for `python -m`.")
@@ -51,21 +52,17 @@ def _run(program: str, arguments: tuple[str, ...], is_module: bool) -> None:
         if is_module:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
         else:
-            _run_file(os.path.abspath(program))
+            # `runpy.run_path` puts the whole path into sys.argv, and takes __main__ away at the end.
+            main = sys.modules["__main__"] = ModuleType("__main__")
+            main.__file__ = path = os.path.abspath(program)
+            with open(path, "rb") as file:
+                code = compile(file.read(), path, "exec")
+            exec(code, vars(main))
     except SystemExit:
         raise
     except BaseException as error:
         _show(error)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-
-
-def _run_file(path: str) -> None:
-    """As ``runpy.run_path``, which puts the whole path into ``sys.argv``, and takes ``__main__`` away at the end."""
-    main = sys.modules["__main__"] = ModuleType("__main__")
-    main.__file__ = path
-    with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec")
-    exec(code, vars(main))
 
 
 def _show(error: BaseException) -> None:

@@ -16,7 +16,7 @@ from ..model.edits import REUSES, Reuse, ReuseName
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import check_gguf, plan_path
 from .planning import PlanSource, find_plan_source, max_loss_option
-from .terminal import RUNNING, console, model_options, option, users_error, verb
+from .terminal import model_options, option, run_option, tell, users_error, verb
 
 if TYPE_CHECKING:
     from ..serving.llama import ServedLlama
@@ -37,8 +37,9 @@ def _size(text: str) -> int:
 
 @verb(
     "Serve models by OpenAI's API.",
-    example="adaskip-cpp serve model.gguf\nadaskip-cpp serve model.gguf --cache-dir ~/.cache/adaskip-cpp --ctx 16384\n"
-    "adaskip-cpp serve small.gguf large.gguf --keep 2",
+    "model.gguf",
+    "model.gguf --cache-dir ~/.cache/adaskip-cpp --ctx 16384",
+    "small.gguf large.gguf --keep 2",
 )
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @option("--plan", "plan_file", metavar="auto|none|PLAN", default="auto", help="auto: plans of `tune` beside MODEL. "
@@ -62,10 +63,9 @@ def _size(text: str) -> int:
 @_kept("--cache-dir", metavar="FOLDER", help="Also save read prompts here, for a restart.  [default: only in memory]")
 @_kept("--cache-size", metavar="SIZE", type=_size, default="2G",
        help="Most bytes of saved prompts per model: in memory, and as many in the folder.")  # fmt: skip
-@option("--ctx", group=RUNNING, type=click.IntRange(256, 2**31 - 1), default=8192,
-        help="Size of the context in tokens.")  # fmt: skip
-@option("--stuck-timeout", group=RUNNING, metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=60,
-        help="Restart a model if one step takes longer: 512 tokens of a prompt, or one of an answer.")  # fmt: skip
+@run_option("--ctx", type=click.IntRange(256, 2**31 - 1), default=8192, help="Size of the context in tokens.")
+@run_option("--stuck-timeout", metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=60,
+            help="Restart a model if one step takes longer: 512 tokens of a prompt, or one of an answer.")  # fmt: skip
 @model_options
 def serve(
     models: tuple[str, ...], plan_file: str, max_loss: float | None, host: str, port: int, api_key_file: str | None,
@@ -81,29 +81,25 @@ def serve(
         from ..serving.app import make_app
         from ..serving.middleware import is_loopback
         from ..serving.prefix_cache import usable
-        from ..serving.process import Worker
+        from ..serving.process import Worker, Workers
         from ..serving.server import Server, listen
         from ..serving.worker import Opening
-        from ..serving.workers import Workers
     except ImportError as error:
-        raise PackageMissingError(
-            f"the server needs more packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
-        ) from error
+        needed = f"the server needs more packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
+        raise PackageMissingError(needed) from error
     keys = _keys(api_key_file)
     if not (is_loopback(host) or keys or insecure):
-        raise click.UsageError(
-            f"other machines can reach {host}; give --api-key-file, or --insecure to let everyone in"
-        )
+        way_out = "give --api-key-file, or --insecure to let everyone in"
+        raise click.UsageError(f"other machines can reach {host}; {way_out}")
     if cache_dir is not None:
         with usable(Path(cache_dir)):  # fails now, not when a process opens its model
             pass
     ctx = -(-ctx // 256) * 256  # llama.cpp rounds up to this, and llama_cpp.Llama would not know
-    err = console(stderr=True)
     names, all_ = _names(models, aliases), []
     for name, model in zip(names, models, strict=True):
         check_gguf(model)
         if note := _source(model, plan_file, max_loss).note:
-            err.print(note, style="dim", markup=False)
+            tell(note)
         open_ = functools.partial(_open, name, model, plan_file, max_loss, ctx, reuse, cache_size, cache_dir, running)
         all_.append(Worker(name, Opening(open_, log_prompts), stuck_timeout=stuck_timeout))
     with listen(host, port) as listener:
@@ -111,8 +107,7 @@ def serve(
         app, queue = make_app(workers, keys=keys, names=(host, *allowed), log_prompts=log_prompts)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         ready = f"Serving {', '.join(names)} at {address}/v1. A page to try it: {address}. Ctrl-C ends it."
-        tell = functools.partial(err.print, ready, markup=False, soft_wrap=True)
-        Server(app, queue, workers, listener, tell).run()
+        Server(app, queue, workers, listener, functools.partial(tell, ready, style="")).run()
 
 
 def _names(models: tuple[str, ...], aliases: tuple[str, ...]) -> list[str]:
@@ -136,18 +131,10 @@ def _open(
 
     try:
         source = _source(model, plan_file, max_loss)
-        promise = DEFAULT_LOSS if max_loss is None else max_loss
-        return quietly(
-            ServedLlama,
-            model,
-            ctx,
-            running,
-            name=name,
-            reuse=reuse,
-            plan=source.frontier,  # its settings are used to open the model
-            plans=Plans(source.plan, source.frontier, promise, ctx),
-            cache=PrefixCache(cache_size, cache_dir),
-        )
+        plans = Plans(source.plan, source.frontier, DEFAULT_LOSS if max_loss is None else max_loss, ctx)
+        cache = PrefixCache(cache_size, cache_dir)
+        served = functools.partial(ServedLlama, name=name, reuse=reuse, plans=plans, cache=cache)
+        return quietly(served, model, ctx, running, plan=source.frontier)  # whose settings are used to open the model
     except Exception as error:
         if (line := users_error(error)) is None:
             raise
@@ -166,8 +153,7 @@ def _keys(file: str | None) -> list[str]:
 def _source(model: str, plan: str, max_loss: float | None) -> PlanSource:
     if plan == "none":
         return PlanSource()
-    named = None if plan == "auto" else plan
-    found = find_plan_source(model, plan_file=named, max_loss=max_loss, to_be_whole="--plan none")
+    found = find_plan_source(model, None if plan == "auto" else plan, max_loss, opt_out="--plan none")
     if plan == "auto" and found.file is None and not found.note:
         name = os.path.basename(plan_path(model))
         return PlanSource(note=f"There is no {name}, so the whole model runs. `adaskip-cpp tune {model}` finds plans.")

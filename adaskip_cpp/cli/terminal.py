@@ -1,4 +1,4 @@
-"""Shared by all verbs: help in groups, errors in one line, tables, the options of a model. Start at :func:`verb`."""
+"""Shared by all verbs: help in groups, errors in one line, tables, types and groups of options. Start: :func:`verb`."""
 
 import contextlib
 import errno
@@ -23,8 +23,6 @@ from ..model.settings import FlashAttention
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-CHOOSING, RUNNING, OUTPUT = "What to skip", "Running the model", "Output"  # headings of groups of options
-
 
 class _Option(click.Option):
     """An option that knows its heading in the help. The help shows numbers as N or X, not as click's INTEGER RANGE."""
@@ -37,10 +35,10 @@ class _Option(click.Option):
 
 
 class _Verb(click.Command):
-    """A command whose help has an example, then its options in groups, in order of appearance."""
+    """A command whose help has examples, then its options in groups, in order of appearance."""
 
-    def __init__(self, *args: Any, example: str, **settings: Any) -> None:
-        self.example = example
+    def __init__(self, *args: Any, examples: Sequence[str], **settings: Any) -> None:
+        self.examples = examples
         super().__init__(*args, **settings)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -48,8 +46,9 @@ class _Verb(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        examples = [f"adaskip-cpp {self.name} {each}".rstrip() for each in self.examples]
         with formatter.section("Example"):
-            formatter.write_text(f"\b\n{self.example}")
+            formatter.write_text("\b\n" + "\n".join(examples))
         groups: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
             if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)) is not None:
@@ -59,14 +58,19 @@ class _Verb(click.Command):
                 formatter.write_dl(records)
 
 
-def verb(short_help: str, *, example: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
-    """Make a function a command; the list of commands shows ``short_help``."""
-    return click.command(cls=_Verb, short_help=short_help, example=example, **settings)
+def verb(short_help: str, *examples: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a function a command. The list of commands shows ``short_help``; its own help, examples of arguments."""
+    return click.command(cls=_Verb, short_help=short_help, examples=examples, **settings)
 
 
 def option(*names: str, group: str = "Options", **settings: Any) -> Callable[[_Command], _Command]:
     """Add an option to a command. Its help shows its default, under the heading ``group``."""
     return click.option(*names, cls=_Option, group=group, **{"show_default": True, **settings})
+
+
+skip_option = functools.partial(option, group="What to skip")
+run_option = functools.partial(option, group="Running the model")
+output_option = functools.partial(option, group="Output")
 
 
 class Verbs(click.Group):
@@ -80,11 +84,10 @@ class Verbs(click.Group):
         try:
             with _interruptible(), _printable():
                 code = super().main(args, standalone_mode=False, **extra)
-        except click.UsageError as error:
-            help_ = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-            _fail(error.format_message() + help_, error.exit_code)
         except click.ClickException as error:
-            _fail(error.format_message(), error.exit_code)
+            context = error.ctx if isinstance(error, click.UsageError) else None
+            help_ = f" (see {context.command_path} --help)" if context else ""
+            _fail(error.format_message() + help_, error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
         except Exception as error:
@@ -108,13 +111,11 @@ def is_broken_pipe(error: Exception) -> bool:
 
 def users_error(error: Exception) -> str | None:
     """Return one line about an error that a user can cause; None for a bug, which needs its traceback."""
-    if isinstance(error, AdaSkipError):
-        return str(error)
     if isinstance(error, MemoryError):
         return "out of memory; use a smaller --ctx"
+    if isinstance(error, AdaSkipError) or (isinstance(error, OSError) and error.strerror is None):
+        return str(error)  # raised by this package; its message says what to do
     if isinstance(error, OSError):
-        if error.strerror is None:  # raised by this package; its message says what to do
-            return str(error)
         file = f"{error.filename!r}: " if error.filename else ""
         return f"{file}{error.strerror}; check the path, its permissions and the space left"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -126,10 +127,7 @@ def users_error(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Turn SIGINT (Ctrl-C) and SIGTERM (`timeout`, service managers) into KeyboardInterrupt.
-
-    So a verb can still print its results so far. An ignored SIGINT, as under `nohup`, stays ignored.
-    """
+    """Make SIGINT (Ctrl-C) and SIGTERM (`timeout`, service managers) a KeyboardInterrupt, so results are printed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -137,7 +135,7 @@ def _interruptible() -> Iterator[None]:
     hook, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
         for number, handler in before.items():
-            if number == signal.SIGTERM or handler is not signal.SIG_IGN:
+            if number == signal.SIGTERM or handler is not signal.SIG_IGN:  # `nohup` ignores SIGINT, and that stays so
                 signal.signal(number, signal.default_int_handler)
         yield
     finally:
@@ -148,11 +146,9 @@ def _interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _printable() -> Iterator[None]:
-    r"""Make stdout escape characters that it cannot encode (``\x..``), as stderr does.
-
-    Models write in all languages, but pipes on Windows have no UTF-8. Names of files may contain invalid UTF-8.
-    """
+    r"""Make stdout escape characters that it cannot encode (``\x..``), as stderr does."""
     out = sys.stdout
+    # Models write in all languages, but pipes on Windows have no UTF-8. Names of files may contain invalid UTF-8.
     if not isinstance(out, io.TextIOWrapper) or out.errors != "strict":
         yield
         return
@@ -188,6 +184,14 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
+def tell(text: str, style: str = "dim") -> None:
+    """Print a line on stderr, unwrapped."""
+    console(stderr=True).print(text, style=style, markup=False, soft_wrap=True)
+
+
+warn = functools.partial(tell, style="yellow")
+
+
 def options(*added: Callable[..., Any]) -> Callable[[_Command], _Command]:
     return lambda command: functools.reduce(lambda decorated, add: add(decorated), reversed(added), command)
 
@@ -204,33 +208,62 @@ def made_of(make: Callable[..., Any], name: str, *parts: str, kept: str = "") ->
 
     def wrap(command: _Command) -> _Command:
         @functools.wraps(command)
-        def run(*args: Any, **values: Any) -> Any:
+        def run(**values: Any) -> Any:
             known = {kept: values[kept]} if kept else {}
             made = make(**known, **{part: values.pop(part) for part in parts})
-            return command(*args, **{name: made}, **values)
+            return command(**{name: made}, **values)
 
         return cast(_Command, run)
 
     return wrap
 
 
+class _List(click.ParamType):  # type: ignore[type-arg]  # generic in the newest click only
+    """Turns text with commas into a tuple without duplicates."""
+
+    name = "list"
+
+    def __init__(self, read: Callable[[str], Any], says: str, metavar: str) -> None:
+        self.read, self.says, self.metavar = read, says, metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(dict.fromkeys(self.read(part.strip()) for part in str(value).split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not {self.says}", param, ctx)
+
+
+def numbers(kind: type[int] | type[float], example: str, *, least: float = 1) -> _List:
+    """Return an option type for a list of finite numbers of at least ``least``, such as ``6,12``."""
+
+    def read(part: str) -> float:
+        if not least <= (number := kind(part)) < float("inf"):
+            raise ValueError(part)
+        return number
+
+    return _List(read, f"a list such as {example}", "N,..." if kind is int else "X,...")
+
+
+def names(allowed: Sequence[str]) -> _List:
+    return _List(lambda part: allowed[allowed.index(part)], f"a list of: {', '.join(allowed)}", "NAME,...")
+
+
 _FLASH_ATTENTION: dict[str, FlashAttention] = {"on": True, "off": False, "prompts": "prompts"}
-_running = functools.partial(option, group=RUNNING)
 
 
 def model_options_with(threads: str, flash_attn: str) -> Callable[[_Command], _Command]:
     """The options of a model, with the defaults that the help shows for two of them."""
     return options(
-        _running("--threads", "n_threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
-        _running("--gpu-layers", type=click.IntRange(-1), default=-1, help="Layers on GPUs, if there is one; -1: all."),
-        _running(
-            "--flash-attn",
-            type=click.Choice([*_FLASH_ATTENTION]),
-            callback=lambda context, parameter, value: _FLASH_ATTENTION.get(value),
-            help=f"Use flash attention everywhere, nowhere, or in prompts alone.  [default: {flash_attn}]",
-        ),
+        run_option("--threads", "n_threads", type=click.IntRange(1, 512), help=f"CPU threads.  [default: {threads}]"),
+        run_option("--gpu-layers", type=click.IntRange(-1), default=-1,
+                   help="Layers on GPUs, if there is one; -1: all."),
+        run_option("--flash-attn", type=click.Choice([*_FLASH_ATTENTION]),
+                   callback=lambda context, parameter, value: _FLASH_ATTENTION.get(value),
+                   help=f"Use flash attention everywhere, nowhere, or in prompts alone.  [default: {flash_attn}]"),
         made_of(Running, "running", "n_threads", "gpu_layers", "flash_attn"),
-    )
+    )  # fmt: skip
 
 
 model_options = model_options_with("as tuned, else physical cores", "as tuned, else off")
@@ -239,8 +272,8 @@ model_options = model_options_with("as tuned, else physical cores", "as tuned, e
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     return options(
         option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Most tokens in an answer."),
-        _running("--ctx", type=click.IntRange(8, 2**31 - 1), default=8192, help="Size of the context, in tokens."),
-        _running("--temp", type=click.FloatRange(0), default=0.8, help="Temperature; 0: always the likeliest token."),
-        _running("--seed", type=click.IntRange(0, 2**32 - 2), help="Random seed of sampling.  [default: random]"),
+        run_option("--ctx", type=click.IntRange(8, 2**31 - 1), default=8192, help="Size of the context, in tokens."),
+        run_option("--temp", type=click.FloatRange(0), default=0.8, help="Temperature; 0: always the likeliest token."),
+        run_option("--seed", type=click.IntRange(0, 2**32 - 2), help="Random seed of sampling.  [default: random]"),
         model_options,
     )

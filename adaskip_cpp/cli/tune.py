@@ -16,25 +16,21 @@ from ..model.plan_file import save_plan
 from ..progress import progress_bar
 from ..tuning import tune as tuning
 from ..tuning.memo import Memo
-from .terminal import OUTPUT, console, model_options_with, option, verb
+from .terminal import console, model_options_with, option, output_option, tell, verb
 from .tune_report import minutes, print_frontier
 
 
-@verb(
-    "Find the fastest settings and plans.",
-    example="adaskip-cpp tune model.gguf\nadaskip-cpp tune model.gguf --data notes.txt --text letters.txt",
-)
+@verb("Find the fastest settings and plans.", "model.gguf", "model.gguf --data notes.txt --text letters.txt")
 @click.argument("model")
 @option("--context", type=click.IntRange(min=1), default=8192, help="Usual length of your prompts, in tokens.")
 @option("--answer", "n_answer", type=click.IntRange(min=0), default=128, help="Usual length of answers, in tokens.")
 @option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
         "repeated.  [default: documentation and code of Python and of packages]")  # fmt: skip
-@option("--text", "text_files", multiple=True, metavar="FILE",
-        help="Other UTF-8 text, to judge answers; may be repeated.  [default: descriptions, code and licences "
-        "of packages]")  # fmt: skip
+@option("--text", "text_files", multiple=True, metavar="FILE", help="Other UTF-8 text, to judge answers; may be "
+        "repeated.  [default: descriptions, code and licences of packages]")  # fmt: skip
 @model_options_with("the fastest number", "the fastest")
-@option("-o", "--output", group=OUTPUT, metavar="PLAN",
-        help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
+@output_option("-o", "--output", metavar="PLAN",
+               help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
 def tune(
     model: str, context: int, n_answer: int, files: tuple[str, ...], text_files: tuple[str, ...], output: str | None,
     running: Running
@@ -64,7 +60,6 @@ def tune(
     data, texts = read_texts(files), read_texts(text_files)
     key = content_hash([fingerprint(model), context, n_answer, data, texts, running.given(), running.gpu_layers])
     memo = Memo(f"{target.removesuffix('.json')}-unfinished.json", key)
-    tell = partial(console(stderr=True).print, style="dim", markup=False, soft_wrap=True)
     tell("This measures the speed of this machine, so run nothing else. After Ctrl-C, the same command continues.")
     frontier = tuning.tune(
         model,

@@ -1,9 +1,11 @@
 """Prints the results of `adaskip-cpp tune`: settings, plans, edited prompts, speed. Start at :func:`print_frontier`."""
 
 import math
+import re
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Column
+from rich.table import Column, Table
 
 from ..intervals import Interval
 from ..model.edits import FEW, MANY, TOGETHER
@@ -17,26 +19,37 @@ _PROMISES = (0.02, DEFAULT_LOSS, 0.1)
 _SLOWER = 1.1  # times as long for a token of an answer: users are told
 _EDITS = {FEW: "small", MANY: "new order", TOGETHER: "together"}
 _QUALITY = ("diver-\ngence", "added\nloss", "in\ncopies", "in\nkeys", "same\ntoken", "pass\nkeys")
+_SIDES = {
+    "settings": "with these settings as with stock llama-cpp-python and its defaults",
+    "plan": "with the plan of the default promise as with the whole model",
+    "both": "with both as with stock llama-cpp-python",
+}
 
 
 def print_frontier(out: Console, frontier: Frontier) -> None:
     if frontier.tried:
         _print_settings(out, frontier)
-    if not frontier.points:
-        out.print("[bold]No plan was found, so nothing is skipped.[/]")
-    else:
+    if frontier.points:
         _print_points(out, frontier)
         _print_promises(out, frontier)
-    _print_edits(out, frontier)
-    _print_speeds(out, frontier)
-    if "judged_on" in (about := frontier.about):
+    else:
+        out.print("[bold]No plan was found, so nothing is skipped.[/]")
+    if frontier.edits:
+        _print_edits(out, frontier)
+    for each in frontier.speeds:
+        ratio, (before, after) = each.ratio, each.seconds
+        ends = "" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})"
         out.print(
+            f"Measured: the first token after {each.context:,} tokens comes {ratio.value:.2f}{ends} times as fast "
+            f"{_SIDES[each.of]} ({seconds(after)} instead of {seconds(before)})."
+        )
+    if "judged_on" in (about := frontier.about):
+        words = (
             f"Answers judged on {about['judged_on']}; plans found on {about['searched_on']}; calibrated on "
             f"{about['calibrated_on']}. The model read {frontier.n_read:,} tokens, besides those that timed sublayers "
-            "and the result.",
-            style="dim",
-            markup=False,
+            "and the result."
         )
+        out.print(words, style="dim", markup=False)
 
 
 def _print_settings(out: Console, frontier: Frontier) -> None:
@@ -65,22 +78,37 @@ def _difference(settings: Settings, before: Settings) -> str:
     return in_words({name: value for name, value in vars(settings).items() if value != getattr(before, name)})
 
 
+def _figures_table(title: str, first: Sequence[Column], *last: str) -> Table:
+    """Return an empty table with the columns of :func:`_cells` between the first and the last ones."""
+    figures = (Column(name, justify="right", no_wrap=True) for name in (*_QUALITY, *last))
+    return table(*first, *figures, padding=0, pad_edge=True, title=title)
+
+
+def _cells(figures: Figures) -> list[str]:
+    continuation, keys = figures.continuation, figures.passkeys
+    means = continuation.divergence, continuation.loss, figures.copying.divergence, figures.retrieval.divergence
+    return [*map(_short, means), f"{continuation.agreement.value:.0%}", f"{keys.plan}/{keys.whole}"]
+
+
+def _short(interval: Interval) -> str:
+    """Return ``.012±.034``, without the zeros before the points."""
+    words = f"{interval.value:.3f}"
+    if not math.isnan(interval.low):
+        words += f"±{max(interval.high - interval.value, interval.value - interval.low):.3f}"
+    return re.sub(r"\b0\.", ".", words)
+
+
 def _print_points(out: Console, frontier: Frontier) -> None:
     judged_at = frontier.points[0].judged_at
-    title = f"Plans, judged after prompts of {judged_at:,} tokens"
     lengths = [length for length in LENGTHS if length >= judged_at // 2][:2]
-    names = ("\nattn", "\nFFN", "win-\ndows", *_QUALITY)
+    counts = [Column(name, justify="right", no_wrap=True) for name in ("\nattn", "\nFFN", "win-\ndows")]
     speeds = (f"speed\nat {length // 1024}k" for length in lengths)
-    columns = (Column(name, justify="right", no_wrap=True) for name in (*names, *speeds))
-    rows = table(*columns, padding=0, pad_edge=True, title=title)
+    rows = _figures_table(f"Plans, judged after prompts of {judged_at:,} tokens", counts, *speeds)
     for point in frontier.points:
         bulk = point.plan.bulk
         assert bulk is not None
-        rows.add_row(
-            *(str(len(each)) for each in (bulk.skip.attention, bulk.skip.ffn, bulk.narrowed)),
-            *_cells(point),
-            *(f"{point.speedup(length):.2f}" for length in lengths),
-        )
+        skipped = (str(len(each)) for each in (bulk.skip.attention, bulk.skip.ffn, bulk.narrowed))
+        rows.add_row(*skipped, *_cells(point), *(f"{point.speedup(length):.2f}" for length in lengths))
     out.print(rows)
     factors = [point.growth for point in frontier.points]
     out.print(
@@ -93,24 +121,6 @@ def _print_points(out: Console, frontier: Frontier) -> None:
         f"assumed to be {min(factors):.3g} to {max(factors):.3g} times as large. Those of windows do not grow.\n",
         style="dim",
     )
-
-
-def _cells(figures: Figures) -> list[str]:
-    """Return the cells of the columns ``_QUALITY``."""
-    continuation, keys = figures.continuation, figures.passkeys
-    means = continuation.divergence, continuation.loss, figures.copying.divergence, figures.retrieval.divergence
-    return [*map(_short, means), f"{continuation.agreement.value:.0%}", f"{keys.plan}/{keys.whole}"]
-
-
-def _short(interval: Interval) -> str:
-    """Return ``.012±.034``, without the zeros before the points."""
-    if math.isnan(interval.low):
-        return _no_zero(interval.value)
-    return f"{_no_zero(interval.value)}±{_no_zero(max(interval.high - interval.value, interval.value - interval.low))}"
-
-
-def _no_zero(value: float) -> str:
-    return f"{'-' if value < 0 else ''}{f'{abs(value):.3f}'.removeprefix('0')}"
 
 
 def _print_promises(out: Console, frontier: Frontier) -> None:
@@ -127,19 +137,12 @@ def _print_promises(out: Console, frontier: Frontier) -> None:
 
 
 def _print_edits(out: Console, frontier: Frontier) -> None:
-    if not frontier.edits:
-        return
-    names = (*_QUALITY, "from a\npromise of")
-    columns = (Column(name, justify="right", no_wrap=True) for name in names)
     title = f"Edited prompts of {frontier.edits[0].judged_at:,} tokens"
-    rows = table(Column("\nedits", no_wrap=True), *columns, padding=0, pad_edge=True, title=title)
+    rows = _figures_table(title, [Column("\nedits", no_wrap=True)], "from a\npromise of")
     for each in frontier.edits:
         needed = each.needs(each.judged_at) / EDITS_SHARE
-        rows.add_row(
-            _EDITS.get(each.edits.most_moves, f"{each.edits.most_moves} moves"),
-            *_cells(each),
-            f"{needed:.3f}" if math.isfinite(needed) else "none",
-        )
+        name = _EDITS.get(each.edits.most_moves, f"{each.edits.most_moves} moves")
+        rows.add_row(name, *_cells(each), f"{needed:.3f}" if math.isfinite(needed) else "none")
     out.print()
     out.print(rows)
     out.print(
@@ -151,21 +154,6 @@ def _print_edits(out: Console, frontier: Frontier) -> None:
         "may use half of it. The plan has the rest in `serve`, elsewhere from the first edited prompt on.\n",
         style="dim",
     )
-
-
-def _print_speeds(out: Console, frontier: Frontier) -> None:
-    words = {
-        "settings": "with these settings as with stock llama-cpp-python and its defaults",
-        "plan": "with the plan of the default promise as with the whole model",
-        "both": "with both as with stock llama-cpp-python",
-    }
-    for each in frontier.speeds:
-        ratio, (before, after) = each.ratio, each.seconds
-        ends = "" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})"
-        out.print(
-            f"Measured: the first token after {each.context:,} tokens comes {ratio.value:.2f}{ends} times as fast "
-            f"{words[each.of]} ({seconds(after)} instead of {seconds(before)})."
-        )
 
 
 def minutes(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Opens our libllama with cffi, for ``native.py`` and ``grammar.py``; native/adaskip.h documents its functions."""
+"""Opens our libllama with cffi, for ``native.py``; native/adaskip.h documents its functions."""
 
 import re
 import sys
@@ -10,18 +10,11 @@ from ..errors import LibraryError
 from . import library as _library
 
 
-def _declarations(header: str) -> str:
-    """Return the C declarations of adaskip.h, without the lines for C++ and the preprocessor."""
-    header = re.sub(r"^#ifdef __cplusplus$.*?^#endif$", "", header, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"^#(?!define ADASKIP_ABI_VERSION).*$", "", header, flags=re.MULTILINE)
-
-
 def check_build(lib: Any) -> None:
     """Refuse a libllama of another adaskip.h, and a ggml whose structures differ from those that libllama expects."""
     if lib.adaskip_abi_version() != lib.ADASKIP_ABI_VERSION:
         raise LibraryError(
-            f"{_library.path()} and {_library.header()} are of different builds; "
-            "run 'pip install --force-reinstall --no-deps adaskip-cpp'."
+            f"{_library.path()} and {_library.header()} are of different builds; run '{_library.REINSTALL}'."
         )
     if lib.ggml_tensor_overhead() != lib.adaskip_ggml_tensor_overhead():
         raise LibraryError(
@@ -43,14 +36,14 @@ class Libraries:
         self._libraries = libraries
 
     def __getattr__(self, name: str) -> Any:
-        for library in self._libraries:
-            if hasattr(library, name):
-                return getattr(library, name)
-        raise AttributeError(name)
+        owner = next((each for each in self._libraries if hasattr(each, name)), self._libraries[0])
+        return getattr(owner, name)
 
 
 ffi = FFI()
-ffi.cdef(_declarations(_library.header().read_text(encoding="utf-8")))
+_header = _library.header().read_text(encoding="utf-8")
+_header = re.sub(r"(?ms)^#ifdef __cplusplus$.*?^#endif$", "", _header)  # the lines for C++
+ffi.cdef(re.sub(r"(?m)^#(?!define ADASKIP_ABI_VERSION).*$", "", _header))  # and for the preprocessor
 ffi.cdef("""
     size_t ggml_tensor_overhead(void);
     size_t ggml_backend_dev_count(void);

@@ -29,11 +29,7 @@ _WITHOUT_PLANS = {
 
 
 class Llama(AdaSkipLlama, metaclass=ABCMeta):
-    """``llama_cpp.Llama`` with the plans that `adaskip-cpp tune` wrote beside the model, or else the whole model.
-
-    It takes the arguments of ``llama_cpp.Llama``. When it is opened, it logs one line: the plan file in force, or why
-    the whole model runs.
-    """
+    """``llama_cpp.Llama`` with the plans that `adaskip-cpp tune` wrote beside the model, or else the whole model."""
 
     def __init__(self, model_path: StrPath, **kwargs: Any) -> None:
         if "plan" in kwargs:  # it was pickled, with its plan
@@ -42,8 +38,7 @@ class Llama(AdaSkipLlama, metaclass=ABCMeta):
         # Libraries pass None for what their user left out.
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         name, told = os.fspath(model_path), os.path.basename(plan_path(model_path))
-        refused = next((f"{each}=True {why}" for each, why in _WITHOUT_PLANS.items() if kwargs.get(each)), "")
-        why = ""
+        why, refused = "", next((f"{each}=True {why}" for each, why in _WITHOUT_PLANS.items() if kwargs.get(each)), "")
         if not refused:
             try:
                 super().__init__(name, plan="auto", **kwargs)
@@ -81,21 +76,11 @@ functools.update_wrapper(Llama.__init__, _STOCK.__init__)  # some programs ask f
 def replace_llama() -> None:
     """Make ``llama_cpp.Llama`` a class that uses the plans beside a model, for code that opens models by itself.
 
-    Call it before anything imports that name. Each model that is opened then logs one line, under "adaskip_cpp": the
-    plan file in force, or why the whole model runs. Other processes have llama-cpp-python's own class.
-
-    Raises:
-        LibraryError: a module has imported ``llama_cpp.Llama`` already, and would go on with it.
+    Call it before anything imports that name: a LibraryError otherwise. Each model that is opened then logs one line,
+    under "adaskip_cpp": the plan file in force, or why the whole model runs. Other processes keep the stock class.
     """
-    modules = {name: vars(module) for name, module in list(sys.modules.items()) if hasattr(module, "__dict__")}
-    ours = "llama_cpp", _PACKAGE
-    late = [
-        name
-        for name, names in modules.items()
-        if name.partition(".")[0] not in ours and any(each is _STOCK for each in list(names.values()))
-    ]
-    if late:
-        raise LibraryError(
-            f"{', '.join(late)} imported llama_cpp.Llama already; call adaskip_cpp.replace_llama() before that."
-        )
+    others = [name for name in list(sys.modules) if name.partition(".")[0] not in ("llama_cpp", _PACKAGE)]
+    values = {name: list(getattr(sys.modules.get(name), "__dict__", {}).values()) for name in others}
+    if late := ", ".join(name for name, found in values.items() if any(each is _STOCK for each in found)):
+        raise LibraryError(f"{late} imported llama_cpp.Llama already; call adaskip_cpp.replace_llama() before that.")
     llama_cpp.Llama = llama_cpp.llama.Llama = Llama  # type: ignore[misc]

@@ -3,7 +3,7 @@
 import codecs
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, TypeAlias
 
@@ -38,29 +38,25 @@ class Timing:
         return self.decode_s / (self.n_generated - 1) if self.n_generated > 1 else None
 
 
-@dataclass(eq=False)
 class Generation:
     """The answer to a prompt of token ids: iterate over it once for its text. ``on_stage`` shows reading the prompt.
 
     ``timing`` is set when the iteration ends, also by ``close()`` or Ctrl-C; None if no token was generated.
     """
 
-    llm: AdaSkipLlama
-    prompt: list[int]
-    _: KW_ONLY
-    max_tokens: int
-    temperature: float = 0.0
-    on_stage: Stage = silent
-    timing: Timing | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        n, n_ctx = len(self.prompt), self.llm.context_size
+    def __init__(
+        self, llm: AdaSkipLlama, prompt: list[int], *, max_tokens: int, temperature: float = 0, on_stage: Stage = silent
+    ) -> None:
+        n, n_ctx = len(prompt), llm.context_size
         if n == 0:
             raise RequestError("the prompt is empty; write something to answer")
-        if self.max_tokens < 1:
-            raise RequestError(f"cannot generate {self.max_tokens} tokens; use at least 1")
+        if max_tokens < 1:
+            raise RequestError(f"cannot generate {max_tokens} tokens; use at least 1")
         if n >= n_ctx:
             raise RequestError(f"the prompt has {n} tokens, the context {n_ctx}; shorten it or raise --ctx")
+        self.llm, self.prompt, self.on_stage = llm, prompt, on_stage
+        self.max_tokens, self.temperature = max_tokens, temperature
+        self.timing: Timing | None = None
 
     def __iter__(self) -> Generator[str, None, None]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -68,8 +64,7 @@ class Generation:
         n_evaluated = n_prompt = len(self.prompt)
         room = self.llm.context_size - n_prompt
         first = last = start = time.perf_counter()
-        n_generated = 0
-        is_cut = False
+        n_generated, is_cut = 0, False
         tokens = self.llm.generate(self.prompt, temp=self.temperature)
         try:
             for token in chain(self._first(tokens), tokens):

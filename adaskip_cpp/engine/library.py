@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..errors import LibraryError
 
-_REINSTALL = "pip install --force-reinstall --no-deps adaskip-cpp"
+REINSTALL = "pip install --force-reinstall --no-deps adaskip-cpp"
 _VARIABLE = "LLAMA_CPP_LIB_PATH"
 _NAME = {"darwin": "lib{}.dylib", "win32": "{}.dll"}.get(sys.platform, "lib{}.so")
 _SEARCH_BESIDE = 8  # LOAD_WITH_ALTERED_SEARCH_PATH: Windows finds dependencies in the library's folder, then in PATH
@@ -38,7 +38,7 @@ def release() -> str:
     try:
         return str(json.loads(record.read_text(encoding="utf-8"))["llama_cpp_python"])
     except (OSError, LookupError, TypeError, ValueError) as error:
-        raise LibraryError(f"{record} is damaged ({error}); run '{_REINSTALL}'.") from error
+        raise LibraryError(f"{record} is damaged ({error}); run '{REINSTALL}'.") from error
 
 
 def _find(relative: str) -> Path:
@@ -48,7 +48,7 @@ def _find(relative: str) -> Path:
         if (folder / relative).is_file():
             return folder / relative
     raise LibraryError(
-        f"adaskip_cpp in {folders[0]} has no {relative}; run '{_REINSTALL}', or in a source checkout "
+        f"adaskip_cpp in {folders[0]} has no {relative}; run '{REINSTALL}', or in a source checkout "
         "'pip install -e .'. To use another installation, start Python outside the checkout."
     )
 
@@ -104,10 +104,8 @@ def _load() -> None:
         except (OSError, RuntimeError) as error:
             raise LibraryError(f"llama_cpp cannot be imported on {library}: {error}; {_way_out(error)}") from error
         finally:
-            # Programs that this process starts must not inherit the variable.
-            if previous is None:
-                del os.environ[_VARIABLE]
-            else:
+            del os.environ[_VARIABLE]  # programs that this process starts must not inherit it
+            if previous is not None:
                 os.environ[_VARIABLE] = previous
         loaded = _loaded()
     if loaded is None or not (os.path.exists(loaded) and library.samefile(loaded)):

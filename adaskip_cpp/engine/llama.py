@@ -5,7 +5,7 @@ It is one file, because cached tokens, the plan in force and the phases of new t
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -20,9 +20,8 @@ from ..model.identity import check_gguf
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from ..model.settings import FlashAttention
-from .edited_prompts import EditedPromptsLlama
-from .grammar import check_grammar
-from .native import OnlineResult, elide_kv
+from .edits import EditedPromptsLlama
+from .native import OnlineResult, check_grammar, elide_kv
 from .refit import Refit
 from .settings import is_here
 from .statistics import StatisticsSink
@@ -39,15 +38,13 @@ class _InForce:
 
 
 class AdaSkipLlama(EditedPromptsLlama):
-    """A ``llama_cpp.Llama`` that can skip sublayers by a plan.
+    """A ``llama_cpp.Llama`` that can skip sublayers by a plan. It takes the same arguments and has the same methods.
 
-    It takes the same arguments and has the same methods. Without a plan, logits are bit-identical to those of
-    ``llama_cpp.Llama`` with the same settings.
-
-    A plan has a set of sublayers for each phase (see ``SkipPlan``). The prompt of a call runs under the plan's prefill
-    set, and the answer under its decode set. If the plan has a bulk, the prompt's tokens between head and tail run
-    under the bulk set instead, but for those that its maps are fitted to (``Bulk.refit``). A call that asks for the
-    logits of a prompt's own tokens (``echo`` with ``logprobs``, or embeddings) reads the prompt without a bulk.
+    Without a plan, logits are bit-identical to those of ``llama_cpp.Llama`` with the same settings. A plan has a set of
+    sublayers for each phase (see ``SkipPlan``). The prompt of a call runs under the plan's prefill set, and the answer
+    under its decode set. If the plan has a bulk, the prompt's tokens between head and tail run under the bulk set
+    instead, but for those that its maps are fitted to (``Bulk.refit``). A call that asks for the logits of a prompt's
+    own tokens (``echo`` with ``logprobs``, or embeddings) reads the prompt without a bulk.
 
     A plan may be changed at any time. A cached token is used again if two conditions hold. It has K and V for all
     sublayers that run now. And it was computed by the whole model, under a set of the plan in force, or in the bulk of
@@ -56,20 +53,18 @@ class AdaSkipLlama(EditedPromptsLlama):
     Args:
         model_path: a GGUF file.
         plan: the sublayers to skip: a ``SkipPlan``, a ``Frontier``, ``"auto"`` or None for the whole model. ``"auto"``
-            reads the file that ``adaskip-cpp tune`` wrote beside the model, ``X.adaskip-plan.json`` for ``X.gguf``. A
-            frontier chooses a plan for each prompt. On the machine of the frontier, the model is opened with the
-            frontier's settings, but arguments given here come first. If a plan has no bulk, the layers whose attention
-            it skips in every phase get no memory for K and V. Such a model cannot run as a whole, and takes only plans
-            that skip these attentions too.
+            reads the file that ``adaskip-cpp tune`` wrote beside the model (``plan_path``). A frontier chooses a plan
+            for each prompt. On the machine of the frontier, the model is opened with the frontier's settings, but
+            arguments given here come first. If a plan has no bulk, the layers whose attention it skips in every phase
+            get no memory for K and V. Such a model takes only plans that skip these attentions too, and not None.
         max_loss: for a frontier: the promise, in nats per token that an answer may lose; None for 0.05.
         exact_batches: whether prompts are cut into batches exactly as in ``llama_cpp.Llama``. By default, models whose
             upper layers share KV (Gemma 3n and 4) compute the last token of a prompt by itself. These layers then run
             for no other token. Logits differ by the rounding of another batch size.
         flash_attn: True, False or ``"prompts"``: without flash attention where fewer than 64 tokens are computed at
-            once, as in answers. On many CPUs these are slow with it. None for the setting of ``tune``, or False without
-            one.
+            once, as in answers. On many CPUs these are slow with it. None for the setting of ``tune``, or False.
         repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). Logits differ by
-            rounding. None for the setting of ``tune``, or True without one.
+            rounding. None for the setting of ``tune``, or True.
         unpack: types of weights, such as ``["Q4_1"]``, that prompts read as F16, in products with 64 and more tokens.
             It concerns the layers' weights in the memory of the CPU that llama.cpp did not repack (``unpackable``), on
             x86. SmolLM2 in Q4_1 then reads 1.7 times as fast (docs/dev/method.md). Logits differ by rounding. None for
@@ -85,13 +80,11 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     Attributes:
         frontier: the frontier that the model was opened with, or None.
-        max_loss: the promise by which a plan is chosen for each prompt, in nats per token. None if ``set_plan`` was
-            given one plan.
+        max_loss: the promise by which plans are chosen, in nats per token; None after ``set_plan`` with one plan.
         flash_attn: whether flash attention is used: True, False or ``"prompts"``.
         n_moved: tokens of the last prompt that were moved to their places in it.
         saved_prompts: results of ``save_prompt``. If edited prompts are used, later prompts use runs of these too.
-        on_batch: a function of the number of tokens in memory. It is called when an evaluation begins, and after each
-            batch.
+        on_batch: a function of the number of tokens in memory, called when an evaluation begins and after each batch.
 
     Raises:
         ModelFileError: the file is missing, is not GGUF, or cannot be loaded.
@@ -100,12 +93,6 @@ class AdaSkipLlama(EditedPromptsLlama):
         ProfileMismatchError: the plan is of another model.
         RequestError: ``reuse``, ``flash_attn`` or a type in ``unpack`` is unknown. Or ``flash_attn="prompts"`` cannot
             be, because V is quantized or tensors are split between GPUs.
-
-    Examples:
-        >>> from adaskip_cpp import AdaSkipLlama  # before anything that imports llama_cpp
-        >>> llm = AdaSkipLlama("model.gguf", n_ctx=8192, plan="auto", max_loss=0.02)
-        >>> llm.create_completion(long_prompt, max_tokens=200)["choices"][0]["text"]
-        >>> llm.set_plan(None)  # the whole model
     """
 
     def __init__(
@@ -166,8 +153,6 @@ class AdaSkipLlama(EditedPromptsLlama):
         params.use_extra_bufts = self._repack
         self._model_params = params
 
-    # -- the plan ------------------------------------------------------------------------------------------------
-
     @property
     def plan(self) -> SkipPlan | None:
         """The plan in force; None if the whole model runs."""
@@ -204,9 +189,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         Raises:
             ProfileMismatchError: a plan was made for another model.
             NotSkippableError: a plan has a sublayer that this model cannot skip.
-            PlanError: the model was opened without memory for K and V that a plan needs.
-            PlanError: a plan is for another number of layers, or counts tokens in a context of several sequences; or
-                ``"auto"`` is given without a frontier.
+            PlanError: a plan needs K and V for which the model was opened without memory, is for another number of
+                layers, or counts tokens in a context of several sequences; or ``"auto"`` is given without a frontier.
         """
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
@@ -249,15 +233,14 @@ class AdaSkipLlama(EditedPromptsLlama):
             self._was_edited = sum(run.n for run in runs) > first
 
     def _put_in_force(self, plan: SkipPlan | None, readable: Sequence[SkipPlan]) -> None:
-        for each in (*([] if plan is None else [plan]), *readable):
+        for each in readable if plan is None else (plan, *readable):
             if not isinstance(each, SkipPlan):
                 raise PlanError(f"expected a SkipPlan or None, not {type(each).__name__}; see Profile.plan().")
+            self._check_model(each)
         native, current = self._adaskip, self._plans[self._adaskip.plan_tag()]
         new = _InForce(plan, self._by_bulk_id(readable, current))
         if new.readable.keys() == current.readable.keys() and new.plan == current.plan:
             return
-        if plan is not None:
-            self._check_model(plan)
         tag = 0 if plan is None and not new.readable else native.plan_tag() + 1
         # One native call changes the plan, and Ctrl-C may come right after it. So both plans are known until then.
         self._plans = {0: _InForce(), native.plan_tag(): current, tag: new}
@@ -280,32 +263,25 @@ class AdaSkipLlama(EditedPromptsLlama):
         known = {_bulk_key(plan): set_id for set_id, plan in current.readable.items()}
         result = {}
         for plan in plans:
-            self._check_model(plan)
-            if (set_id := known.get(_bulk_key(plan))) is None:
+            if (key := _bulk_key(plan)) not in known:
                 try:
-                    set_id = self._adaskip.bulk_set_id(plan)
+                    known[key] = self._adaskip.bulk_set_id(plan)
                 except NativeError:
                     self._requires_eval = True  # as in set_plan
                     raise
-                known[_bulk_key(plan)] = set_id
-            result[set_id] = plan
+            result[known[key]] = plan
         result.pop(0, None)
         return result
 
     def _check_model(self, plan: SkipPlan) -> None:
-        if plan.n_layer != self.n_layer:
-            raise PlanError(
-                f"the plan is for {plan.n_layer} layers, {self.model_path!r} has {self.n_layer}; make one for it."
-            )
-        for n_embd in (each.n_embd for each in plan.sets):
-            if n_embd not in (None, self.n_embd()):
-                raise PlanError(
-                    f"the plan's vectors have {n_embd} values, the model's {self.n_embd()}; make one for this model."
-                )
+        n_layer, n_embd, path = self.n_layer, self.n_embd(), self.model_path
+        if plan.n_layer != n_layer:
+            raise PlanError(f"the plan is for {plan.n_layer} layers, {path!r} has {n_layer}; make one for it.")
+        for n in (each.n_embd for each in plan.sets):
+            if n not in (None, n_embd):
+                raise PlanError(f"the plan's vectors have {n} values, the model's {n_embd}; make one for this model.")
         if plan.model is not None:
-            plan.model.check(self.model_info, "the plan", self.model_path)
-
-    # -- evaluation ----------------------------------------------------------------------------------------------
+            plan.model.check(self.model_info, "the plan", path)
 
     def reset(self) -> None:
         """Forget all tokens, as ``llama_cpp.Llama.reset``."""
@@ -326,32 +302,31 @@ class AdaSkipLlama(EditedPromptsLlama):
         self._check_room(self.n_tokens + len(tokens))
         if self._phase == "prefill" and len(tokens):
             self._choose(self.n_tokens + len(tokens))
-        self._eval(self._phase, [int(token) for token in tokens])
+        self._eval(self._phase, tokens)
 
     def eval_decode(self, tokens: Sequence[int]) -> None:
         """Evaluate token ids as ``eval``, but as an answer: they count in the plan's online stage or schedule."""
-        self._eval("decode", [int(token) for token in tokens])
+        self._eval("decode", tokens)
 
     def logits_after(self, tokens: Sequence[int]) -> Vectors:
         """Evaluate tokens as ``eval_decode``; return the logits after each, float32 ``[len(tokens), n_vocab]``.
 
-        Raises:
-            StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed.
+        A StateError as in ``eval``, or while statistics of all tokens are collected: no logits are computed then.
         """
         self._check_logits()
         rows: list[Vectors] = []
-        self._eval("decode", [int(token) for token in tokens], rows.append)
+        self._eval("decode", tokens, rows.append)
         return np.concatenate([np.empty((0, self.n_vocab()), np.float32), *rows])
 
     def eval_bulk(self, tokens: Sequence[int]) -> None:
         """Evaluate token ids as ``eval``, but as the middle of a prompt: all in the bulk, without head and tail.
 
-        They are prefill if the plan has no bulk. No logits are computed, also with ``logits_all``, and ``scores`` does
-        not change.
+        They are prefill if the plan has no bulk. No logits are computed, also with ``logits_all``; ``scores`` stays.
         """
-        self._eval("bulk", [int(token) for token in tokens])
+        self._eval("bulk", tokens)
 
-    def _eval(self, phase: Phase, tokens: list[int], rows: Rows | None = None) -> None:
+    def _eval(self, phase: Phase, tokens: Sequence[int], rows: Rows | None = None) -> None:
+        tokens = [int(token) for token in tokens]
         if not tokens:
             return
         self._check_room(self.n_tokens + len(tokens))
@@ -374,20 +349,20 @@ class AdaSkipLlama(EditedPromptsLlama):
         else:
             self._evaluate_prompt(tokens)
 
-    def _evaluate_prompt(self, tokens: list[int]) -> None:
-        """Evaluate the tokens of a prompt, its bulk under the bulk set."""
+    def _evaluate_prompt(self, tokens: list[int], n_later: int = 0) -> None:
+        """Evaluate tokens of a prompt, its bulk under the bulk set; ``n_later`` tokens of the prompt are to follow."""
         bulk = None if self.plan is None or self._reads_prompt or self.context_params.embeddings else self.plan.bulk
-        begin, end = bulk.span(self.n_tokens, len(tokens)) if bulk else (0, 0)
+        begin, end = bulk.span(self.n_tokens, len(tokens) + n_later) if bulk else (0, 0)
         if bulk and end:
             self._evaluate("prefill", tokens[:begin], is_last=False)
             self._evaluate_bulk(bulk, tokens[begin:end])
             tokens = tokens[end:]
-        self._evaluate("prefill", tokens, is_last=True, rows=self._prompt_rows)
+        self._evaluate("prefill", tokens, is_last=n_later == 0, rows=self._prompt_rows)
 
     def _evaluate_bulk(self, bulk: Bulk, tokens: list[int], *, is_read: bool = True, aligns: bool = True) -> None:
         """Evaluate tokens of the bulk, those that its maps are fitted to as the rest of a prompt."""
         start, n_ubatch = self.n_tokens, int(self.context_params.n_ubatch)
-        if bulk.refit and self._adaskip.has_statistics:  # the maps cannot be fitted, so all tokens run whole
+        if bulk.refit and self._adaskip.callback is not None:  # the maps cannot be fitted, so all tokens run whole
             self._evaluate("prefill", tokens, is_last=False, is_read=is_read)
             return
         for begin, end, is_whole in bulk.pieces(start, start + len(tokens), is_fitted=self._is_refit(bulk)):
@@ -395,35 +370,24 @@ class AdaSkipLlama(EditedPromptsLlama):
             if is_whole:
                 self._fit_to(bulk, piece, is_read=is_read)
                 continue
-            if bulk.refit:
-                self._put_refit()
+            if bulk.refit and self._refit is not None:
+                self._refit.put(self._adaskip)
             first = bulk.first_batch(begin, end - begin, n_ubatch) if aligns else len(piece)
             self._evaluate("bulk", piece[:first], is_last=False, is_read=is_read)
             self._evaluate("bulk", piece[first:], is_last=False, is_read=is_read)
 
     def _is_refit(self, bulk: Bulk) -> bool:
         """Whether the bulk's maps are fitted to the text in memory."""
-        fit = self._refit
-        if fit is None or fit.skip is not bulk.skip or len(fit.tokens) > self.n_tokens:
-            return False
-        return np.array_equal(fit.tokens, self.input_ids[: len(fit.tokens)])
+        fit, known = self._refit, self.input_ids[: self.n_tokens]
+        return fit is not None and fit.skip is bulk.skip and np.array_equal(fit.tokens, known[: len(fit.tokens)])
 
     def _fit_to(self, bulk: Bulk, tokens: list[int], *, is_read: bool) -> None:
         """Evaluate tokens of the bulk as the rest of a prompt, and fit its maps to them if they are enough."""
-        fit = Refit.after(self._refit if self._is_refit(bulk) else None, bulk)
+        fit = Refit(bulk, self._refit if self._is_refit(bulk) else None)
         with self._observing(fit.add, keep_logits=True, activations=True, of_bulk=True):
             self._evaluate("prefill", tokens, is_last=False, is_read=is_read)
         if len(tokens) == bulk.refit:
             fit.tokens, self._refit = self.input_ids[: self.n_tokens].copy(), fit
-
-    def _put_refit(self) -> None:
-        """Give native code the maps that were fitted to the text in memory, unless it has them."""
-        fit, native = self._refit, self._adaskip
-        assert fit is not None
-        if not fit.is_put:
-            for layer, kind, up in fit.maps():
-                native.refit(layer, kind, up)
-            fit.is_put = True
 
     def _evaluate(
         self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
@@ -438,12 +402,7 @@ class AdaSkipLlama(EditedPromptsLlama):
             # One batch at a time, so that Ctrl-C inside a statistics sink ends the evaluation there.
             for batch, with_logits in self._batches(tokens, is_last=is_last):
                 try:
-                    if rows is not None:
-                        rows(self._decode(batch, with_logits=True))
-                    elif with_logits and is_read:
-                        super().eval(batch)
-                    else:
-                        self._decode(batch, with_logits=False)
+                    self._decode(batch, with_logits=with_logits and is_read, rows=rows)
                 except RuntimeError as error:
                     try:
                         native.raise_failure(error)
@@ -466,22 +425,23 @@ class AdaSkipLlama(EditedPromptsLlama):
             batches[-1:] = [batches[-1][:-1], batches[-1][-1:]]
         return [(batch, every or (is_last and batch is batches[-1])) for batch in batches]
 
-    def _decode(self, tokens: list[int], *, with_logits: bool) -> Vectors:
-        """As ``llama_cpp.Llama.eval`` of one batch, with the logits after every token, or after none."""
+    def _decode(self, tokens: list[int], *, with_logits: bool, rows: Rows | None) -> None:
+        """As ``llama_cpp.Llama.eval`` of one batch, but without logits, or with those after each token for ``rows``."""
         start, end = self.n_tokens, self.n_tokens + len(tokens)
+        every = rows is not None or (with_logits and self.logits_all)
         if not self._fills:
             self._ctx.kv_cache_seq_rm(-1, start, -1)
-        self._batch.set_batch(batch=tokens, n_past=start, logits_all=with_logits)
-        self._batch.batch.logits[len(tokens) - 1] = with_logits
+        self._batch.set_batch(batch=tokens, n_past=start, logits_all=every)
+        self._batch.batch.logits[len(tokens) - 1] = with_logits or every
         self._ctx.decode(self._batch)
         self.input_ids[start:end] = tokens
         self.n_tokens = end
-        if not with_logits:
-            return np.empty((0, self.n_vocab()), np.float32)
-        logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self.n_vocab())).copy()
-        if self.logits_all:
-            self.scores[start:end] = logits
-        return np.asarray(logits, np.float32)
+        if every:
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self.n_vocab())).copy()
+            if self.logits_all:
+                self.scores[start:end] = logits
+            if rows is not None:
+                rows(logits)
 
     def _rewind(self, n_valid: int) -> list[int]:
         """Forget the cached tokens from the first stale one on, and return them."""
@@ -499,10 +459,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         """Generate token ids as ``llama_cpp.Llama.generate`` does. All evaluations after the prompt's are decode.
 
         Raises:
-            RequestError: the context has no room for the prompt or the next token; or the grammar cannot be used,
-                allows no token, or goes on in too many ways.
-            StateError: see ``eval``; or statistics of all tokens are collected, so no logits are computed; or
-                ``saved_prompts`` has a prompt of another model.
+            RequestError: the context has no room, or the grammar is wrong, allows no token or goes on in too many ways.
+            StateError: as in ``logits_after``, or ``saved_prompts`` has a prompt of another model.
         """
         self._check_logits()
         tokens = list(tokens)
@@ -543,10 +501,8 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     def _check_logits(self) -> None:
         if self._adaskip.drops_logits:
-            raise StateError(
-                "no logits are computed while statistics of all tokens are collected; leave collect_statistics() "
-                "first, or open it with keep_logits=True."
-            )
+            way_out = "leave collect_statistics() first, or open it with keep_logits=True"
+            raise StateError(f"no logits are computed while statistics of all tokens are collected; {way_out}.")
 
     def _check_room(self, n: int) -> None:
         """Refuse ``n`` tokens in all: llama.cpp may hold more than ``n_ctx``, of which there is no record."""
@@ -555,7 +511,6 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     @property
     def _shorten(self) -> str:
-        """What to do about a prompt that is too long."""
         if self._adaskip.n_positions == self.context_size:
             return "shorten the prompt: this model has learned no further positions"
         return "shorten the prompt, or open the model with a larger n_ctx (--ctx)"
@@ -591,16 +546,13 @@ class AdaSkipLlama(EditedPromptsLlama):
         """The result of the online stage in the last request; None if the plan has no online stage."""
         return None if self.plan is None or self.plan.online is None else self._adaskip.online()
 
-    # -- statistics ----------------------------------------------------------------------------------------------
-
-    @contextmanager
     def collect_statistics(
         self, sink: StatisticsSink, *, keep_logits: bool = False, activations: bool = False
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Return a context manager that hands the statistics of each evaluated ubatch to a function.
 
         Each sublayer that runs is observed for each token. By default no logits are computed meanwhile: use ``eval``.
-        Meanwhile a bulk whose maps are fitted to the prompt runs whole.
+        Meanwhile a bulk whose maps are fitted to the prompt runs whole. Collecting twice at a time is a StateError.
 
         Args:
             sink: a function of a ``StatisticsBatch``. An exception that it raises ends the evaluation.
@@ -608,51 +560,30 @@ class AdaSkipLlama(EditedPromptsLlama):
                 for output tokens alone.
             activations: whether each sublayer's inputs and outputs are handed over too, ``8 * n_layer * n_embd`` bytes
                 per token.
-
-        Raises:
-            StateError: statistics are collected already.
-
-        Examples:
-            >>> batches = []
-            >>> with llm.collect_statistics(batches.append):
-            ...     llm.eval(tokens)
         """
-        with self._observing(sink, keep_logits=keep_logits, activations=activations):
-            yield
+        return self._observing(sink, keep_logits=keep_logits, activations=activations)
 
     @contextmanager
     def _observing(self, sink: StatisticsSink, **options: bool) -> Iterator[None]:
         native = self._adaskip
-        # Ctrl-C inside these calls would leave a model that computes no logits.
+        if native.callback is not None:
+            raise StateError("statistics are collected already; leave the other collect_statistics() first.")
         try:
             native.start_statistics(sink, **options)
-        except KeyboardInterrupt:
-            native.stop_statistics()
-            raise
-        try:
             yield
         finally:
             self._requires_eval = True
             try:
                 native.stop_statistics()
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # it would leave a model that computes no logits
                 native.stop_statistics()
                 raise
 
-    # -- pickling ------------------------------------------------------------------------------------------------
-
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        return {
-            **state,
-            "plan": self._plan_opened,
-            "exact_batches": self._exact_batches,
-            "repack": self._repack,
-            "flash_attn": self.flash_attn,
-            "unpack": self.unpack,
-            "reuse": self._reuse,
-            "plan_in_force": (self.plan, self.readable, self.frontier, self.max_loss),
-        }
+        state |= {"plan": self._plan_opened, "exact_batches": self._exact_batches, "repack": self._repack}
+        state |= {"flash_attn": self.flash_attn, "unpack": self.unpack, "reuse": self._reuse}
+        return {**state, "plan_in_force": (self.plan, self.readable, self.frontier, self.max_loss)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         in_force = state.pop("plan_in_force", None)

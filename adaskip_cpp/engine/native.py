@@ -1,12 +1,13 @@
 """Calls native/adaskip.h through cffi for ``llama.py``: plain data in and out, error codes as exceptions."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+from llama_cpp.llama_grammar import PRIMITIVE_RULES, LlamaGrammar
 
 from .. import errors
 from ..model.arrays import Flags, Floats, Vectors
@@ -15,6 +16,8 @@ from ..model.skip_set import KINDS, Kind, SkipSet
 from .binding import ffi, last_error, lib
 from .statistics import StatisticsSink, batch_of
 
+_CHAR = PRIMITIVE_RULES["char"]  # a character of a string, in llama-cpp-python's grammars for JSON schemas
+_CHAR.content = _CHAR.content.replace(r'[^"\\]', r'[^"\\\x00-\x1F]')  # no control characters, as in llama.cpp
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
     "NOT_SKIPPABLE": (errors.NotSkippableError, "leave it out of the plan ('adaskip-cpp inspect' lists what can be)."),
@@ -111,7 +114,7 @@ class NativeContext:
 
     def __init__(self, address: int) -> None:
         self._ctx = ffi.cast("struct llama_context *", address)
-        self._callback: Any = None
+        self.callback: Any = None  # of statistics; None if none are collected
         self.drops_logits = False  # whether statistics are collected without computing logits
         self._error: BaseException | None = None
         self.n_layer: int = self._check(lib.adaskip_n_layer(self._ctx))
@@ -133,9 +136,8 @@ class NativeContext:
             self._check(lib.adaskip_take_failure(self._ctx))
         except errors.AdaSkipError as ours:
             raise ours from error
-        raise errors.NativeError(
-            f"llama.cpp failed: {error}; check that n_ctx and memory are enough, or open with verbose=True to see more."
-        ) from error
+        way_out = "check that n_ctx and memory are enough, or open with verbose=True to see more"
+        raise errors.NativeError(f"llama.cpp failed: {error}; {way_out}.") from error
 
     def sublayers(self) -> tuple[Sublayer, ...]:
         rows = ffi.new("struct adaskip_sublayer[]", 2 * self.n_layer)
@@ -153,14 +155,12 @@ class NativeContext:
         ``readable`` has ids of other plans' bulk sets (:meth:`bulk_set_id`): positions computed under them may be read
         too. Tags are above 0; only the whole model (None) without ``readable`` has tag 0.
         """
-        if plan is None and not readable:
-            self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL))
-            return
         target = ffi.new("struct adaskip_plan *")
         _owners = [] if plan is None else _fill_plan(target, plan)
         ids = ffi.new("uint64_t[]", list(readable))
         target.tag, target.readable, target.n_readable = tag, ids, len(ids)
-        self._check(lib.adaskip_set_plan(self._ctx, target))
+        is_whole = plan is None and not readable
+        self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL if is_whole else target))
 
     def bulk_set_id(self, plan: SkipPlan) -> int:
         """Check a plan's bulk set and windows; return their id, 0 if nothing is skipped. Equal ones have equal ids."""
@@ -171,7 +171,6 @@ class NativeContext:
         return int(found[0])
 
     def refit(self, layer: int, kind: int, up: Vectors) -> None:
-        """Replace the second matrix of a map of the bulk in force, float32 ``[n_embd, rank]``."""
         self._check(lib.adaskip_refit(self._ctx, layer, kind, ffi.from_buffer("float[]", up), up.size))
 
     def plan_tag(self) -> int:
@@ -205,20 +204,10 @@ class NativeContext:
         graphs = c.n_graphs_built, c.n_graphs_reused
         return Counters(c.n_nodes_full, c.n_nodes, c.n_splits, *graphs, c.n_bytes_kv, c.n_bytes_statistics)
 
-    @property
-    def has_statistics(self) -> bool:
-        """Whether statistics are collected."""
-        return self._callback is not None
-
     def start_statistics(
         self, sink: StatisticsSink, *, keep_logits: bool, activations: bool, of_bulk: bool = False
     ) -> None:
-        """Pass the statistics of every ubatch to ``sink``; :meth:`raise_pending` raises the errors of ``sink``.
-
-        ``of_bulk``: only the activations of the sublayers that the plan's bulk skips.
-        """
-        if self._callback is not None:
-            raise errors.StateError("statistics are collected already; leave the other collect_statistics() first.")
+        """Pass each ubatch's statistics to ``sink``; :meth:`raise_pending` raises its errors. Flags: see adaskip.h."""
 
         def keep(kind: Any, value: BaseException, traceback: Any) -> None:
             if self._error is None:
@@ -233,11 +222,11 @@ class NativeContext:
         flags = sum(getattr(lib, f"ADASKIP_STATISTICS_{name}") for name, on in wanted.items() if on)
         callback = ffi.callback("adaskip_statistics_callback", deliver, onerror=keep)
         self._check(lib.adaskip_set_statistics(self._ctx, flags, callback, ffi.NULL))
-        self._callback, self._error, self.drops_logits = callback, None, not keep_logits
+        self.callback, self._error, self.drops_logits = callback, None, not keep_logits
 
     def stop_statistics(self) -> None:
         self._check(lib.adaskip_set_statistics(self._ctx, 0, ffi.NULL, ffi.NULL))
-        self._callback, self.drops_logits = None, False
+        self.callback, self.drops_logits = None, False
 
     def raise_pending(self) -> None:
         error, self._error = self._error, None
@@ -250,33 +239,24 @@ class NativeContext:
         self._check(lib.adaskip_kv_first_stale(self._ctx, 0, PHASES.index(phase), position))
         return min(n, int(position[0]))
 
-    # -- edited prompts ------------------------------------------------------------------------------------------
-
     @property
     def can_move(self) -> bool:
-        """Whether cells can be moved: there is no recurrent state, and llama.cpp can shift K."""
         return bool(self._check(lib.adaskip_can_move(self._ctx)))
 
     def set_flash_least(self, n: int) -> None:
-        """Do without flash attention in ubatches of fewer than ``n`` tokens."""
         self._check(lib.adaskip_set_flash_least(self._ctx, n))
 
     def unpackable(self) -> dict[str, int]:
-        """Return the number of values of the layers' matrices that can be unpacked, by type."""
         from gguf import GGMLQuantizationType
 
         found = ffi.new("int64_t[]", lib.ADASKIP_N_TYPES)
         self._check(lib.adaskip_unpackable(self._ctx, found, len(found)))
         return {GGMLQuantizationType(type_id).name: n for type_id, n in enumerate(found) if n}
 
-    def set_unpacked(self, types: Iterable[str]) -> None:
-        """Let products with many tokens read weights of these types as F16."""
-        from gguf import GGMLQuantizationType
-
-        self._check(lib.adaskip_set_unpacked(self._ctx, sum(1 << GGMLQuantizationType[each] for each in set(types))))
+    def set_unpacked(self, types: int) -> None:
+        self._check(lib.adaskip_set_unpacked(self._ctx, types))
 
     def set_most_moves(self, n: int) -> None:
-        """Allow reading positions that count up to ``n`` moves; before the first call, none that moved."""
         self._check(lib.adaskip_set_most_moves(self._ctx, n))
 
     def set_aside(self, n_kept: int, runs: Sequence[tuple[int, int, int, int]]) -> None:
@@ -284,7 +264,6 @@ class NativeContext:
         self._check(lib.adaskip_set_aside(self._ctx, 0, n_kept, ffi.new("struct adaskip_run[]", list(runs)), len(runs)))
 
     def take_back(self, end: int) -> None:
-        """Put the tokens set aside whose new positions are before ``end`` back into sequence 0."""
         self._check(lib.adaskip_take_back(self._ctx, 0, end))
 
 
@@ -321,14 +300,19 @@ def _fill_bulk(target: Any, plan: SkipPlan) -> list[Any]:
 
 def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
     """Point an adaskip_set at the arrays of ``skip_set``; return them, as they must live as long."""
-    owners: list[npt.NDArray[Any]] = []
-    target.n_layer = len(skip_set.skip)
-    for name in ("skip", "scale", "bias", "down", "up"):
+    target.n_layer, target.n_embd = len(skip_set.skip), skip_set.n_embd or 0
+    target.n_rank = 0 if skip_set.down is None else skip_set.down.shape[2]
+    owners: list[npt.NDArray[Any]] = [np.ascontiguousarray(skip_set.skip, np.uint8)]
+    target.skip = ffi.from_buffer("uint8_t[]", owners[0])
+    for name in ("scale", "bias", "down", "up"):
         if (values := getattr(skip_set, name)) is not None:
-            owners.append(np.ascontiguousarray(values, np.uint8 if name == "skip" else np.float32))
-            setattr(target, name, ffi.from_buffer("uint8_t[]" if name == "skip" else "float[]", owners[-1]))
-    if skip_set.bias is not None:
-        target.n_embd = skip_set.bias.shape[2]
-    if skip_set.down is not None:
-        target.n_rank, target.n_embd = skip_set.down.shape[2:]
+            owners.append(np.ascontiguousarray(values, np.float32))
+            setattr(target, name, ffi.from_buffer("float[]", owners[-1]))
     return owners
+
+
+def check_grammar(vocab: int, grammar: LlamaGrammar) -> None:
+    """Raise a RequestError if llama.cpp can make no sampler for the grammar: it would crash without one."""
+    text, root = (str(each).encode("utf-8", "replace") for each in (grammar._grammar, grammar._root))
+    if text and lib.adaskip_check_grammar(ffi.cast("struct llama_vocab *", vocab), text, root) < 0:
+        raise errors.RequestError(f"the grammar cannot be used ({last_error()}); see llama.cpp's grammars/README.md")

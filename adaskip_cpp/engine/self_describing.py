@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -39,9 +39,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
     def __init__(
         self, model_path: StrPath, *, flash_attn: FlashAttention = False, unpack: Sequence[str] = (), **kwargs: Any
     ) -> None:
-        if isinstance(flash_attn, str):
-            _check_in_prompts(flash_attn, kwargs)
-        self.unpack = _known_types(unpack)
+        if isinstance(flash_attn, str) and flash_attn != "prompts":
+            raise RequestError(f'flash_attn is {flash_attn!r}; use True, False or "prompts".')
+        if flash_attn == "prompts":
+            is_split = kwargs.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR
+            if is_split or kwargs.get("type_v") not in _V_TYPES:
+                needs = "a quantized V (type_v), or tensors split between GPUs, need flash attention everywhere"
+                raise RequestError(f"{needs}; use flash_attn=True.")
+        self.unpack, unpacked = tuple(unpack), _type_bits(unpack)
         self.flash_attn: FlashAttention = "prompts" if flash_attn == "prompts" else bool(flash_attn)
         try:
             with _errors_logged() as reasons:
@@ -56,8 +61,8 @@ class SelfDescribingLlama(llama_cpp.Llama):
             ) from error
         if flash_attn == "prompts":
             self._adaskip.set_flash_least(_FLASH_TILE)
-        if self.unpack:
-            self._adaskip.set_unpacked(self.unpack)
+        if unpacked:
+            self._adaskip.set_unpacked(unpacked)
         self._n_ctx = self.context_size  # that by which llama_cpp.Llama bounds prompts and answers
         self.n_batch = min(self.n_batch, self._adaskip.n_positions or self.n_batch)  # embed cuts texts to it
 
@@ -127,11 +132,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return bool(self._logits_all)
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Return the token ids of a UTF-8 text, as ``llama_cpp.Llama.tokenize`` does.
-
-        Raises:
-            RequestError: llama.cpp cannot tokenize the text, for example a word of a million letters.
-        """
+        """Return a text's token ids. llama.cpp's failure, as for a word of a million letters, is a RequestError."""
         if not isinstance(self.tokenizer_, LlamaTokenizer):
             return self.tokenizer_.tokenize(text, add_bos, special)
         n = -len(text) - 2
@@ -143,11 +144,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         return list(tokens[:n])
 
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
-        """Embed texts as ``llama_cpp.Llama.embed`` does, with the same arguments.
-
-        Raises:
-            RequestError: a text has no tokens.
-        """
+        """As ``llama_cpp.Llama.embed``, with the same arguments. A text without tokens is a RequestError."""
         # For a text without tokens, llama_cpp.Llama writes out of bounds.
         for text in [input] if isinstance(input, str) else input:
             if not self.tokenize(text.encode("utf-8")):
@@ -221,11 +218,9 @@ class SelfDescribingLlama(llama_cpp.Llama):
         # eval removes the additional ones. A recurrent state cannot remove a token.
         memory = llama_cpp.llama_get_memory(self.ctx)
         last = int(llama_cpp.llama_memory_seq_pos_max(memory, 0)) if memory else n - 1
-        if last == n - 1 or n == 0:
-            return n
-        if last < 0:
+        if n == 0 or last < 0:
             return 0
-        if np.min(self.input_ids[:n]) < 0:  # an image has positions of its own
+        if last == n - 1 or np.min(self.input_ids[:n]) < 0:  # an image has positions of its own
             return n
         return last + 1 if last < n else 0 if self.has_state else n
 
@@ -238,17 +233,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
     def load_state(self, state: LlamaState) -> None:
         """Load a state of this class, or of ``llama_cpp.Llama``, which counts as one of the whole model.
 
-        Raises:
-            StateError: the state is of another model, other context settings or another KV layout. Nothing is changed,
-                unless llama.cpp itself refuses the state: then the cache is empty.
+        Another model, other context settings or another KV layout raise a StateError. Nothing is changed then, unless
+        llama.cpp itself refuses the state: then the cache is empty.
         """
-        ours = state if isinstance(state, AdaSkipState) else None
-        if ours and (differences := ours.model.differences(self.model_info)):
+        if isinstance(state, AdaSkipState) and (differences := state.model.differences(self.model_info)):
             raise StateError(f"the state is of another model: {'; '.join(differences)}; load it into that model.")
-        if (ours.elided_kv if ours else ()) != self.elided_kv:
-            raise StateError(
-                "the state was saved with KV for other layers; open the model with the same plan= as then, or none."
-            )
+        if getattr(state, "elided_kv", ()) != self.elided_kv:
+            way_out = "open the model with the same plan= as then, or none"
+            raise StateError(f"the state was saved with KV for other layers; {way_out}.")
         if state.input_ids.shape != self.input_ids.shape or state.scores.shape != self.scores[: state.n_tokens].shape:
             raise StateError("the state has another n_ctx, n_batch or logits_all; open the model with those settings.")
         try:
@@ -259,23 +251,16 @@ class SelfDescribingLlama(llama_cpp.Llama):
             raise StateError(f"llama.cpp refused the state ({error}); the cache is empty, read the prompt.") from error
 
 
-def _known_types(unpack: Sequence[str]) -> tuple[str, ...]:
-    if not unpack:
-        return ()
+def _type_bits(types: Sequence[str]) -> int:
+    """Return a bit for each of these types of ggml."""
+    if not types:
+        return 0
     from gguf import GGMLQuantizationType
 
-    for each in unpack:
+    for each in types:
         if each not in GGMLQuantizationType.__members__:
             raise RequestError(f'unpack has {each!r}; use a list of types of quantized weights, such as ["Q4_1"].')
-    return tuple(unpack)
-
-
-def _check_in_prompts(flash_attn: str, others: Mapping[str, Any]) -> None:
-    if flash_attn != "prompts":
-        raise RequestError(f'flash_attn is {flash_attn!r}; use True, False or "prompts".')
-    if others.get("type_v") not in _V_TYPES or others.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR:
-        raise RequestError("a quantized V (type_v), or tensors split between GPUs, need flash attention everywhere; "
-                           "use flash_attn=True.")  # fmt: skip
+    return sum(1 << int(GGMLQuantizationType[each]) for each in set(types))
 
 
 @contextmanager

@@ -31,12 +31,11 @@ def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
 
     parameters: Any = llm.context_params
     model: Any = llm.model_params
-    n_gpu_layers = int(model.n_gpu_layers)
     cpu, every = devices()
     return CostSettings(
         cpu=cpu,
         devices=every,
-        n_gpu_layers=-1 if n_gpu_layers >= 0x7FFFFFFF else n_gpu_layers,  # llama_cpp.Llama turns -1 into that
+        n_gpu_layers=-1 if model.n_gpu_layers >= 0x7FFFFFFF else int(model.n_gpu_layers),  # llama_cpp.Llama's -1
         n_threads=int(parameters.n_threads),
         n_threads_batch=int(parameters.n_threads_batch),
         n_batch=int(llm.n_batch),

@@ -59,15 +59,12 @@ def batch_of(statistics: Any) -> StatisticsBatch:
     sum_u, sum_v = np.moveaxis(sums, 2, 0)
     layer_dot = _array(statistics.layer_dot, n_layer, n_tokens).copy()
     positions = np.frombuffer(ffi.buffer(statistics.positions, n_tokens * 4), np.int32).copy()
-    activations: Activations | None = None
-    if at := statistics.activations:
-        activations = [
-            [
-                (_array(at[i], n_tokens, n_embd), _array(at[i + 1], n_tokens, n_embd)) if at[i] and at[i + 1] else None
-                for i in (4 * layer, 4 * layer + 2)
-            ]
-            for layer in range(n_layer)
-        ]
+
+    def pair(i: int) -> tuple[Vectors, Vectors] | None:
+        u, v = statistics.activations[i], statistics.activations[i + 1]
+        return (_array(u, n_tokens, n_embd), _array(v, n_tokens, n_embd)) if u and v else None
+
+    activations = [[pair(4 * i), pair(4 * i + 2)] for i in range(n_layer)] if statistics.activations else None
     return StatisticsBatch(dot, u_sq, v_sq, layer_dot, sum_u, sum_v, positions, PHASES[statistics.phase], activations)
 
 

@@ -1,11 +1,10 @@
-"""Runs an evaluation, for ``measure.py``: each contender on each item. Start at :func:`run`.
+"""Runs an evaluation, for ``measure.py``: each contender on each item. Start at :func:`run`."""
 
-A text is judged by its last tokens (:mod:`adaskip_cpp.measuring.judge`), a question by the score of the greedy answer.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,9 @@ from ..measuring.judge import Judge
 from ..measuring.probes import Probe
 from ..measuring.tasks import QuestionItem, TextItem, greedy_text
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn, time_request
-from .contenders import Contender
+from ..model.frontier import Frontier
+from ..model.plan import SkipPlan
+from .results import Named
 from .store import Key, Record, Store
 
 CONTINUATION, ANSWER, SPEED = "continuation", "answer", "speed"
@@ -24,12 +25,33 @@ _WARM_UP = 32, 4  # tokens of the prompt and tokens decoded before a contender i
 
 
 @dataclass(frozen=True)
+class Contender(Named):
+    """One way to run the model: with a plan, with the plan that a frontier chooses for each prompt, or without one."""
+
+    plan: SkipPlan | None = None
+    frontier: Frontier | None = None
+    max_loss: float = 0.0
+
+    def plan_for(self, n_tokens: int) -> SkipPlan | None:
+        """Return the plan for a prompt of so many tokens; None for the whole model."""
+        return self.plan if self.frontier is None else self.frontier.choose(n_tokens, self.max_loss)
+
+    @property
+    def key(self) -> Any:
+        """Everything that its results depend on."""
+        return self.plan if self.frontier is None else (self.frontier.points, self.max_loss)
+
+
+FULL = Contender("full", "full", "", None, "none")  # the whole model: all others are compared with it
+
+
+@dataclass(frozen=True)
 class Work:
     """What to measure."""
 
     contenders: Sequence[Contender]  # the whole model first
-    texts: Sequence[TextItem] = ()
-    questions: Sequence[QuestionItem] = ()
+    texts: Sequence[TextItem] = ()  # judged by their last tokens
+    questions: Sequence[QuestionItem] = ()  # scored by their greedy answers
     n_continuation: int = 64  # judged tokens at the end of a text, and tokens decoded in a timed request
     speed_prompt: Sequence[int] = ()  # token ids of the prompt to time; () to time nothing
     n_rounds: int = 5  # how often each contender is timed
@@ -61,65 +83,54 @@ class Work:
 
 def run(work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None] = lambda _: None) -> None:
     """Measure the results that an open store lacks, and append each one at once."""
-    rest = _Rest(work, store, llm, on_progress)
-    rest.time()
-    for text in work.texts:
-        rest.go_on(text)
+    left = {key for key in work.results() if key not in store.records}
+    total = len(left)
+    for record in chain(_times(work, llm, left), _continuations(work, llm, left), _answers(work, llm, left)):
+        store.append(record)
+        left.discard(record.key)
+        on_progress(1.0 - len(left) / total)
+
+
+def _times(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[Record]:
+    contenders, prompt, n_decoded = work.contenders, work.speed_prompt, work.n_continuation
+    rounds = [i for i in range(work.n_rounds) if any((f"round/{i}", each.name, SPEED) in left for each in contenders)]
+    for contender in contenders if rounds else ():
+        llm.set_plan(contender.plan_for(len(prompt)))
+        time_request(llm, prompt[: _WARM_UP[0]], min(_WARM_UP[1], n_decoded))
+    for i in rounds:
+        records = []
+        for contender in (contenders[index] for index in in_turn(len(contenders), i)):
+            llm.set_plan(contender.plan_for(len(prompt)))
+            seconds = seconds_of(time_request(llm, prompt, n_decoded))
+            records.append(Record(f"round/{i}", contender.name, SPEED, seconds))
+        yield from records  # after all contenders have run: a round must not be split over two runs
+
+
+def _continuations(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[Record]:
+    for item in work.texts:
+        split = work.n_prompt(item)
+        judge = Judge(llm, [Probe(item.id, "continuation", item.tokens, split, item.tokens[split:])])
+        for contender in work.contenders:
+            if (item.id, contender.name, CONTINUATION) in left:
+                [scores] = judge(contender.plan_for(split))
+                values: dict[str, float | None] = {
+                    "loss": float(np.mean(judge.whole_losses[0] + scores.loss)),
+                    "kl": float(scores.divergence.mean()),
+                    "agreement": float(scores.agrees.mean()),
+                }
+                divergences = tuple(float(f"{each:.4g}") for each in scores.divergence)
+                yield Record(item.id, contender.name, CONTINUATION, values, divergences=divergences)
+
+
+def _answers(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[Record]:
+    """Score answers. A prefix shared with the previous question, such as a document, is not read again."""
     for contender in work.contenders:
         llm.reset()
-        for question in work.questions:
-            rest.answer(question, contender)
-
-
-class _Rest:
-    def __init__(self, work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None]) -> None:
-        self._work, self._store, self._llm, self._on_progress = work, store, llm, on_progress
-        self._left = {key for key in work.results() if key not in store.records}
-        self._total = len(self._left)
-
-    def time(self) -> None:
-        contenders, prompt, n_decoded = self._work.contenders, self._work.speed_prompt, self._work.n_continuation
-        rounds = [i for i in range(self._work.n_rounds) if self._lacking(f"round/{i}", SPEED)]
-        for contender in contenders if rounds else ():
-            self._llm.set_plan(contender.plan_for(len(prompt)))
-            time_request(self._llm, prompt[: _WARM_UP[0]], min(_WARM_UP[1], n_decoded))
-        for i in rounds:
-            records = []
-            for contender in (contenders[index] for index in in_turn(len(contenders), i)):
-                self._llm.set_plan(contender.plan_for(len(prompt)))
-                seconds = seconds_of(time_request(self._llm, prompt, n_decoded))
-                records.append(Record(f"round/{i}", contender.name, SPEED, seconds))
-            for record in records:  # after all contenders have run: a round must not be split over two runs
-                self._keep(record)
-
-    def go_on(self, item: TextItem) -> None:
-        """Judge the end of a text."""
-        split = self._work.n_prompt(item)
-        judge = Judge(self._llm, [Probe(item.id, "continuation", item.tokens, split, item.tokens[split:])])
-        for contender in self._lacking(item.id, CONTINUATION):
-            [scores] = judge(contender.plan_for(split))
-            values: dict[str, float | None] = {
-                "loss": float(np.mean(judge.whole_losses[0] + scores.loss)),
-                "kl": float(scores.divergence.mean()),
-                "agreement": float(scores.agrees.mean()),
-            }
-            divergences = tuple(float(f"{each:.4g}") for each in scores.divergence)
-            self._keep(Record(item.id, contender.name, CONTINUATION, values, divergences=divergences))
-
-    def answer(self, item: QuestionItem, contender: Contender) -> None:
-        """Score an answer. A prefix shared with the previous question, such as a document, is not read again."""
-        if (item.id, contender.name, ANSWER) in self._left:
-            self._llm.set_plan(contender.plan_for(len(item.prompt)))
-            text = greedy_text(self._llm, item.prompt, item.max_tokens, first_line=item.first_line)
-            self._keep(Record(item.id, contender.name, ANSWER, {"score": item.score(text)}, text))
-
-    def _lacking(self, item: str, measure: str) -> list[Contender]:
-        return [each for each in self._work.contenders if (item, each.name, measure) in self._left]
-
-    def _keep(self, record: Record) -> None:
-        self._store.append(record)
-        self._left.discard(record.key)
-        self._on_progress(1.0 - len(self._left) / self._total)
+        for item in work.questions:
+            if (item.id, contender.name, ANSWER) in left:
+                llm.set_plan(contender.plan_for(len(item.prompt)))
+                text = greedy_text(llm, item.prompt, item.max_tokens, first_line=item.first_line)
+                yield Record(item.id, contender.name, ANSWER, {"score": item.score(text)}, text)
 
 
 def seconds_of(time: RequestTime) -> dict[str, float | None]:

@@ -7,8 +7,8 @@ from dataclasses import fields
 import numpy as np
 
 from ..intervals import mean_error, ratio_interval
-from .contenders import FULL, Contender
-from .evaluate import ANSWER, CONTINUATION, SPEED, Work
+from ..model.arrays import Floats
+from .evaluate import ANSWER, CONTINUATION, FULL, SPEED, Contender, Work
 from .results import SPEED_NAMES, TAILS, About, Figure, Named, Results, Row, Speed, TaskScores
 from .store import Key, Record
 
@@ -25,10 +25,9 @@ class _Measured:
         self._contender, self._work, self._records = contender, work, records
 
     def row(self) -> Row:
-        contender = self._contender
-        plan = contender.plan_for(max(self._work.prompt_lengths, default=0))
+        plan = self._contender.plan_for(max(self._work.prompt_lengths, default=0))
         return Row(
-            **{each.name: getattr(contender, each.name) for each in fields(Named)},
+            **{each.name: getattr(self._contender, each.name) for each in fields(Named)},
             n_skip_prefill=0 if plan is None else plan.skipped(plan.prompt_phase).n_skip,
             n_skip_decode=0 if plan is None else plan.skipped("decode").n_skip,
             speed=self._speed(),
@@ -41,42 +40,42 @@ class _Measured:
         pairs = self._pairs([f"round/{i}" for i in range(self._work.n_rounds)], SPEED)
         found = {}
         for label in SPEED_NAMES if pairs else ():
-            own, full = ([_number(each.values[label]) for each in side] for side in zip(*pairs, strict=True))
+            own, full = (_values(side, label) for side in zip(*pairs, strict=True))
             found[label] = Speed(ratio_interval(full, own), Figure(*mean_error(own), len(own)))
         return found
 
     def _text(self) -> dict[str, dict[str, Figure]]:
-        kinds: dict[str, list[str]] = {"all": []}
+        kinds = {"all": [item.id for item in self._work.texts]}
         for item in self._work.texts:
-            kinds["all"].append(item.id)
             kinds.setdefault(item.task, []).append(item.id)
         if len(kinds) == 2:  # one kind is all
             del kinds[self._work.texts[0].task]
         return {kind: each for kind, ids in kinds.items() if (each := self._figures(ids))}
 
     def _figures(self, ids: Sequence[str]) -> dict[str, Figure]:
-        records = self._of(ids, CONTINUATION)
-        by_label = {"added_loss": _added(self._pairs(ids, CONTINUATION), "loss")}
-        for record in records.values():
-            for label, value in record.values.items():
-                by_label.setdefault(label, []).append(_number(value))
-        figures = {label: figure for label, each in by_label.items() if (figure := _mean(each)) is not None}
-        loss = figures.get("loss")
-        if loss is not None and loss.mean < 700:  # where exp overflows
+        records = self._of(ids, CONTINUATION).values()
+        values = {"added_loss": _added(self._pairs(ids, CONTINUATION), "loss")}
+        for label in dict.fromkeys(label for record in records for label in record.values):
+            values[label] = _values([record for record in records if label in record.values], label)
+        figures = {label: figure for label, each in values.items() if (figure := _mean(each)) is not None}
+        if (loss := figures.get("loss")) is not None and loss.mean < 700:  # where exp overflows
             # The derivative of exp is exp itself, so the error of the loss is multiplied by it.
             figures["perplexity"] = Figure(math.exp(loss.mean), math.exp(loss.mean) * loss.error, loss.n)
-        return figures | _tails([_number(each) for record in records.values() for each in record.divergences])
+        tokens = np.array([each for record in records for each in record.divergences], np.float64)
+        if tokens.size and np.isfinite(tokens).all():
+            tails = zip(TAILS, np.quantile(tokens, np.divide(TAILS, 100)).tolist(), strict=True)
+            figures |= {f"kl_{percent:g}": Figure(value, math.nan, tokens.size) for percent, value in tails}
+        return figures
 
     def _questions(self) -> dict[str, TaskScores]:
         found = {}
         for task in dict.fromkeys(item.task for item in self._work.questions):
             items = [item.id for item in self._work.questions if item.task == task]
-            scores = (_number(record.values["score"]) for record in self._of(items, ANSWER).values())
-            if (score := _mean(scores)) is not None:
+            if (score := _mean(_values(self._of(items, ANSWER).values(), "score"))) is not None:
                 pairs = self._pairs(items, ANSWER)
-                added = _added(pairs, "score")
-                alike = (float(own.text.strip() == full.text.strip()) for own, full in pairs)
-                found[task] = TaskScores(score, _mean(alike), _mean(float(x == 0) for x in added))
+                alike = np.array([own.text.strip() == full.text.strip() for own, full in pairs], np.float64)
+                same_score = np.array(_added(pairs, "score") == 0, np.float64)
+                found[task] = TaskScores(score, _mean(alike), _mean(same_score))
         return found
 
     def _of(self, ids: Iterable[str], measure: str, name: str = "") -> dict[str, Record]:
@@ -90,26 +89,15 @@ class _Measured:
         return [(own, full[each]) for each, own in self._of(ids, measure).items() if each in full]
 
 
-def _added(pairs: Iterable[tuple[Record, Record]], label: str) -> list[float]:
+def _values(records: Iterable[Record], label: str) -> Floats:
+    return np.array([record.values[label] for record in records], np.float64)  # None, for NaN on disk, becomes NaN
+
+
+def _added(pairs: Sequence[tuple[Record, Record]], label: str) -> Floats:
     """Return the difference of a value from the whole model's, item by item."""
-    return [_number(own.values[label]) - _number(full.values[label]) for own, full in pairs]
+    return _values([own for own, _ in pairs], label) - _values([full for _, full in pairs], label)
 
 
-def _tails(divergences: Sequence[float]) -> dict[str, Figure]:
-    """Return quantiles over all tokens; {} if a divergence is not finite."""
-    if not divergences or not all(map(math.isfinite, divergences)):
-        return {}
-    values, n = np.quantile(divergences, np.divide(TAILS, 100)).tolist(), len(divergences)
-    return {f"kl_{percent:g}": Figure(value, math.nan, n) for percent, value in zip(TAILS, values, strict=True)}
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _mean(values: Iterable[float]) -> Figure | None:
+def _mean(values: Floats) -> Figure | None:
     """Return the mean; None without values, or if one is not finite, as a mean without it would hide the worst."""
-    numbers = list(values)
-    if not numbers or not all(map(math.isfinite, numbers)):
-        return None
-    return Figure(*mean_error(numbers), len(numbers))
+    return Figure(*mean_error(values), len(values)) if values.size and np.isfinite(values).all() else None

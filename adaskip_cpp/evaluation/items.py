@@ -2,40 +2,37 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
+from itertools import cycle, islice
 
 from ..engine.generation import chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
-from ..errors import AdaSkipError, DataError
+from ..errors import AdaSkipError, BudgetError, DataError, NotSkippableError
 from ..measuring import corpus
-from ..measuring.synthetic import TASKS, passkey_items
 from ..measuring.task_files import task_items
-from ..measuring.tasks import QuestionItem, TextItem, Wrap, python_sources, read_texts, text_items
+from ..measuring.tasks import SYNTHETIC, QuestionItem, TextItem, passkey_items, python_sources, read_texts, text_items
 from ..model.identity import plan_path
-from ..model.mode import MODES, ModeName
+from ..model.plan import ModeName, SkipPlan
 from ..model.plan_file import PlanFile, load_plan, plan_beside
 from ..planning.compensation import DEFAULT_COMPENSATION
 from ..planning.profile import Profile
-from ..planning.request import PlanRequest
-from ..planning.strategies import STRATEGIES
-from .contenders import COMPENSATED, FULL, contenders
-from .evaluate import Work
+from ..planning.request import MODES, PlanRequest
+from ..planning.strategies import STRATEGIES, make_plan
+from .evaluate import FULL, Contender, Work
 
-_SPEED_CONTEXT = 1024
-_TOKENS = 512
+_SPEED_CONTEXT, _TOKENS, _TASKS_CTX = 1024, 512, 8192  # in tokens
 _PROMISES = 0.05, 0.1
-_TASKS_CTX = 8192
 _ANSWER = 64  # most tokens of an answer to a synthetic task
+_COMPENSATED = "adaskip"  # the strategy that has a compensation; the baselines have none
 
-_BUILTIN = {
+_BUILTIN = {  # text by name: a function that returns texts by title, and a description
     "pages": (corpus.held_out, f"{corpus.PAGES}, of those that calibration leaves out"),
     "sources": (python_sources, "sources of Python's standard library"),
 }
-"""Built-in text by name: a function that returns texts by title, and a description."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +86,75 @@ class EvaluationOptions:
     n_rounds: int = 5
 
     def requests(self, n_layer: int) -> tuple[PlanRequest, ...]:
-        """Return a request for each strategy, compensation, budget and mode.
-
-        Args:
-            n_layer: number of layers of the model.
-        """
+        """Return a request for each strategy, compensation, budget and mode, for a model of ``n_layer`` layers."""
         n_skips = self.n_skips or sorted({max(2 * n_layer // parts, 1) for parts in (10, 5, 4)})
         compensations = self.compensations or [DEFAULT_COMPENSATION]
         return tuple(
             PlanRequest(n_skip, strategy=strategy, compensation=compensation, mode=mode)
             for strategy in self.strategies or [name for name in STRATEGIES if name != "manual"]
-            for compensation in (compensations if strategy == COMPENSATED else ["none"])
+            for compensation in (compensations if strategy == _COMPENSATED else ["none"])
             for n_skip in n_skips
             for mode in self.modes or MODES
         )
+
+
+def contenders(
+    profile: Profile | None,
+    requests: Iterable[PlanRequest],
+    saved: PlanFile | None = None,
+    max_losses: Iterable[float] = (),
+    lengths: Sequence[int] = (),
+) -> tuple[list[Contender], list[str]]:
+    """Return the contenders, the whole model first, and a note for each one that is left out.
+
+    A contender is also left out if it skips nothing, or the same as another one of its strategy. ``profile`` makes the
+    plans of the requests. A saved plan is one contender; a saved frontier is one for each promise of ``max_losses``, in
+    nats per token. ``lengths`` are the tokens of the measured prompts.
+    """
+    found, notes = [FULL], list[str]()
+
+    def add(each: Contender) -> None:
+        skipped = [_skipped(each.plan_for(n)) for n in lengths or (1,)]
+        for other in found:
+            alike = each.strategy == "tuned" or other.strategy in ("full", each.strategy)
+            if alike and skipped == [_skipped(other.plan_for(n)) for n in lengths or (1,)]:
+                notes.append(f"{each.name} is left out: it skips the same as {other.name}")
+                return
+        found.append(each)
+        if each.frontier is not None and (whole := [str(n) for n in sorted(lengths) if each.plan_for(n) is None]):
+            notes.append(f"{each.name} runs the whole model for prompts of {', '.join(whole)} tokens")
+
+    for request in requests:
+        if profile is None:
+            raise DataError("these options need plans made from a profile; give one (profile, --profile)")
+        strategy, compensation, budget = request.strategy, request.compensation, str(request.n_skip)
+        name = "-".join([strategy, budget, request.mode, *([compensation] if strategy == _COMPENSATED else [])])
+        try:
+            add(Contender(name, strategy, budget, request.mode, compensation, make_plan(profile, request)))
+        except (BudgetError, NotSkippableError) as error:
+            notes.append(f"{name} is left out: {error}")
+    if saved is not None and saved.frontier is not None:
+        for loss in max_losses:
+            add(Contender(f"promise {loss:g}", "promise", f"{loss:g}", "prompt", "none", None, saved.frontier, loss))
+    elif saved is not None and (tuned := saved.plan) is not None:
+        if tuned.mode == "manual":
+            notes.append("tuned is left out: its layers were listed by hand and belong to no mode")
+        else:
+            add(Contender("tuned", "tuned", "", tuned.mode, tuned.compensation, tuned))
+    if len(found) == 1:
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise DataError(
+            f"there is nothing to compare with the whole model{why}; choose other budgets (n_skips, --skip), longer "
+            "prompts (n_tokens, --tokens) or promises (max_losses, --max-loss), or run `adaskip-cpp tune`"
+        )
+    return found, notes
+
+
+def _skipped(plan: SkipPlan | None) -> tuple[object, ...] | None:
+    """Return what a plan skips; None if nothing."""
+    if plan is None or (plan.is_whole and plan.online is None):
+        return None
+    return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online, plan.bulk
 
 
 @contextmanager
@@ -130,9 +182,8 @@ def prepared(
     saved, notes = _saved(model, options.plan_file, modes)
     has_promises = saved is not None and saved.frontier is not None
     if options.max_losses is not None and not has_promises:
-        raise DataError(
-            f"promises need the plan file of `tune`; run `adaskip-cpp tune {model}`, or name it (plan_file, --plan)"
-        )
+        way_out = f"run `adaskip-cpp tune {model}`, or name it (plan_file, --plan)"
+        raise DataError(f"promises need the plan file of `tune`; {way_out}")
     n_tokens = options.n_tokens or (min(speed_context + n_decoded, limit) if has_promises else _TOKENS)
     if options.n_texts and n_tokens <= n_decoded:
         raise DataError(
@@ -154,11 +205,10 @@ def prepared(
         work, words = _work(llm, replace(options, n_tokens=n_tokens, speed_context=speed_context), n_ctx)
         max_losses = _PROMISES if options.max_losses is None else options.max_losses
         plans, more = contenders(profile, requests, saved, max_losses, work.prompt_lengths)
-        notes = [*more, *notes]
         work = replace(work, contenders=plans)
         if not work.results():
             raise DataError("there is nothing to measure; ask for texts, questions or rounds of timing")
-        yield llm, work, notes, words
+        yield llm, work, [*more, *notes], words
     finally:
         with redirect_stderr(StringIO()):  # llama.cpp reports that plans' graphs took other memory than it had planned
             llm.close()
@@ -182,18 +232,12 @@ def _saved(model: str, plan_file: str | None, modes: Set[str]) -> tuple[PlanFile
 
 def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Work, dict[str, str]]:
     """Return the work for the whole model alone, and its description."""
-    kinds, named = {}, []
-    if options.text_files:
-        kinds["text"] = read_texts(options.text_files)
-        named.append(", ".join(kinds["text"]))
+    kinds = {"text": read_texts(options.text_files)} if options.text_files else {}
     for name in dict.fromkeys(options.builtin) or (() if kinds else ("pages",)):
-        read, what = _BUILTIN[name]
-        kinds[name] = read()
-        named.append(what)
+        kinds[name] = _BUILTIN[name][0]()
+    named = [_BUILTIN[name][1] if name in _BUILTIN else ", ".join(sources) for name, sources in kinds.items()]
     whole = corpus.SEPARATOR.join(text for sources in kinds.values() for text in sources.values())
-    words: dict[str, str] = {}
-    texts: list[TextItem] = []
-    questions: list[QuestionItem] = []
+    words, texts, questions = dict[str, str](), list[TextItem](), list[QuestionItem]()
     if options.n_texts:
         size = {"n_items": options.n_texts, "n_tokens": options.n_tokens or _TOKENS}
         for name, sources in kinds.items():
@@ -203,8 +247,8 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
             f"{options.n_continuation} are judged"
         )
     if options.synthetic:
-        if unknown := [task for task in options.synthetic if task not in TASKS]:
-            raise DataError(f"there is no task {unknown[0]!r}; use {', '.join(TASKS)}")
+        if unknown := [task for task in options.synthetic if task not in SYNTHETIC]:
+            raise DataError(f"there is no task {unknown[0]!r}; use {', '.join(SYNTHETIC)}")
         lengths, depths = (", ".join(f"{each:g}" for each in all_) for all_ in (options.lengths, options.depths))
         questions += passkey_items(llm, whole, lengths=options.lengths, depths=options.depths, n_per=options.n_per)
         words["Synthetic tasks"] = (
@@ -212,14 +256,14 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
             "from the same text"
         )
     if options.tasks:
-        published = task_items(llm, options.tasks, n_ctx=n_ctx - 1, wrap=_wrap(llm), n_each=options.tasks_items)
+        wrap = partial(_wrap, llm)
+        published = task_items(llm, options.tasks, n_ctx=n_ctx - 1, wrap=wrap, n_each=options.tasks_items)
         counts = Counter(item.task for item in published)
         words["Tasks"] = f"{', '.join(f'{n} of {task}' for task, n in counts.items())}, in {n_ctx:,} tokens"
         questions += published
-    prompt: tuple[int, ...] = ()
+    prompt = tuple[int, ...]()
     if options.n_rounds and (n := options.speed_context):
-        tokens = corpus.tokens_of(llm, whole, bos=True)
-        prompt = tuple((tokens * (n // len(tokens) + 1))[:n])
+        prompt = tuple(islice(cycle(corpus.tokens_of(llm, whole, bos=True)), n))
         words["Speed"] = (
             f"{options.n_rounds} rounds of a prompt of {n:,} tokens and {options.n_continuation} more, all contenders "
             "in turn, the order reversed every second round"
@@ -227,8 +271,6 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
     return Work((FULL,), texts, questions, options.n_continuation, prompt, options.n_rounds), words
 
 
-def _wrap(llm: AdaSkipLlama) -> Wrap:
-    """Return a function that puts a prompt into the model's chat template, if it has one."""
-    if has_chat_template(llm):
-        return lambda prompt: chat_tokens(llm, [("user", prompt)])
-    return partial(corpus.tokens_of, llm, bos=True)
+def _wrap(llm: AdaSkipLlama, prompt: str) -> list[int]:
+    """Return the tokens of a prompt in the model's chat template, if it has one."""
+    return chat_tokens(llm, [("user", prompt)]) if has_chat_template(llm) else corpus.tokens_of(llm, prompt, bos=True)

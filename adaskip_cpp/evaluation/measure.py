@@ -13,7 +13,7 @@ from ..files import StrPath, content_hash
 from ..measuring.cores import busy_warning, load_average
 from ..measuring.running import Running, described, open_quietly
 from ..planning.profile import Profile
-from .evaluate import Work, run
+from .evaluate import run
 from .figures import evaluation_results
 from .items import EvaluationOptions, prepared
 from .report import write_results
@@ -65,40 +65,41 @@ def evaluate(
     """
     options, running, model = options or EvaluationOptions(), running or Running(), os.fspath(model)
     known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    command = (
-        command
-        or f"adaskip_cpp.evaluate({model!r}, {'profile' if known else None}, {os.fspath(folder)!r}, {options!r})"
-    )
-    facts = {"started": started, "load_average": load_average()}
-    open_model = partial(open_quietly, model, running=running)
-    with prepared(model, known, options, open_model) as (llm, work, notes, words):
+    arguments = f"{model!r}, {'profile' if known else None}, {os.fspath(folder)!r}, {options!r}"
+    facts = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load_average": load_average()}
+    with prepared(model, known, options, partial(open_quietly, model, running=running)) as (llm, work, notes, words):
+        machine = cost_settings(llm)
         settings = {  # other settings begin a new evaluation
             "model": asdict(llm.model_info),
             "profile": None if known is None else content_hash(known),
             "work": work.hash,
-            "machine": asdict(cost_settings(llm)),
+            "machine": asdict(machine),
             "package": metadata.version("adaskip-cpp"),
         }
         with open_store(folder, settings, facts) as kept:
             load = kept.facts["load_average"]
             if work.speed_prompt and busy_warning(load):
-                notes.append(
-                    f"The load average was {load:.1f} at the beginning. If other programs were running, they disturbed "
-                    "the speeds: close them, and evaluate again into another folder."
-                )
+                why = f"The load average was {load:.1f} at the beginning. If other programs were running, they"
+                notes.append(f"{why} disturbed the speeds: close them, and evaluate again into another folder.")
             for note in notes:
                 tell(note)
             if n_done := sum(key in kept.records for key in work.results()):
                 tell(f"{n_done} of {len(work.results())} results are there already.")
             elif kept.others:
                 tell(f"The settings have changed. Earlier results are kept in {', '.join(map(str, kept.others))}")
-            name, begun = os.path.basename(model), kept.facts["started"][:16].replace("T", " ")
+            configuration = described(llm)
+            if known is not None:
+                read = f"{known.n_requests} requests, {known.n_tokens:,} tokens of {known.corpus or 'unknown text'}"
+                configuration["Profile"] = read + (f", {known.created}" if known.created else "")
+            if frontier := next((each.frontier for each in work.contenders if each.frontier), None):
+                plans = f"for each prompt, the fastest of {len(frontier.points)} plans that keeps the promise"
+                configuration["Promises"] = f"{plans}, in nats per token"
+            begun = kept.facts["started"][:16].replace("T", " ")
             about = About(
-                title=f"{name}: what skipping costs and brings",
+                title=f"{os.path.basename(model)}: what skipping costs and brings",
                 summary=f"{len(work.contenders) - 1} contenders against the whole model, begun {begun} UTC.",
-                configuration={**described(llm), **_about(known, work), **words, "Machine": cost_settings(llm).words},
-                command=command,
+                configuration={**configuration, **words, "Machine": machine.words},
+                command=command or f"adaskip_cpp.evaluate({arguments})",
                 settings=settings,
                 notes=tuple(notes),
             )
@@ -108,14 +109,3 @@ def evaluate(
             found = evaluation_results(work, kept.records, about)
             write_results(found, kept.path.parent)
     return found
-
-
-def _about(profile: Profile | None, work: Work) -> dict[str, str]:
-    lines = {}
-    if profile is not None:
-        read = f"{profile.n_requests} requests, {profile.n_tokens:,} tokens of {profile.corpus or 'unknown text'}"
-        lines["Profile"] = read + (f", {profile.created}" if profile.created else "")
-    if (frontier := next((each.frontier for each in work.contenders if each.frontier), None)) is not None:
-        n = len(frontier.points)
-        lines["Promises"] = f"for each prompt, the fastest of {n} plans that keeps the promise, in nats per token"
-    return lines

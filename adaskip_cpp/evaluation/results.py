@@ -6,7 +6,7 @@ from typing import Any
 
 from ..files import json_text
 from ..intervals import Interval
-from ..model.mode import ModeName
+from ..model.plan import ModeName
 from ..planning.compensation import DEFAULT_COMPENSATION
 
 SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_token", "e2e": "request"}
@@ -26,13 +26,7 @@ _STRATEGY_NAMES = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over items, or a quantile over tokens.
-
-    Attributes:
-        mean: the mean or the quantile.
-        error: standard error of the mean; NaN for a single item and for a quantile.
-        n: number of items or tokens.
-    """
+    """A mean over ``n`` items and its standard error, NaN for one item; or a quantile over ``n`` tokens, with NaN."""
 
     mean: float
     error: float
@@ -41,12 +35,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Speed:
-    """A measured speed.
-
-    Attributes:
-        speedup: how many times as fast as the whole model, over rounds in which both ran.
-        seconds: the time, in seconds.
-    """
+    """How many times as fast as the whole model, over rounds in which both ran, and the time in seconds."""
 
     speedup: Interval
     seconds: Figure
@@ -54,12 +43,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """The scores of one task.
+    """The mean score of one task, 0 to 1, and the shares of its questions with the whole model's answer and score.
 
-    Attributes:
-        score: mean score, 0 to 1.
-        same_answer: share of the questions with the same answer as the whole model's; None without an answer of that.
-        same_score: share of the questions with the same score as the whole model's; None likewise.
+    The shares are None without an answer of the whole model.
     """
 
     score: Figure
@@ -76,7 +62,6 @@ class Named:
         strategy: strategy of the plan, ``"full"`` for the whole model.
         budget: ``"12"`` sublayers, or a promise of ``"0.05"``; "" for none.
         mode: mode of the plan; None for the whole model.
-        compensation: compensation of the plan.
     """
 
     name: str
@@ -129,34 +114,22 @@ class Row(Named):
         return self.speed[SPEEDS[self.mode]].speedup if self.mode and self.speed else None
 
     def figure(self, name: str, kind: str = "all") -> Figure | None:
-        """Return a figure of ``text``; None if it is missing.
-
-        Args:
-            name: name of the figure, such as ``"added_loss"``.
-            kind: kind of text.
-        """
+        """Return a figure of ``text`` by name, such as ``"added_loss"``, for a kind of text; None if it is missing."""
         return self.text.get(kind, {}).get(name)
 
     def score(self, task: str) -> Figure | None:
-        """Return the score of a task; None if it is missing.
-
-        Args:
-            task: name of the task.
-        """
+        """Return the score of a task, by name; None if it is missing."""
         return self.questions[task].score if task in self.questions else None
 
 
 @dataclass(frozen=True)
 class About:
-    """A description of an evaluation.
+    """A description of an evaluation, with a title, a summary and notes for people.
 
     Attributes:
-        title: title for people.
-        summary: summary for people.
         configuration: model, machine and texts in words, by name.
         command: a command that repeats the evaluation.
         settings: the settings that results depend on, as plain JSON values.
-        notes: notes for the reader.
     """
 
     title: str
@@ -169,15 +142,12 @@ class About:
 
 @dataclass(frozen=True)
 class Results:
-    """The result of ``evaluate``, also of an unfinished evaluation.
+    """The result of ``evaluate``, also of an unfinished evaluation, as it is in ``results.json``.
 
     Attributes:
         n_done: number of single results that are measured.
         n_results: number of all single results.
-        about: description of the evaluation.
         contenders: contenders with their figures, the whole model first.
-        format: name of the format of ``results.json``.
-        version: version of that format.
     """
 
     n_done: int
@@ -197,11 +167,7 @@ class Results:
         return self.contenders[0]
 
     def of_mode(self, mode: str) -> list[Row]:
-        """Return the contenders in a mode, the slowest first.
-
-        Args:
-            mode: the mode.
-        """
+        """Return the contenders in a mode, the slowest first."""
         mine = [row for row in self.contenders if row.mode == mode]
         return sorted(mine, key=lambda row: 0.0 if row.speedup is None else row.speedup.value)
 

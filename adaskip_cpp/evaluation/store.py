@@ -88,9 +88,8 @@ def open_store(folder: StrPath, settings: Mapping[str, Any], facts: Mapping[str,
         try:
             _lock(lock.fileno())
         except OSError as error:
-            raise DataError(
-                f"another evaluation is writing into {os.fspath(folder)!r}; wait for it or choose another folder"
-            ) from error
+            why = f"another evaluation is writing into {os.fspath(folder)!r}"
+            raise DataError(f"{why}; wait for it or choose another folder") from error
         with _opened(path, "a+b") as file:
             file.seek(0)
             content = file.readall()
@@ -100,10 +99,8 @@ def open_store(folder: StrPath, settings: Mapping[str, Any], facts: Mapping[str,
             except OSError as error:
                 raise write_error(path, error) from error
             lines = content[:end].splitlines()
-            if lines:
-                header = _parsed(lines[0], _Header, 1, path)
-            else:
-                header = _Header({**settings}, {**(facts or {})})
+            header = _parsed(lines[0], _Header, 1, path) if lines else _Header({**settings}, {**(facts or {})})
+            if not lines:
                 _write(file, path, header)
             records = [_parsed(line, Record, number, path) for number, line in enumerate(lines[1:], 2)]
             yield Store(path, file, {record.key: record for record in records}, header.facts)
@@ -134,6 +131,5 @@ def _parsed(line: bytes, kind: type[_Line], number: int, path: Path) -> _Line:
     try:
         return msgspec.json.decode(line, type=kind)
     except msgspec.DecodeError as error:
-        raise DataError(
-            f"line {number} of {os.fspath(path)!r} is not a result ({error}); remove the line, or choose another folder"
-        ) from error
+        why = f"line {number} of {os.fspath(path)!r} is not a result ({error})"
+        raise DataError(f"{why}; remove the line, or choose another folder") from error

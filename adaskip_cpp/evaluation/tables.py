@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ..intervals import Interval
-from ..model.mode import MODES
+from ..planning.request import MODES
 from .results import SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Row
 
 _MODE_TEXT = {
@@ -78,8 +78,7 @@ def _kind_tables(results: Results) -> list[Table]:
     kinds = dict.fromkeys(kind for row in results.contenders for kind in row.text)
     columns: _Columns = {kind: _of_plan("added_loss", 3, sign=True, kind=kind) for kind in kinds if kind != "all"}
     text = "Loss added to the whole model's, in nats per token: mean ± standard error over items."
-    rows = results.contenders[1:]
-    return [_table("By kind of text", text, rows, {**_MODE, **columns})] if columns else []
+    return [_table("By kind of text", text, results.contenders[1:], {**_MODE, **columns})] if columns else []
 
 
 def _question_tables(results: Results) -> list[Table]:
@@ -114,8 +113,7 @@ def _of_plan(name: str, digits: int, *, kind: str = "all", **form: Any) -> Calla
 
 
 def _skipped(row: Row) -> str:
-    both = dict.fromkeys((row.n_skip_prefill, row.n_skip_decode))
-    return " / ".join(map(str, both)) if row.mode else ""
+    return " / ".join(map(str, dict.fromkeys((row.n_skip_prefill, row.n_skip_decode)))) if row.mode else ""
 
 
 def _speed(name: str, row: Row) -> str:

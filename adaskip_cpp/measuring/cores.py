@@ -11,26 +11,21 @@ _BUSY = 0.5  # with a load average above this, other programs disturb timings
 
 def load_average() -> float | None:
     """Return the load average of the last minute, in CPUs; None on Windows, which has none."""
-    if sys.platform == "win32":
-        return None
-    return os.getloadavg()[0]
+    return None if sys.platform == "win32" else os.getloadavg()[0]
 
 
 def busy_warning(load: float | None) -> str:
     """Return a sentence for the user before a measurement on a busy machine, else an empty one."""
     if load is None or load <= _BUSY:
         return ""
-    return (
-        f"Warning: the load average is {load:.2f}. If other programs are running, they disturb the times: close them, "
-        "and start again."
-    )
+    why = "If other programs are running, they disturb the times: close them, and start again."
+    return f"Warning: the load average is {load:.2f}. {why}"
 
 
 def physical_cores() -> int:
-    """Return the number of physical cores that this process may use.
+    """Return the number of physical cores that this process may use; on Apple Silicon, of performance cores alone.
 
-    A second thread on the same core does not speed up llama.cpp's matrix products, and slow cores make the others wait:
-    on Apple Silicon only performance cores count.
+    A second thread on the same core does not speed up llama.cpp's matrix products, and slow cores make the others wait.
     """
     if sys.platform == "linux":
         return _linux(os.sched_getaffinity(0))

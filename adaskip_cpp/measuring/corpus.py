@@ -38,17 +38,8 @@ _DESCRIBED = "rich", "diskcache", "markdown-it-py", "gguf", "msgspec"  # install
 _LONGEST = 60_000  # most characters of one source, so that no module dominates the text
 _LEAST = 200  # fewest characters of a docstring
 
-HELD_OUT = (
-    "comparisons",
-    "customization",
-    "debugger",
-    "formatstrings",
-    "function",
-    "import",
-    "objects",
-    "string-methods",
-    "typesmapping",
-)
+_HELD_OUT = "comparisons customization debugger formatstrings function import objects string-methods typesmapping"
+HELD_OUT = frozenset(_HELD_OUT.split())
 """Pages that calibration leaves out by default, to judge on: a third of the text."""
 
 N_REQUESTS, N_TOKENS = 80, 512
@@ -126,8 +117,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
         while nodes:
             node = nodes.pop()
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found = ast.get_docstring(node)
-                if found and len(found) >= _LEAST:
+                if len(found := ast.get_docstring(node) or "") >= _LEAST:
                     yield found
                 if isinstance(node, ast.Module | ast.ClassDef):
                     nodes.extend(reversed(node.body))
@@ -151,8 +141,7 @@ def requests(tokenizer: Llama, n_requests: int, n_tokens: int) -> list[list[int]
         raise RequestError("this Python has no text to calibrate on; pass your own requests (--data FILE)")
     n_each = [len(range(i, n_requests, len(kinds))) for i in range(len(kinds))]
     dealt = [cut(tokenizer, kind, n, n_tokens) for kind, n in zip(kinds, n_each, strict=True) if n or n_requests < 1]
-    turns = max(map(len, dealt))
-    return [each[turn] for turn in range(turns) for each in dealt if turn < len(each)]
+    return [each[turn] for turn in range(max(map(len, dealt))) for each in dealt if turn < len(each)]
 
 
 def tokens_of(tokenizer: Llama, text: str, *, bos: bool = False) -> list[int]:

@@ -1,7 +1,4 @@
-"""Judges quality: compares a plan with the whole model, token by token, on known answers that follow prompts.
-
-For calibration, tuning, evaluation and the demo. Start at :class:`Judge`; ``probes.py`` makes its probes.
-"""
+"""Judges quality: compares a plan with the whole model on known answers, token by token. Start at :class:`Judge`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +10,7 @@ import numpy.typing as npt
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
+from ..model.arrays import Flags, Floats, Vectors
 from ..model.plan import Bulk, SkipPlan
 from ..model.skip_set import SkipSet
 from .probes import Probe
@@ -28,11 +26,11 @@ tokens of SmolLM2 that lowers a mean divergence of 0.065 by 2.3%, 0.027 by 1.7%,
 class Scores:
     """A plan compared with the whole model on one probe: arrays with one value per judged token."""
 
-    divergence: npt.NDArray[np.float64]  # KL(whole model || plan) in nats
-    loss: npt.NDArray[np.float64]  # that the plan adds, in nats
-    agrees: npt.NDArray[np.bool_]  # whether both find the same token likeliest
-    right: npt.NDArray[np.bool_]  # whether the plan finds the answer's token likeliest
-    whole_margin: npt.NDArray[np.float64]  # nats by which the whole model prefers the answer's token to the best other
+    divergence: Floats  # KL(whole model || plan) in nats
+    loss: Floats  # that the plan adds, in nats
+    agrees: Flags  # whether both find the same token likeliest
+    right: Flags  # whether the plan finds the answer's token likeliest
+    whole_margin: Floats  # nats by which the whole model prefers the answer's token to the best other
 
 
 class Judge:
@@ -50,11 +48,8 @@ class Judge:
         for probe in probes:
             if not (1 <= probe.n_cue < len(probe.answer) and 1 <= probe.n_prompt <= len(probe.tokens)):
                 raise DataError(f"a probe of {probe.text!r} has no prompt or no answer to judge; give a longer text")
-            if probe.n_prompt + len(probe.answer) > llm.context_size:
-                raise DataError(
-                    f"a probe of {probe.text!r} has {probe.n_prompt + len(probe.answer)} tokens, the context "
-                    f"{llm.context_size}; use a larger context"
-                )
+            if (n := probe.n_prompt + len(probe.answer)) > (most := llm.context_size):
+                raise DataError(f"a probe of {probe.text!r} has {n} tokens, the context {most}; use a larger context")
         self._llm, self.probes = llm, tuple(probes)
         self._whole: list[_Reference] = []
         self._around = Bulk(SkipSet.none(llm.n_layer), refit=refit)  # the last plan's: how prompts are cut
@@ -70,8 +65,8 @@ class Judge:
                 self._whole = []
             self._around = plan.bulk
         self.read_whole()
-        for whole, logits, probe in zip(self._whole, self._answers(plan), self.probes, strict=True):
-            yield whole.scores(logits, _targets(probe))
+        for whole, logits in zip(self._whole, self._answers(plan), strict=True):
+            yield whole.scores(logits)
 
     def edited(self, read: Callable[[Probe], object]) -> tuple[list[Probe], list[Scores]]:
         """Return the probes after the longest prompt of each text, and the scores of the whole model on them.
@@ -81,14 +76,13 @@ class Judge:
         """
         self.read_whole()
         longest = {probe.text: probe.n_prompt for probe in self.probes}  # the last of each text
-        pairs = zip(self.probes, self._whole, strict=True)
-        kept = [(probe, whole) for probe, whole in pairs if probe.n_prompt == longest[probe.text]]
-        probes = [probe for probe, _ in kept]
+        kept = [i for i, probe in enumerate(self.probes) if probe.n_prompt == longest[probe.text]]
+        probes = [self.probes[i] for i in kept]
         answers = zip(kept, self._answers(None, probes, read), strict=True)
-        return probes, [whole.scores(logits, _targets(probe)) for (probe, whole), logits in answers]
+        return probes, [self._whole[i].scores(logits) for i, logits in answers]
 
     @property
-    def whole_losses(self) -> tuple[npt.NDArray[np.float64], ...]:
+    def whole_losses(self) -> tuple[Floats, ...]:
         """The whole model's loss at each judged token of each probe, in nats."""
         self.read_whole()
         return tuple(each.loss for each in self._whole)
@@ -102,20 +96,16 @@ class Judge:
         """Let the whole model read the probes, unless it has already."""
         if not self._whole:
             answers = zip(self.probes, self._answers(None), strict=True)
-            self._whole = [_Reference.of(logits, _targets(probe)) for probe, logits in answers]
+            self._whole = [_Reference(probe.answer[probe.n_cue :], logits) for probe, logits in answers]
 
     def _answers(
-        self,
-        plan: SkipPlan | None,
-        probes: Sequence[Probe] | None = None,
-        read: Callable[[Probe], object] | None = None,
+        self, plan: SkipPlan | None, probes: Sequence[Probe] = (), read: Callable[[Probe], object] | None = None
     ) -> Iterator[Logits]:
         """Yield, for each probe, the logits that predict its judged tokens, float32 ``[n, n_vocab]``."""
-        llm = self._llm
-        around = self._around
+        llm, around = self._llm, self._around
         llm.set_plan(plan)
         text, n_prompt, n_bulk = tuple[int, ...](), 0, 0  # in the cache: the text, its prompt, and that before the tail
-        for probe in self.probes if probes is None else probes:
+        for probe in probes or self.probes:
             tokens, begin = probe.tokens, max(probe.n_prompt - around.tail, 0)
             is_same = text is tokens and not llm.has_state
             if is_same and n_prompt == probe.n_prompt:
@@ -142,10 +132,6 @@ class Judge:
             yield logits[probe.n_cue - 1 :]
 
 
-def _targets(probe: Probe) -> npt.NDArray[np.int64]:
-    return np.array(probe.answer[probe.n_cue :], np.int64)
-
-
 def _pieces(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[int]]:
     """Cut an answer where the skip set may change, because one batch has one set."""
     ends = [] if plan is None else [start for start, _ in plan.schedule]
@@ -155,51 +141,39 @@ def _pieces(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[i
         yield tokens[begin:end]
 
 
-@dataclass(frozen=True)
 class _Reference:
     """The whole model's distributions: of each, the likeliest tokens, and all others together."""
 
-    ids: npt.NDArray[np.int32]  # [n, kept]
-    log_p: npt.NDArray[np.float32]  # [n, kept + 1]
-    loss: npt.NDArray[np.float64]
-    best: npt.NDArray[np.int64]
-    margin: npt.NDArray[np.float64]
+    def __init__(self, targets: tuple[int, ...], logits: Logits) -> None:
+        log_sums, at, n = _log_sums(logits), np.arange(len(logits)), min(_MOST_KEPT, logits.shape[1] - 1)
+        self.targets = np.array(targets, np.int64)  # the answer's tokens
+        self.ids = np.argpartition(logits, -n, axis=1)[:, -n:].astype(np.int32)  # [n, kept]
+        self.log_p = _log_p(logits, log_sums, self.ids)  # [n, kept + 1]
+        mine, others = logits[at, self.targets].astype(np.float64), logits.copy()
+        others[at, self.targets] = -np.inf
+        self.loss, self.best, self.margin = log_sums - mine, logits.argmax(axis=1), mine - others.max(axis=1)
 
-    @classmethod
-    def of(cls, logits: Logits, targets: npt.NDArray[np.int64]) -> "_Reference":
+    def scores(self, logits: Logits) -> Scores:
         log_sums = _log_sums(logits)
-        n = min(_MOST_KEPT, logits.shape[1] - 1)
-        ids = np.argpartition(logits, -n, axis=1)[:, -n:]
-        kept = np.take_along_axis(logits, ids, axis=1) - log_sums[:, None]
-        at = np.arange(len(logits))
-        mine = logits[at, targets].astype(np.float64)
-        others = logits.copy()
-        others[at, targets] = -np.inf
-        return cls(
-            ids.astype(np.int32), _with_rest(kept), log_sums - mine, logits.argmax(axis=1), mine - others.max(axis=1)
-        )
-
-    def scores(self, logits: Logits, targets: npt.NDArray[np.int64]) -> Scores:
-        log_sums = _log_sums(logits)
-        kept = np.take_along_axis(logits, self.ids.astype(np.int64), axis=1) - log_sums[:, None]
-        other, mine = _with_rest(kept), self.log_p.astype(np.float64)
+        other, mine = _log_p(logits, log_sums, self.ids), self.log_p.astype(np.float64)
         with np.errstate(invalid="ignore"):  # a token that cannot follow has minus infinity
             terms = np.exp(mine) * (mine - other)
         terms[np.isneginf(mine)] = 0.0
         best = logits.argmax(axis=1)
-        loss = log_sums - logits[np.arange(len(logits)), targets] - self.loss
+        loss = log_sums - logits[np.arange(len(logits)), self.targets] - self.loss
         divergence = np.maximum(terms.sum(axis=1), 0.0)
-        return Scores(divergence, loss, best == self.best, best == targets, self.margin)
+        return Scores(divergence, loss, best == self.best, best == self.targets, self.margin)
 
 
-def _log_sums(logits: Logits) -> npt.NDArray[np.float64]:
+def _log_sums(logits: Logits) -> Floats:
     """Return the logarithm of the sum of exponentials of each row, float64 ``[n]``."""
     most = logits.max(axis=1)
     sums = np.array([np.exp(row - high).sum(dtype=np.float64) for row, high in zip(logits, most, strict=True)])
     return np.asarray(np.log(sums) + most)
 
 
-def _with_rest(log_p: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """Append to each row the logarithm of 1 minus the sum of its probabilities."""
-    rest = np.maximum(1.0 - np.exp(log_p.astype(np.float64)).sum(axis=1), 1e-12)
+def _log_p(logits: Logits, log_sums: Floats, ids: npt.NDArray[np.int32]) -> Vectors:
+    """Return log probabilities of some tokens of each row, and last that of all other tokens together."""
+    log_p = np.take_along_axis(logits, ids.astype(np.int64), axis=1) - log_sums[:, None]
+    rest = np.maximum(1.0 - np.exp(log_p).sum(axis=1), 1e-12)
     return np.concatenate([log_p, np.log(rest)[:, None]], axis=1).astype(np.float32)

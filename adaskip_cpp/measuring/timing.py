@@ -25,9 +25,8 @@ class RequestTime:
 
     def per_token_s(self, n_settle: int = N_SETTLE) -> float:
         """Return the median seconds of the tokens after the first ``n_settle``, else of the last token, else NaN."""
-        if not self.token_s:
-            return math.nan
-        return statistics.median(self.token_s[min(n_settle, len(self.token_s) - 1) :])
+        settled = self.token_s[min(n_settle, len(self.token_s) - 1) :]
+        return statistics.median(settled) if settled else math.nan
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class SecondsByDepth:
         (depth, seconds), (deeper, longer) = points[0], points[-1]
         if deeper > depth:
             growth = max((longer - seconds) / (deeper - depth), 0.0)
-        middle, level = (depth + deeper) / 2, (seconds + longer) / 2
-        return cls(max(level - growth * middle, 0.0), growth)
+        return cls(max((seconds + longer - growth * (depth + deeper)) / 2, 0.0), growth)
 
 
 def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
@@ -55,12 +53,11 @@ def time_request(llm: Any, prompt: Sequence[int], n_decode: int) -> RequestTime:
 
     The model's cache is emptied first. Sampling reads the logits, so a GPU has finished whenever the clock is read.
     """
-    tokens = list(prompt)
     llm.reset()
     collects = gc.isenabled()
     gc.disable()  # a collection would land on one token of one contender
     try:
-        steps = llm.generate(tokens, temp=0.0)
+        steps = llm.generate(list(prompt), temp=0.0)
         ticks = [perf_counter()]
         for _ in range(1 + n_decode):
             next(steps)

@@ -1,4 +1,4 @@
-"""Types, checks of dataclasses of arrays, and BF16, for all data of a model: start with ``LayerArrays``."""
+"""Types, and checks of dataclasses of arrays, for all data of a model: start with ``LayerArrays``."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeAlias
@@ -27,9 +27,8 @@ class LayerArrays:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return np.array_equal(a, b, equal_nan=True)
-    return a is b if a is None or b is None else bool(a == b)
+    has_array = isinstance(a, np.ndarray) or isinstance(b, np.ndarray)
+    return np.array_equal(a, b, equal_nan=True) if has_array else bool(a == b)
 
 
 def checked(
@@ -58,14 +57,3 @@ def freeze(instance: object, **arrays: npt.NDArray[Any] | None) -> None:
         if array is not None:
             array.flags.writeable = False
         object.__setattr__(instance, name, array)
-
-
-def to_bf16(values: Vectors) -> npt.NDArray[np.uint16]:
-    """Return the bits of the nearest BF16, which is the upper half of a float32; of two the one with even bits."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
-
-
-def from_bf16(bits: npt.NDArray[np.uint16]) -> Vectors:
-    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -18,21 +18,16 @@ _MOST_SECONDS = 1e9  # no time is longer, so sums and ratios of times are finite
 class CostSettings:
     """The machine and the settings with which times were measured. With others, these times do not hold.
 
+    ``Settings`` describes the fields that both have; its ``flash_attn`` is ``flash_attention`` here.
+
     Attributes:
         cpu: name of the CPU.
         devices: names of ggml's devices, such as ``("CPU",)``.
         n_gpu_layers: layers on a GPU; -1 for all.
-        n_threads: threads for answers.
-        n_threads_batch: threads for prompts.
-        n_batch: tokens that llama.cpp is given at once.
-        n_ubatch: tokens that llama.cpp computes at once.
-        flash_attention: whether flash attention is used, as in ``Settings``.
         type_k: type of K in the cache, such as ``"F16"``.
         type_v: type of V in the cache.
         swa_full: whether the cache holds all tokens of sliding windows.
         llama_cpp_python: release of llama-cpp-python.
-        repack: whether llama.cpp may keep weights on the CPU in its own layout.
-        unpack: types of weights that prompts read as F16.
     """
 
     cpu: str
@@ -81,9 +76,7 @@ class PhaseCost(LayerArrays):
     def __post_init__(self) -> None:
         shapes = {"base": (np.float64, "n_layer 2"), **dict.fromkeys(("growth", "kept"), (np.float64, "n_layer"))}
         arrays = checked(self, ProfileError, "the cost model is damaged; calibrate again", shapes)
-        times = np.concatenate(
-            [[self.fixed, self.fixed_growth, self.each_map], *(each.ravel() for each in arrays.values())]
-        )
+        times = np.hstack([self.fixed, self.fixed_growth, self.each_map, *(each.ravel() for each in arrays.values())])
         if not ((times >= 0) & (times < _MOST_SECONDS)).all():
             raise ProfileError("the cost model has an impossible time; calibrate again")
         freeze(self, **arrays)
@@ -117,20 +110,16 @@ class Computed:
 
 @dataclass(frozen=True, eq=False)
 class CostModel(LayerArrays):
-    """Predicted times of one model on one machine.
+    """Predicted times of one model on one machine. An impossible shape or value raises a ProfileError.
 
     Attributes:
         settings: machine and settings of the measurement.
         prefill: cost of a ubatch of ``n_ubatch`` tokens of a prompt whose outputs are not read.
         decode: cost of one token.
-        limit: float64 ``[n_layer]``: KV cells from which an attention takes no longer; infinite without a window. NaN
-            counts as infinite.
+        limit: float64 ``[n_layer]``: KV cells from which an attention takes no longer; infinite or NaN for no window.
         n_layer_kv: number of layers up to the last one with KV of its own. The layers above it compute nothing in a
             ubatch without outputs.
         deepest: longest context that was measured, in tokens. Times beyond it are extrapolated.
-
-    Raises:
-        ProfileError: a shape or value is impossible.
     """
 
     settings: CostSettings
@@ -153,14 +142,9 @@ class CostModel(LayerArrays):
         return f"CostModel(n_layer={self.n_layer}, cpu={self.settings.cpu!r}, deepest={self.deepest})"
 
     def seconds(
-        self,
-        skip: SkipPlan | SkipSet | Flags | None,
-        context: int,
-        phase: Phase,
-        *,
-        around: Bulk | None = None,
+        self, skip: SkipPlan | SkipSet | Flags | None, context: int, phase: Phase, *, around: Bulk | None = None
     ) -> float:
-        """Predict the seconds of a whole prompt or of one decoded token.
+        """Predict the seconds of a whole prompt or of one decoded token. An impossible argument raises a PlanError.
 
         Args:
             skip: the skipped sublayers: a set, bool ``[n_layer, 2]``, or None for the whole model. Or a plan, which has
@@ -170,9 +154,6 @@ class CostModel(LayerArrays):
                 bulk, ``"decode"`` for a token.
             around: for phase ``"bulk"``: head, tail, windows and fits; None for the defaults. Its set is ignored. With
                 fits, a map stands in for each layer of which a sublayer is skipped.
-
-        Raises:
-            PlanError: an argument is impossible.
         """
         if not context >= (0 if phase == "decode" else 1):
             raise PlanError(f"the context is {context!r} tokens; give the length of the prompt, 1 or more")
@@ -190,16 +171,19 @@ class CostModel(LayerArrays):
 
     def speedup(self, plan: SkipPlan, context: int, phase: Phase) -> float:
         """Predict how many times as fast as the whole model a plan is. The arguments are those of ``seconds``."""
-        whole, less = (self.seconds(each, context, phase) for each in (None, plan))
-        return whole / less
+        return self.seconds(None, context, phase) / self.seconds(plan, context, phase)
+
+    def seconds_saved(self, context: int, phase: Phase) -> Floats:
+        """Predict the seconds that skipping each sublayer alone saves, float64 ``[n_layer, 2]``."""
+        alone = np.eye(2 * self.n_layer, dtype=np.bool_).reshape(-1, self.n_layer, 2)
+        seconds = [self.seconds(skip, context, phase) for skip in alone]
+        return np.maximum(self.seconds(None, context, phase) - np.reshape(seconds, (-1, 2)), 0.0)
 
     def _runs(self, skip: SkipSet | Flags | None) -> Flags:
-        flags = skip.skip if isinstance(skip, SkipSet) else skip
-        runs = np.ones((self.n_layer, 2), np.bool_) if flags is None else ~np.asarray(flags, np.bool_)
-        if runs.shape != (self.n_layer, 2):
-            raise PlanError(
-                f"the skip set has the shape {runs.shape}, not [{self.n_layer}, 2]; use the profile of this model"
-            )
+        flags, shape = skip.skip if isinstance(skip, SkipSet) else skip, [self.n_layer, 2]
+        runs = np.ones(shape, np.bool_) if flags is None else ~np.asarray(flags, np.bool_)
+        if [*runs.shape] != shape:
+            raise PlanError(f"the skip set has the shape {runs.shape}, not {shape}; use the profile of this model")
         return runs
 
     def _in_bulk(self, runs: Flags, bulk: Bulk) -> Computed:
@@ -256,5 +240,4 @@ class CostModel(LayerArrays):
 
     def _between(self, one: Floats, whole: Floats, n_tokens: npt.NDArray[np.int_]) -> Floats:
         """Interpolate the seconds of ubatches of ``n_tokens`` between those of one token and of a whole ubatch."""
-        size = self.prefill.n_tokens
-        return one + (whole - one) * (n_tokens - 1) / max(size - 1, 1)
+        return one + (whole - one) * (n_tokens - 1) / max(self.prefill.n_tokens - 1, 1)

@@ -16,7 +16,7 @@ _MOST_MOVES = 255 - WIDE  # a cell counts to 255
 
 @dataclass(frozen=True)
 class Edits:
-    """How runs of tokens are moved to their places in an edited prompt.
+    """How runs of tokens are moved to their places in an edited prompt. Impossible numbers raise a RequestError.
 
     A moved token keeps the K and V of its old place, where other text stood before it. llama.cpp turns K to the new
     position.
@@ -29,9 +29,6 @@ class Edits:
         most_moves: a token with more moves than this is read again; from 1 to 223. A move counts as 32 if less than
             four fifths of the text before the run stay, else as 1. Such a move from a saved prompt counts as 160.
             `tune` measures up to 208.
-
-    Raises:
-        RequestError: a number is impossible.
 
     Examples:
         >>> llm = AdaSkipLlama("model.gguf", reuse=Edits(mend=32))

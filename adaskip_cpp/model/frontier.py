@@ -1,5 +1,6 @@
 """The result of `adaskip-cpp tune` for one model: start with :meth:`Frontier.choose`, which picks a prompt's plan."""
 
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -113,10 +114,7 @@ class Point(Figures):
         return is_faster and max(self.needs_by_kind) <= max(other.needs_by_kind)
 
     def plan_for(self, context: int) -> SkipPlan:
-        """Return the plan with windows and tail for prompts of ``context`` tokens: see ``Bulk.scaled``.
-
-        It is one and the same object for equal plans, because comparing plans compares all their maps.
-        """
+        """Return the plan scaled to prompts of ``context`` tokens (``Bulk.scaled``): one object for equal plans."""
         if self.plan.bulk is None:
             return self.plan
         bulk = self.plan.bulk.scaled(context, self.judged_at)
@@ -124,7 +122,7 @@ class Point(Figures):
 
     @cached_property
     def _plans(self) -> dict[tuple[int, int], SkipPlan]:
-        """Plans by their windows and tails."""
+        """Plans by their windows and tails, because comparing plans compares all their maps."""
         bulk = self.plan.bulk
         return {} if bulk is None else {(bulk.window_size, bulk.tail): self.plan}
 
@@ -156,7 +154,7 @@ class Frontier:
     """The result of ``tune`` for one model on one machine: plans of growing speed, with their losses.
 
     Attributes:
-        points: plans of growing speed; () if no sublayer can be skipped.
+        points: plans of growing speed, of mode ``prompt`` (else a PlanError); () if no sublayer can be skipped.
         settings: the settings with which the whole model is fastest.
         machine: the machine of the measurements.
         tried: all settings that were timed.
@@ -164,9 +162,6 @@ class Frontier:
         n_read: tokens that calibration and tuning read, except to time sublayers and the result.
         about: texts and release, for people to read.
         edits: figures of edited prompts, by growing numbers of moves; () if tokens cannot be moved.
-
-    Raises:
-        PlanError: a point's plan is not of mode ``prompt``.
 
     Examples:
         >>> frontier = load_plan("model.adaskip-plan.json").frontier
@@ -191,15 +186,10 @@ class Frontier:
     def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS, *, edited: bool = False) -> SkipPlan | None:
         """Return the fastest plan that keeps a promise for a prompt; None for the whole model.
 
-        Plans change at the lengths of ``context_for``, so a growing chat keeps its plan for long.
-
         Args:
             n_tokens: tokens of the prompt. Below 512 the whole model runs.
-            max_loss: the promise, in nats per token.
+            max_loss: the promise, in nats per token; a PlanError if it is not a number from 0 on.
             edited: whether runs of an earlier prompt may be moved. The plan then has the rest of the promise.
-
-        Raises:
-            PlanError: the promise is not a number from 0 on.
         """
         check_max_loss(max_loss)
         point = self.point(n_tokens, max_loss, edited=edited)
@@ -214,16 +204,10 @@ class Frontier:
         return max(kept, key=lambda each: each.speedup(context), default=None)
 
     def edit_point(self, n_tokens: int, max_loss: float) -> EditPoint | None:
-        """Return the point with the most moves that keep their share of a promise, a half; None if none does.
-
-        The arguments are those of ``choose``.
-        """
-        context, found = context_for(n_tokens), None
-        for each in self.edits if n_tokens >= LEAST_CONTEXT else ():
-            if each.needs(context) > EDITS_SHARE * max_loss:
-                break
-            found = each
-        return found
+        """Return the point with the most moves that keep half of a promise, ``EDITS_SHARE``; None if none does."""
+        context, most = context_for(n_tokens), EDITS_SHARE * max_loss
+        kept = [*itertools.takewhile(lambda each: each.needs(context) <= most, self.edits)]
+        return kept[-1] if kept and n_tokens >= LEAST_CONTEXT else None
 
     def left(self, n_tokens: int, max_loss: float, *, edited: bool) -> float:
         """Return the part of a promise that is left for a plan, in nats per token. See ``choose`` for the arguments."""
@@ -231,10 +215,7 @@ class Frontier:
         return max_loss if point is None else max_loss - point.needs(context_for(n_tokens))
 
     def readable(self, max_loss: float, most_tokens: int, *, edited: bool = False) -> tuple[SkipPlan, ...]:
-        """Return the plans whose cached tokens keep a promise. Each of them may read the tokens of the others.
-
-        ``most_tokens`` is the size of the context. The other arguments are those of ``choose``.
-        """
+        """Return all plans that keep a promise up to ``most_tokens``. Each may read the cached tokens of the others."""
         left = {n: self.left(n, max_loss, edited=edited) for n in contexts(context_for(most_tokens))}
         kept = [(each, n) for each in self.points for n in left if each.needs(n) <= left[n]]
         return tuple({id(plan): plan for plan in (each.plan_for(n) for each, n in kept)}.values())
@@ -246,7 +227,7 @@ def growth(ratio: float, doubled: float) -> float:
 
 
 def context_for(n_tokens: int) -> int:
-    """Return the length that a prompt is planned for: the next power of two, or three quarters of it."""
+    """Return the length that a prompt is planned for, 2^n or 3/4 of it: a growing chat keeps its plan for long."""
     power = 1 << max(n_tokens - 1, 0).bit_length()
     return 3 * power // 4 if n_tokens <= 3 * power // 4 and power >= 4 else power
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import IO
 
 from ..errors import ModelFileError, ProfileMismatchError
@@ -18,6 +18,7 @@ _MIB = 1 << 20
 _BLOCK = 64 << 10
 _N_BLOCKS = 64
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.ASCII)  # as in ``llama_split_path``
+_LOAD_ALIKE = "calibrate the model as it is loaded here, or load it as it was calibrated"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ModelInfo:
     """The identity of an opened model.
 
     Attributes:
-        fingerprint: hash of parts of the file, SHA-256 in hexadecimal.
+        fingerprint: SHA-256 of parts of the file, in hexadecimal.
         architecture: the GGUF's ``general.architecture``, for example ``"llama"``.
         n_layer: number of layers.
         lora: fingerprint of its LoRA adapter; "" for none.
@@ -40,18 +41,8 @@ class ModelInfo:
     lora_scale: float = 0.0
     overrides: str = ""
 
-    def check(
-        self,
-        loaded: "ModelInfo",
-        what: str,
-        name: StrPath,
-        way_out: str = "calibrate the model as it is loaded here, or load it as it was calibrated",
-    ) -> None:
-        """Refuse ``what``, such as ``"the plan"``, if the model loaded from the file ``name`` is another one.
-
-        Raises:
-            ProfileMismatchError: the models differ.
-        """
+    def check(self, loaded: "ModelInfo", what: str, name: StrPath, way_out: str = _LOAD_ALIKE) -> None:
+        """Raise a ProfileMismatchError if ``what``, such as ``"the plan"``, is not of ``loaded`` from ``name``."""
         if differences := self.differences(loaded):
             raise ProfileMismatchError(
                 f"{what} was made for another model than {os.fspath(name)!r}: {'; '.join(differences)}; {way_out}"
@@ -66,11 +57,8 @@ class ModelInfo:
         """Return each part's name, its description, and a further text that must be equal."""
         adapter = f"{self.lora[:12]} at scale {self.lora_scale!r}" if self.lora else "none"
         file = f"{self.architecture} of {self.n_layer} layers, fingerprint {self.fingerprint[:12]}"
-        return (
-            ("file", file, self.fingerprint),
-            ("LoRA adapter", adapter, self.lora),
-            ("kv_overrides", self.overrides or "none", ""),
-        )
+        overrides = self.overrides or "none"
+        return ("file", file, self.fingerprint), ("LoRA adapter", adapter, self.lora), ("kv_overrides", overrides, "")
 
 
 def model_files(path: StrPath) -> tuple[str, ...]:
@@ -82,10 +70,7 @@ def model_files(path: StrPath) -> tuple[str, ...]:
 
 
 def fingerprint(path: StrPath) -> str:
-    """Hash enough of a model to tell it from any other, in milliseconds. Several files give the hash of their hashes.
-
-    A file's hash covers its size, first and last MiB, and 64 blocks of 64 KiB spread evenly; up to 6 MiB it covers all.
-    """
+    """Hash a model in milliseconds: size, first and last MiB, 64 blocks of 64 KiB spread evenly; up to 6 MiB, all."""
     digests = [_digest(file) for file in model_files(path)]
     return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
 
@@ -103,12 +88,9 @@ def _digest(path: str) -> bytes:
     with _reading(path) as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.sha256(size.to_bytes(8, "little"))
-        if size <= 2 * _MIB + _N_BLOCKS * _BLOCK:
-            parts = [(0, size)]
-        else:
-            blocks = [((size - _BLOCK) * (i + 1) // (_N_BLOCKS + 1), _BLOCK) for i in range(_N_BLOCKS)]
-            parts = [(0, _MIB), *blocks, (size - _MIB, _MIB)]
-        for start, length in parts:
+        blocks = [((size - _BLOCK) * (i + 1) // (_N_BLOCKS + 1), _BLOCK) for i in range(_N_BLOCKS)]
+        parts = [(0, _MIB), *blocks, (size - _MIB, _MIB)]
+        for start, length in parts if size > 2 * _MIB + _N_BLOCKS * _BLOCK else [(0, size)]:
             file.seek(start)
             digest.update(file.read(length))
     return digest.digest()
@@ -128,15 +110,5 @@ def check_gguf(path: StrPath) -> None:
 
 def plan_path(model: StrPath) -> str:
     """Return the name of a model's plan file, whether it exists or not: ``X.adaskip-plan.json`` for ``X.gguf``."""
-    return _stem(model) + PLAN_SUFFIX
-
-
-def check_model(made_for: ModelInfo, model: StrPath, name: str) -> None:
-    """Raise a ProfileMismatchError if ``name``, a profile or plan, is of another model file, before loading that."""
-    found = replace(made_for, fingerprint=fingerprint(model))
-    made_for.check(found, repr(name), model, f"run `adaskip-cpp tune {os.fspath(model)}`")
-
-
-def _stem(model: StrPath) -> str:
     path = os.fspath(model)
-    return path[: -len(".gguf")] if path.lower().endswith(".gguf") else path
+    return (path[: -len(".gguf")] if path.lower().endswith(".gguf") else path) + PLAN_SUFFIX

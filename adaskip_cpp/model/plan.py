@@ -11,12 +11,13 @@ import numpy.typing as npt
 from ..errors import PlanError
 from . import stored
 from .identity import ModelInfo
-from .mode import MODES, ModeName
 from .skip_set import SkipSet, marked
 
 Phase: TypeAlias = Literal["bulk", "prefill", "decode"]
 PHASES: tuple[Phase, ...] = get_args(Phase)  # each token is evaluated in one, in the order of enum adaskip_phase
 TIMED: tuple[Phase, Phase] = ("prefill", "decode")  # calibrated and timed: a whole prompt, and each token of an answer
+ModeName: TypeAlias = Literal["prompt", "prefill", "decode", "e2e"]  # which phases skip: ``MODES`` in ``planning``
+OnlineScale: TypeAlias = Literal["none", "paper", "median"]
 
 # From docs/dev/method.md: a head of 1 would do for SmolLM2, and tails above 64 cost more than they gain.
 DEFAULT_HEAD, DEFAULT_TAIL = 4, 64
@@ -37,22 +38,16 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-OnlineScale: TypeAlias = Literal["none", "paper", "median"]
-
-
 @dataclass(frozen=True)
 class OnlineStage:
-    """The online stage: after its first decoded tokens, a request skips further FFNs in decode.
+    """The online stage: after its first decoded tokens, a request skips more FFNs. Impossible values raise a PlanError.
 
     Attributes:
-        window: number of these tokens. They run under the decode set, and every other FFN is observed; the paper's
-            authors use 20.
+        window: number of these tokens, from 1 on. They run under the decode set, and every other FFN is observed; the
+            paper's authors use 20.
         threshold: IO similarity. An FFN whose mean over these tokens is at least this is skipped from then on.
         scale: the compensation of such an FFN, measured over these tokens: ``"paper"`` is the ratio of Frobenius norms
             of output and input, ``"median"`` the median of the tokens' ratios of norms, ``"none"`` is 1.
-
-    Raises:
-        PlanError: the window is not a whole number from 1 on, the threshold is not finite, or the scale is unknown.
     """
 
     window: int = 20
@@ -72,7 +67,8 @@ class OnlineStage:
 class Bulk:
     """The bulk of a prompt: its tokens between head and tail, and the sublayers that they skip.
 
-    Later tokens need only K and V of the bulk. Skipped attentions still compute and store these.
+    Later tokens need only K and V of the bulk. Skipped attentions still compute and store these. Impossible numbers,
+    and windowed layers that the model lacks, raise a PlanError.
 
     Attributes:
         skip: the set that the bulk skips.
@@ -83,10 +79,6 @@ class Bulk:
         window_size: tokens that a windowed attention sees, from 1 on.
         refit: tokens of every 2,048 that run whole, and to which the maps of ``skip`` are fitted again for the other
             tokens; 0 if the maps stay as they are.
-
-    Raises:
-        PlanError: ``head``, ``tail``, ``window_size`` or ``refit`` is impossible, or a windowed layer is not in the
-            model.
 
     Examples:
         >>> from adaskip_cpp.model.skip_set import SkipSet
@@ -117,21 +109,15 @@ class Bulk:
         return tuple(layer for layer in self.windowed if not self.skip.skip[layer, 0])
 
     def scaled(self, context: int, of: int) -> "Bulk":
-        """Return the bulk for prompts of ``context`` tokens, if this one is for prompts of ``of`` tokens.
-
-        Windows and tail have the same share of the prompt. The tail is never shorter than this one's. If it is longer,
-        it is at most the prompt.
-        """
+        """Return the bulk scaled from prompts of ``of`` tokens to ``context``: windows and tail keep their share."""
         share = max(round(of / (self.window_size + CELLS - DEFAULT_WINDOW)), 1)
         size = window_size_for(context, share) if self.narrowed else self.window_size
-        return replace(self, window_size=size, tail=max(min(self.tail * context // of, context), self.tail))
+        tail = max(min(self.tail * context // of, context), self.tail)  # grows to the prompt at most
+        return replace(self, window_size=size, tail=tail)
 
     def span(self, n_cached: int, n_tokens: int) -> tuple[int, int]:
-        """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none.
-
-        A head within the first tokens that maps are fitted to is read together with them, since they run whole too.
-        """
-        has_own_head = n_cached > 0 or self.head >= self.refit
+        """Return begin and end of the bulk in ``n_tokens`` of a prompt after ``n_cached``; ``(0, 0)`` for none."""
+        has_own_head = n_cached > 0 or self.head >= self.refit  # else it is read with the whole tokens of the fit
         begin, end = max(self.head - n_cached, 0) * has_own_head, n_tokens - self.tail
         return (begin, end) if begin < end else (0, 0)
 
@@ -163,7 +149,8 @@ class Bulk:
 class SkipPlan:
     """The sublayers that each phase of a request skips.
 
-    ``SkipPlan.manual`` makes a plan from lists of layers, ``Profile.plan`` from a calibration.
+    ``SkipPlan.manual`` makes a plan from lists of layers, ``Profile.plan`` from a calibration. Sets that differ in
+    their number of layers, and what the rules below forbid, raise a PlanError.
 
     Attributes:
         prefill: the set for a prompt, except for its bulk.
@@ -178,10 +165,6 @@ class SkipPlan:
         strategy: name of the strategy that chose the sets, ``"manual"`` for lists of layers.
         compensation: name of the compensation, ``"manual"`` if it was given as numbers.
         mode: the mode, ``"manual"`` for sets given by hand.
-
-    Raises:
-        PlanError: the sets have different numbers of layers, an attention would read K and V that were never written,
-            the schedule is malformed or meets an online stage, or the mode is unknown.
     """
 
     prefill: SkipSet
@@ -198,8 +181,8 @@ class SkipPlan:
     def __post_init__(self) -> None:
         if self.model is not None and self.model.n_layer != self.n_layer:
             raise PlanError(f"the plan has {self.n_layer} layers, its model has {self.model.n_layer}; make them equal")
-        if self.mode not in (*MODES, "manual"):
-            raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
+        if self.mode not in (*get_args(ModeName), "manual"):
+            raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(get_args(ModeName))}")
         if self.schedule:
             starts = [start for start, _ in self.schedule]
             if self.online is not None:
@@ -213,14 +196,12 @@ class SkipPlan:
         later = [(f"the schedule's set at {start} tokens", each) for start, each in self.schedule[1:]]
         in_turn = [("prefill", self.prefill), ("decode", self.decode), *later]
         pairs = [*itertools.pairwise(in_turn), (in_turn[0], ("bulk", self.skipped("bulk")))]
-        for (name, earlier), (later_name, later_set) in pairs:
-            if earlier.n_layer != later_set.n_layer:
+        for (name, first), (other, then) in pairs:
+            if first.n_layer != then.n_layer:
+                raise PlanError(f"{name} is for {first.n_layer} layers but {other} for {then.n_layer}; make them equal")
+            if holes := sorted({*first.attention} - {*then.attention}):
                 raise PlanError(
-                    f"{name} is for {earlier.n_layer} layers but {later_name} for {later_set.n_layer}; make them equal"
-                )
-            if holes := sorted({*earlier.attention} - {*later_set.attention}):
-                raise PlanError(
-                    f"{name} skips the attention of layers {holes}, which {later_name} runs: it would read KV that was "
+                    f"{name} skips the attention of layers {holes}, which {other} runs: it would read KV that was "
                     "never written; skip it there too"
                 )
 
@@ -233,7 +214,7 @@ class SkipPlan:
         scale: npt.ArrayLike | None = None,
         phase: Literal["both", "bulk", "decode"] = "both",
     ) -> "SkipPlan":
-        """Make a plan from lists of layers.
+        """Make a plan from lists of layers. Layers that the model lacks and other impossible values raise a PlanError.
 
         Args:
             n_layer: number of layers of the model.
@@ -243,9 +224,6 @@ class SkipPlan:
                 values of skipped sublayers are used; 1.0 if None.
             phase: ``"both"`` skips in prompt and answer, ``"decode"`` in the answer alone, ``"bulk"`` in the bulk of a
                 prompt alone, with the default head and tail.
-
-        Raises:
-            PlanError: a layer is not in ``range(n_layer)``, or ``n_layer``, ``phase`` or a compensation is wrong.
 
         Examples:
             >>> plan = SkipPlan.manual(llm.n_layer, attention=[20, 21], ffn=[20, 21, 22], phase="bulk")

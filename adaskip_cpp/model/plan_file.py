@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -10,7 +10,7 @@ from ..errors import PlanError, PlanFileError
 from ..files import StrPath
 from . import stored
 from .frontier import Frontier
-from .identity import PLAN_SUFFIX, check_model, plan_path
+from .identity import PLAN_SUFFIX, fingerprint, plan_path
 from .plan import SkipPlan
 
 FORMAT_VERSION = 8
@@ -19,15 +19,7 @@ _FORMAT = "adaskip-plan"
 
 @dataclass(frozen=True)
 class PlanFile:
-    """The content of a plan file: one plan or a frontier.
-
-    Attributes:
-        plan: the plan, or None.
-        frontier: the frontier, or None.
-
-    Raises:
-        PlanError: both or none of the two are given, or the plans of a frontier are of several models.
-    """
+    """The content of a plan file: ``plan``, or ``frontier`` with plans of one model. Anything else is a PlanError."""
 
     plan: SkipPlan | None = None
     frontier: Frontier | None = None
@@ -47,12 +39,10 @@ class PlanFile:
 
 
 def save_plan(path: StrPath, plan: SkipPlan | Frontier) -> None:
-    """Write a plan or a frontier into a file, and its vectors and maps into a second file beside it.
+    """Write a plan, or a frontier that ``tune`` returned, into the JSON file ``path``.
 
-    Args:
-        path: the JSON file. The second one is ``X.bin`` for ``X.json``. ``AdaSkipLlama(..., plan="auto")`` reads
-            ``X.adaskip-plan.json`` beside ``X.gguf``.
-        plan: a plan, or a frontier that ``tune`` returned.
+    Its vectors and maps are in a second file beside it, ``X.bin`` for ``X.json``. ``AdaSkipLlama(..., plan="auto")``
+    reads ``X.adaskip-plan.json`` beside ``X.gguf``.
 
     Raises:
         PlanError: the plans of a frontier are of several models.
@@ -70,8 +60,7 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
         model: a GGUF file that the plans must be of; None for no check.
 
     Raises:
-        PlanFileError: a file is missing, truncated, malformed, of another format or version, or the two do not belong
-            together.
+        PlanFileError: a file is missing, malformed, of another format or version, or the two are not of one plan.
         ProfileMismatchError: the file is of another model.
         OSError: a file cannot be read.
     """
@@ -86,7 +75,8 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
     except (ValueError, RecursionError) as error:  # this includes all errors of msgspec and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; write it again with {way_out}") from error
     if model is not None and found.plans and (made_for := found.plans[0].model) is not None:
-        check_model(made_for, model, name)
+        here = replace(made_for, fingerprint=fingerprint(model))
+        made_for.check(here, repr(name), model, f"run `adaskip-cpp tune {os.fspath(model)}`")
     return found
 
 

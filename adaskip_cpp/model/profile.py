@@ -24,7 +24,7 @@ _Self = TypeVar("_Self", bound="ProfileData")
 class ProfileData(LayerArrays):
     """The parts of a profile: statistics of one model's sublayers, averaged over calibration requests.
 
-    Arrays are read-only. Their columns are attention and FFN.
+    Arrays are read-only. Impossible values, and parts that cannot be of one model, raise a ProfileError.
 
     Attributes:
         prefill: statistics of the prompts.
@@ -39,9 +39,6 @@ class ProfileData(LayerArrays):
         maps: linear maps, for compensation; None if they were not fitted.
         windowable: layers whose attention can look back at a window in the bulk of a prompt, ascending.
         bulk_only: layers whose attention only the bulk of a prompt can skip, because other layers read its K and V.
-
-    Raises:
-        ProfileError: a part has another number of layers or another length of vectors, or a value is impossible.
     """
 
     prefill: PhaseStatistics
@@ -62,13 +59,8 @@ class ProfileData(LayerArrays):
             layers = getattr(self, name)
             if list(layers) != sorted({*layers}) or not all(0 <= layer < self.n_layer for layer in layers):
                 raise ProfileError(f"{name!r} does not list layers of the model; calibrate again")
-        parts = {
-            "'similarity'": self.prefill,
-            "'similarity' of decode": self.decode,
-            "the cost model": self.cost,
-            "linear maps": self.maps,
-        }
-        for name, part in parts.items():
+        names = ("'similarity'", "'similarity' of decode", "the cost model", "linear maps")
+        for name, part in zip(names, (self.prefill, self.decode, self.cost, self.maps), strict=True):
             if part is not None and part.n_layer != self.n_layer:
                 raise ProfileError(f"{name} is of {part.n_layer} layers, the model has {self.n_layer}; calibrate again")
         n_embd, of_decode = (phase.mean_u.shape[2] for phase in (self.prefill, self.decode))
@@ -122,24 +114,19 @@ class ProfileData(LayerArrays):
         """Read a profile that ``save`` or ``adaskip-cpp calibrate`` wrote, and the file beside it.
 
         Raises:
-            ProfileError: a file is missing, truncated, malformed or of another version, or the two do not belong
-                together.
+            ProfileError: a file is missing, malformed or of another version, or the two are not of one profile.
             OSError: a file cannot be read.
         """
         name = os.fspath(path)
         try:
             return stored.load(name, cls, _FORMAT, FORMAT_VERSION)
         except FileNotFoundError:
-            raise ProfileError(
-                f"there is no profile {name!r}; write one with `adaskip-cpp calibrate MODEL -o {name}`"
-            ) from None
+            way_out = f"write one with `adaskip-cpp calibrate MODEL -o {name}`"
+            raise ProfileError(f"there is no profile {name!r}; {way_out}") from None
         except stored.ModelGivenError as error:
-            raise ProfileError(
-                f"{name!r} is a model; name its profile, which `adaskip-cpp calibrate {name} -o PROFILE` writes"
-            ) from error
-        except stored.VersionError as error:
-            way_out = "calibrate again or install the release that wrote it"
-            raise ProfileError(f"{name!r} cannot be used: {error}; {way_out}") from error
+            way_out = f"name its profile, which `adaskip-cpp calibrate {name} -o PROFILE` writes"
+            raise ProfileError(f"{name!r} is a model; {way_out}") from error
         except ValueError as error:  # this includes all errors of msgspec and our own
             words = str(error).removesuffix("; calibrate again")
-            raise ProfileError(f"{name!r} cannot be used: {words}; calibrate again") from error
+            or_else = " or install the release that wrote it" if isinstance(error, stored.VersionError) else ""
+            raise ProfileError(f"{name!r} cannot be used: {words}; calibrate again{or_else}") from error

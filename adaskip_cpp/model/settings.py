@@ -36,8 +36,7 @@ class Settings:
 
 def in_words(values: Mapping[str, Any]) -> str:
     """Return values of settings by name in one line."""
-    words = {name: "+".join(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return ", ".join(f"{name} {value}" for name, value in words.items())
+    return ", ".join(f"{name} {'+'.join(each) if isinstance(each, tuple) else each}" for name, each in values.items())
 
 
 @dataclass(frozen=True)

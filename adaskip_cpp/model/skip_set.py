@@ -31,7 +31,7 @@ class SkipSet(LayerArrays):
     """The sublayers that one phase skips, with their compensation.
 
     From its input u, a skipped sublayer's output is estimated as ``s * u + b + up (down u)``, both with the residual.
-    Arrays are read-only. Their columns are attention and FFN.
+    Arrays are read-only, with columns attention and FFN. Other shapes, and impossible values in use, raise a PlanError.
 
     Attributes:
         skip: bool ``[n_layer, 2]``: whether a sublayer is skipped.
@@ -39,9 +39,6 @@ class SkipSet(LayerArrays):
         bias: float32 ``[n_layer, 2, n_embd]``: b; 0 for sublayers that run. None if no sublayer has one.
         down: float32 ``[n_layer, 2, rank, n_embd]``: first matrix of the map; 0 without a map. None if there is no map.
         up: float32 ``[n_layer, 2, n_embd, rank]``: second matrix of the map, likewise.
-
-    Raises:
-        PlanError: the arrays' shapes are not those above, or a skipped sublayer's scale, bias or map is impossible.
     """
 
     skip: Flags
@@ -64,9 +61,8 @@ class SkipSet(LayerArrays):
                 raise PlanError(f'the scale of {name} is {s}; give one above 0, or use compensation="none"')
             for part, what, other in _PARTS:
                 if arrays[part] is not None and not np.isfinite(arrays[part][layer, kind]).all():
-                    raise PlanError(
-                        f'the {what} of {name} is not finite; calibrate again, or use compensation="{other}"'
-                    )
+                    way_out = f'calibrate again, or use compensation="{other}"'
+                    raise PlanError(f"the {what} of {name} is not finite; {way_out}")
         parts = {name: _rows(arrays[name], mapped if name in ("down", "up") else skip) for name, _, _ in _PARTS}
         freeze(self, skip=skip, scale=np.where(skip, scale, 1.0), **parts)
 
@@ -139,10 +135,3 @@ def ranked(values: Floats) -> list[int]:
     """Return flat indices of ``[n_layer, 2]`` values, smallest first, NaN last; ties: attention, then lower layer."""
     layer, kind = np.indices(values.shape)
     return [int(index) for index in np.lexsort((layer.ravel(), kind.ravel(), values.ravel()))]  # last key first
-
-
-def first_ranked(values: Floats, n: int) -> Flags:
-    """Return the flags of the first ``n`` sublayers by :func:`ranked`, bool ``[n_layer, 2]``."""
-    chosen = np.zeros(values.shape, np.bool_)
-    chosen.flat[ranked(values)[:n]] = True
-    return chosen

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProfileError
-from .arrays import Count, Flags, Floats, LayerArrays, Vectors, checked, freeze, from_bf16, to_bf16
+from .arrays import Count, Flags, Floats, LayerArrays, Vectors, checked, freeze
 
 WHOLE = 2  # the column of a whole layer; attention and FFN are columns 0 and 1
 _SHAPES = {
@@ -21,8 +21,8 @@ _SHAPES = {
 class PhaseStatistics(LayerArrays):
     """Statistics of one phase, of one request or averaged over requests.
 
-    ``u`` and ``v`` are a sublayer's input and output, both with the residual. Arrays are read-only. Their columns are
-    attention and FFN. Values are NaN for sublayers that were not observed.
+    ``u`` and ``v`` are a sublayer's input and output, both with the residual. Arrays are read-only, with columns
+    attention and FFN. Values are NaN for sublayers that were not observed. Impossible ones raise a ProfileError.
 
     Attributes:
         similarity: float64 ``[n_layer, 2]``: the IO similarity, the mean over the tokens of the cosine of u and v.
@@ -32,9 +32,6 @@ class PhaseStatistics(LayerArrays):
         mean_u: float32 ``[n_layer, 2, n_embd]``: mean of u over the tokens.
         mean_v: float32 ``[n_layer, 2, n_embd]``: mean of v over the tokens.
         n_tokens: tokens of all requests together.
-
-    Raises:
-        ProfileError: the shapes or values of the arrays are impossible.
     """
 
     similarity: Floats
@@ -71,14 +68,11 @@ class LinearMaps(LayerArrays):
     """Linear maps: from its input u, a sublayer's output is estimated as ``s u + up (down u)``.
 
     Each layer has three: for its attention, for its FFN, and for both together. Arrays are read-only and rounded to
-    BF16. Values are NaN if no map was fitted.
+    BF16. Values are NaN if no map was fitted; others that are not finite, and other shapes, raise a ProfileError.
 
     Attributes:
         down: float32 ``[n_layer, 3, rank, n_embd]``: the first matrices.
         up: float32 ``[n_layer, 3, n_embd, rank]``: the second matrices.
-
-    Raises:
-        ProfileError: the shapes do not fit each other, or a map has values that are not finite.
     """
 
     down: Vectors
@@ -87,7 +81,7 @@ class LinearMaps(LayerArrays):
     def __post_init__(self) -> None:
         shapes = {"up": (np.float32, "n_layer 3 n_embd rank"), "down": (np.float32, "n_layer 3 rank n_embd")}
         arrays = checked(self, ProfileError, "these are no linear maps; calibrate again", shapes, copy=False)
-        freeze(self, **{name: from_bf16(to_bf16(array)) for name, array in arrays.items()})
+        freeze(self, **{name: _as_bf16(array) for name, array in arrays.items()})
         if not all(np.isfinite(array[self.fitted]).all() for array in (self.down, self.up)):
             raise ProfileError("the linear maps have values that calibration cannot give; calibrate again")
 
@@ -95,6 +89,13 @@ class LinearMaps(LayerArrays):
     def fitted(self) -> Flags:
         """Whether there is a map, bool ``[n_layer, 3]``."""
         return np.asarray(~np.isnan(self.up).any(axis=(2, 3)))
+
+
+def _as_bf16(values: Vectors) -> Vectors:
+    """Round to the nearest BF16, which is the upper half of a float32; of two to the one with even bits."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16
+    return np.where(np.isnan(values), np.float32(np.nan), nearest.view(np.float32))
 
 
 def map_scale(median_ratio: Floats) -> Floats:

@@ -21,18 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..files import StrPath, json_text, write_atomically, write_pair
-from .arrays import Floats, from_bf16
 from .skip_set import KINDS, marked
 
 MOST_JSON = 64 << 20  # more bytes than the JSON of any profile or plan has
 MOST_MEMORY = 4 << 30  # more bytes than the arrays of any profile or plan take
 _MOST_NAME = 230  # bytes of a file's name: file systems take 255, and names are longer while files are written
-_GGUF = b"GGUF"  # the first bytes of a model's file
 
 _T = TypeVar("_T")
 _Index = Annotated[int, msgspec.Meta(ge=0, le=MOST_MEMORY)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-_Layers = Annotated[int, msgspec.Meta(ge=1, le=9999)]
 
 
 class VersionError(ValueError):
@@ -83,7 +80,7 @@ class _Flags:
 
     attention: tuple[int, ...]
     ffn: tuple[int, ...]
-    n_layer: _Layers
+    n_layer: Annotated[int, msgspec.Meta(ge=1, le=9999)]
 
 
 def plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -124,8 +121,7 @@ def save(path: StrPath, form: str, version: int, value: Any) -> None:
         return
     beside = vectors_path(target)
     names = _Beside(os.path.basename(beside), hashlib.sha256(content).hexdigest())
-    text = json_text({**data, "vectors": names})
-    write_pair(target, text, beside, content, _waiting_path(beside, names.sha256))
+    write_pair(target, json_text({**data, "vectors": names}), beside, content, _waiting_path(beside, names.sha256))
 
 
 def load(path: StrPath, kind: type[_T], form: str, version: int) -> _T:
@@ -141,11 +137,14 @@ def from_plain(data: Any, kind: type[_T], content: bytes = b"") -> _T:
 
     def decode(_: Any, value: Any) -> npt.NDArray[Any]:
         nonlocal n_read, n_bytes
-        if isinstance(value, dict) and "rows" not in value:
+        if not isinstance(value, dict):  # lists of numbers, or of such lists, with null for NaN
+            try:
+                return np.array(msgspec.convert(value, list[list[float | None] | float | None]), np.float64)
+            except (msgspec.ValidationError, OverflowError) as error:  # msgspec adds the field's name to a ValueError
+                raise ValueError(str(error)) from error
+        if "rows" not in value:
             flags = msgspec.convert(value, _Flags)
             return marked(flags.n_layer, flags.attention, flags.ffn)
-        if not isinstance(value, dict):
-            return _from_lists(value)
         at = msgspec.convert(value, _Array)
         n, size = at.shape[0] * at.shape[1], math.prod(at.shape[2:])
         n_bytes += 4 * n * size
@@ -161,22 +160,15 @@ def from_plain(data: Any, kind: type[_T], content: bytes = b"") -> _T:
         array = np.zeros((n, size), np.float32)  # takes memory only where it is written
         if at.nan:
             array[:] = np.nan
-        found = np.frombuffer(content, "<u2" if at.bf16 else "<f4", n_numbers, at.start)
-        array[list(at.rows)] = (from_bf16(found) if at.bf16 else found).reshape(-1, size)
+        stored = np.frombuffer(content, "<u2" if at.bf16 else "<f4", n_numbers, at.start)
+        floats = (stored.astype(np.uint32) << 16).view(np.float32) if at.bf16 else stored  # BF16 is the upper half
+        array[list(at.rows)] = floats.reshape(-1, size)
         return array.reshape(at.shape)
 
     found = msgspec.convert(data, kind, dec_hook=decode)
     if n_read != len(content):
         raise ValueError("the file of its vectors is longer than its arrays")
     return found
-
-
-def _from_lists(value: Any) -> Floats:
-    """Read lists of numbers, or lists of such lists, with null for NaN."""
-    try:
-        return np.array(msgspec.convert(value, list[list[float | None] | float | None]), np.float64)
-    except (msgspec.ValidationError, OverflowError) as error:  # msgspec adds the field's name to a ValueError
-        raise ValueError(str(error)) from error
 
 
 def vectors_path(path: StrPath) -> str:
@@ -209,7 +201,7 @@ def _read_bounded(path: StrPath, most: int) -> bytes:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError(f"{os.fspath(path)!r} is not a regular file")
-        if file.read(len(_GGUF)) == _GGUF:
+        if file.read(4) == b"GGUF":
             raise ModelGivenError("it is a model")
         file.seek(0)
         if facts.st_size > most:

@@ -24,7 +24,7 @@ else:
 
 INK = "#1b1b1d"  # text, axes and black lines; to_svg() replaces it with the text colour of the page
 GRID = "#9a9a9a"  # thin lines, visible on white and on black
-TEXT_PT = 9.0
+TEXT_PT = 9.0  # in a picture of 6.5 inches, the width of the text on a page
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,9 @@ class Look:
 
     @property
     def line(self) -> dict[str, Any]:
-        return {**self.points, "linestyle": self.style, "linewidth": 1.4}
-
-    @property
-    def points(self) -> dict[str, Any]:
-        """Markers without a line between them."""
         size = 6.0 if self.marker in "*P" else 4.5
         look = {"color": self.colour, "marker": self.marker, "markersize": size, "markeredgewidth": 0.0}
-        return {**look, "linestyle": "none"}
+        return {**look, "linestyle": self.style, "linewidth": 1.4}
 
 
 _DASHES, _DOTS = (0.0, (4.0, 1.6)), (0.0, (1.2, 1.4))
@@ -56,7 +51,7 @@ _ORANGE, _SKY = Look("#E69F00", "^", _DASH_DOT), Look("#56B4E9", "P", _LONG)
 
 PHASE = {"prefill": _BLUE, "decode": replace(_ORANGE, style=_DASHES)}
 STRATEGY = {
-    "full": Look(INK, "*", "-"),
+    "full": Look(INK, "*", "none"),
     "adaskip": _BLUE,
     "paper": _SKY,
     "manual": _GREEN,
@@ -64,16 +59,9 @@ STRATEGY = {
     "skip_decode": _PURPLE,
     "unified_skipping": _ORANGE,
 }
-"""By strategy; ``full`` is the whole model, ``paper`` AdaSkip in the paper's exact mode."""
-OTHERS = (
-    _BLUE,
-    _VERMILION,
-    _GREEN,
-    replace(_ORANGE, style=_DOTS),
-    replace(_PURPLE, style=_LONG),
-    replace(_SKY, style=_DASH_DOT),
-    Look(INK, "X", "-"),
-)
+"""By strategy; ``full`` is the whole model, a single point; ``paper`` is AdaSkip in the paper's exact mode."""
+_RESTYLED = replace(_ORANGE, style=_DOTS), replace(_PURPLE, style=_LONG), replace(_SKY, style=_DASH_DOT)
+OTHERS = (_BLUE, _VERMILION, _GREEN, *_RESTYLED, Look(INK, "X", "-"))
 """For series without their own look, such as models and prompt lengths."""
 
 
@@ -86,14 +74,11 @@ def has_matplotlib() -> bool:
 
 
 def panels(n: int = 1, *, width_in: float = 6.5, height_in: float = 3.4, **share: Any) -> tuple[Figure, list[Axes]]:
-    """Return an empty picture and its panels, from left to right; ``share`` is for ``Figure.subplots``.
+    """Return an empty picture and its panels, from left to right; ``share`` is for ``Figure.subplots``."""
+    if not has_matplotlib():
+        raise PackageMissingError('pictures need matplotlib; run: pip install "adaskip-cpp[plot]"')
+    from matplotlib.figure import Figure
 
-    6.5 inches are the width of the text on a page. At this width, the picture's text has 9 points.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PackageMissingError('pictures need matplotlib; run: pip install "adaskip-cpp[plot]"') from None
     fig = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
     every = list(fig.subplots(1, n, squeeze=False, **share).flat)
     for axes in every:
@@ -134,8 +119,7 @@ def to_svg(fig: Figure, *, name: str = "") -> str:
     the page's font. Identifiers are unique, so that a page can have several pictures.
     """
     svg = _render(fig, "svg", fonttype="none").decode("utf-8")
-    svg = svg[svg.index("<svg") :].rstrip()
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :].rstrip(), flags=re.DOTALL)
     prefix = "p" + hashlib.sha256(svg.encode()).hexdigest()[:8] + "-"
     svg = re.sub(r'(\bid="|url\(#|href="#)', lambda found: found[1] + prefix, svg)
     svg = re.sub(f"{INK}|#000000", "currentColor", svg, flags=re.IGNORECASE)

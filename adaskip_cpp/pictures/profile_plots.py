@@ -5,7 +5,6 @@ Similarities are drawn as ``log(1 - similarity)``: those of skippable sublayers 
 
 import numpy as np
 
-from ..model.arrays import Floats
 from ..model.frontier import DEFAULT_LOSS, Frontier
 from ..model.skip_set import KIND_NAMES
 from ..planning.profile import Profile
@@ -35,11 +34,8 @@ def similarity(profile: Profile) -> plots.Figure:
 
 
 def losses(frontier: Frontier) -> plots.Figure:
-    """Draw the loss of a frontier against the time to the first token, a curve per prompt length.
-
-    A curve leaves out plans that lose more than a faster one.
-    """
-    fig, (axes,) = plots.panels(height_in=3.4)
+    """Draw a frontier's losses against times to the first token, without plans that lose more than a faster one."""
+    fig, (axes,) = plots.panels()
     fastest = 1.0
     for length, look in zip(LENGTHS, plots.OTHERS, strict=False):
         every = sorted([(1.0, 0.0), *((1 / point.speedup(length), point.harm(length)) for point in frontier.points)])
@@ -62,11 +58,7 @@ def _scale(row: list[plots.Axes]) -> None:
     low = min(max((tick for tick in _TICKS if tick <= low), default=-1), 0.99)
     high = min((tick for tick in _TICKS if tick >= high), default=1.0)
     ticks = [tick for tick in _TICKS if low <= tick <= high]
-    row[0].set_yscale("function", functions=(_finer, lambda y: 1.0 - 10.0**-y))
+    row[0].set_yscale("function", functions=(lambda x: -np.log10(np.maximum(1 - x, _CLOSEST)), lambda y: 1 - 10.0**-y))
     row[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     row[0].minorticks_off()
     row[0].set_ylim(low - 0.03 * (1 - low), 1.0 - 0.95 * max(1.0 - high, _CLOSEST))
-
-
-def _finer(similarity: Floats) -> Floats:
-    return np.asarray(-np.log10(np.maximum(1.0 - np.asarray(similarity), _CLOSEST)))

@@ -1,4 +1,4 @@
-"""The compensations of skipped sublayers, ``v := s * u + b + up (down u)``, for ``modes.py``: ``COMPENSATIONS``.
+"""The compensations of skipped sublayers, ``v := s * u + b + up (down u)``, for strategies: ``COMPENSATIONS``.
 
 docs/dev/method.md compares them. ``linear`` is ``affine`` for sublayers without a map. Online FFNs get a scale alone.
 """
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import PlanError
-from ..model.arrays import Flags, Floats, Vectors
+from ..model.arrays import Flags
 from ..model.plan import OnlineScale
 from ..model.skip_set import SkipSet
 from ..model.statistics import WHOLE, LinearMaps, PhaseStatistics, map_scale
@@ -20,7 +19,6 @@ DEFAULT_COMPENSATION = "linear"
 class Compensation:
     """One way to compensate."""
 
-    name: str
     online: OnlineScale  # how s is found, also for the FFNs that the online stage adds
     adds_mean: bool = False  # whether b is added
     uses_maps: bool = False  # whether linear maps with their own s replace s and b where the profile has maps
@@ -34,7 +32,13 @@ class Compensation:
         if self.uses_maps and maps is not None and skip.any():
             mapped = skip & maps.fitted[:, :2]
             scale = np.where(mapped, map_scale(ratio), scale)
-            down, up = _stand_ins(skip, mapped, scale, maps)
+            down, up = maps.down[:, :2].copy(), maps.up[:, :2].copy()
+            # If both sublayers of a layer are skipped, the map of the whole layer becomes the map of its FFN.
+            whole = skip.all(axis=1) & maps.fitted[:, WHOLE]
+            scale[whole], mapped[whole] = 1.0, True
+            down[whole, 1], up[whole, 1] = maps.down[whole, WHOLE], maps.up[whole, WHOLE]
+            down[whole, 0] = up[whole, 0] = 0.0
+            down[~mapped] = up[~mapped] = 0.0
         if not (self.adds_mean and (skip & ~mapped).any()):
             return SkipSet(skip, scale, None, down, up)
         error = statistics.mean_v - scale[:, :, None] * statistics.mean_u.astype(np.float64)
@@ -42,32 +46,10 @@ class Compensation:
         return SkipSet(skip, scale, error.astype(np.float32), down, up)
 
 
-def _stand_ins(skip: Flags, mapped: Flags, scale: Floats, maps: LinearMaps) -> tuple[Vectors, Vectors]:
-    """Return the maps down and up of skipped sublayers, zeros for no map; this changes ``scale`` and ``mapped`` too."""
-    down, up = maps.down[:, :2].copy(), maps.up[:, :2].copy()
-    # If both sublayers of a layer are skipped, the map of the whole layer becomes the map of its FFN.
-    whole = skip.all(axis=1) & maps.fitted[:, WHOLE]
-    scale[whole] = 1.0
-    down[whole, 1], up[whole, 1] = maps.down[whole, WHOLE], maps.up[whole, WHOLE]
-    down[whole, 0] = up[whole, 0] = 0.0
-    mapped[whole] = True
-    down[~mapped] = up[~mapped] = 0.0
-    return down, up
-
-
 COMPENSATIONS: dict[str, Compensation] = {
-    each.name: each
-    for each in (
-        Compensation("none", "none"),
-        Compensation("paper", "paper"),
-        Compensation("median", "median"),
-        Compensation("affine", "median", adds_mean=True),
-        Compensation("linear", "median", adds_mean=True, uses_maps=True),
-    )
+    "none": Compensation("none"),
+    "paper": Compensation("paper"),
+    "median": Compensation("median"),
+    "affine": Compensation("median", adds_mean=True),
+    "linear": Compensation("median", adds_mean=True, uses_maps=True),
 }
-
-
-def get_compensation(name: str) -> Compensation:
-    if name not in list(COMPENSATIONS):  # a list takes names that cannot be hashed
-        raise PlanError(f"unknown compensation {name!r}; use one of: {', '.join(COMPENSATIONS)}")
-    return COMPENSATIONS[name]

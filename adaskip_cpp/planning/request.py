@@ -1,21 +1,40 @@
 """``PlanRequest``: the one description of a wanted plan, for Python, the command line, evaluate and tune."""
 
 import math
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 
 from ..errors import BudgetError, PlanError
-from ..model.mode import MODES, ModeName
-from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, Phase, whole_number, window_size_for
-from .compensation import DEFAULT_COMPENSATION, get_compensation
+from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, ModeName, Phase, whole_number, window_size_for
+from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
 
 DEFAULT_N_SKIP = 12  # sublayers skipped unless a budget is given
 
 
 @dataclass(frozen=True)
+class Mode:
+    """The phases that skip the chosen sublayers."""
+
+    in_bulk: bool = False  # the bulk of a prompt alone, which keeps their K and V
+    in_prefill: bool = False  # whole prompts
+    in_decode: bool = False  # answers
+    adapts: bool = False  # whether an answer may skip more as it goes on, by an online stage or a schedule
+
+
+MODES: dict[ModeName, Mode] = {  # the prompt mode and the paper's three
+    "prompt": Mode(in_bulk=True),
+    "prefill": Mode(in_prefill=True, in_decode=True),
+    "decode": Mode(in_decode=True, adapts=True),
+    "e2e": Mode(in_prefill=True, in_decode=True, adapts=True),
+}
+
+
+@dataclass(frozen=True)
 class PlanRequest:
     """A description of a wanted plan. ``Profile.plan`` and ``evaluate`` make plans of it.
+
+    Impossible values, and values that exclude each other, raise a PlanError; for budgets it is a BudgetError.
 
     Attributes:
         n_skip: number of sublayers to skip; None for 12, or if there is a speed-up or a list of layers.
@@ -31,15 +50,10 @@ class PlanRequest:
             ``attention`` and ``ffn``.
         compensation: ``"linear"``, ``"affine"``, ``"median"``, ``"paper"`` or ``"none"``. The baselines have none,
             whatever is asked for.
-        online: whether the plan has an online stage. Strategy ``"adaskip"`` alone has one, if it skips in decode and
-            not in mode ``"prefill"``. Its threshold is the n-th largest similarity of the profile, for n skipped
-            sublayers.
+        online: whether the plan has an online stage. Strategy ``"adaskip"`` alone has one, in ``"decode"`` and
+            ``"e2e"``. Its threshold is the n-th largest similarity of the profile, for n skipped sublayers.
         attention: for strategy ``"manual"``: layers whose attention is skipped.
         ffn: for strategy ``"manual"``: layers whose FFN is skipped.
-
-    Raises:
-        BudgetError: there are two budgets, or the speed-up is not a number from 1 on.
-        PlanError: a value is unknown or impossible, or does not go with the others.
 
     Examples:
         >>> profile.plan(PlanRequest(speedup=1.25, context=4096))
@@ -66,15 +80,15 @@ class PlanRequest:
         object.__setattr__(self, "ffn", tuple(self.ffn))
         if self.mode not in [*MODES]:
             raise PlanError(f"unknown mode {self.mode!r}; use one of: {', '.join(MODES)}")
-        mode = MODES[self.mode]
         of_bulk = {"head": 0, "tail": 1, "windowed": 0, "window_size": 1}
         for name, least in of_bulk.items():
             if (value := getattr(self, name)) is not None or name != "window_size":
                 whole_number(name, value, least)
-        given = [each.name for each in fields(self) if each.name in of_bulk and vars(self)[each.name] != each.default]
-        if given and not mode.in_bulk:
+        given = [name for name in of_bulk if getattr(self, name) != getattr(PlanRequest, name)]  # others than defaults
+        if given and not MODES[self.mode].in_bulk:
             raise PlanError(f"mode {self.mode!r} takes no {' and no '.join(given)}; leave it out, or use mode 'prompt'")
-        get_compensation(self.compensation)
+        if self.compensation not in [*COMPENSATIONS]:  # a list takes names that cannot be hashed
+            raise PlanError(f"unknown compensation {self.compensation!r}; use one of: {', '.join(COMPENSATIONS)}")
         if (self.attention or self.ffn) and self.strategy != "manual":
             raise PlanError(f"strategy {self.strategy!r} chooses layers itself; use strategy='manual' to list them")
         if self.context is not None and not (isinstance(self.context, int | np.integer) and self.context >= 1):

@@ -1,9 +1,11 @@
 """Strategies: functions that make a plan from a profile and a request. Callers start with ``make_plan``.
 
-A new strategy is a function in :data:`STRATEGIES`, in this file alone. The baselines skip whole layers without
-compensation: ``k = n // 2`` layers for a budget of ``n`` sublayers, so budgets compare between strategies.
+A new strategy is a function in :data:`STRATEGIES`, in this file alone. It chooses sublayers for ``compensated_plan``.
+The baselines skip whole layers without compensation: ``k = n // 2`` layers for a budget of ``n`` sublayers, so budgets
+compare between strategies. docs/dev/method.md explains the modes.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,15 +14,13 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ..errors import BudgetError, PlanError
-from ..model.arrays import Floats
-from ..model.mode import MODES, ModeName
-from ..model.plan import SkipPlan
+from ..errors import BudgetError, NotSkippableError, PlanError
+from ..model.arrays import Flags, Floats
+from ..model.plan import DEFAULT_REFIT, Bulk, ModeName, OnlineStage, Phase, SkipPlan, window_size_for
 from ..model.profile import ProfileData
-from ..model.skip_set import first_ranked, late_layers, marked
-from .modes import compensated_plan
-from .request import DEFAULT_N_SKIP, PlanRequest
-from .speedup import smallest_budget
+from ..model.skip_set import SkipSet, late_layers, marked, ranked, sublayer_name
+from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from .request import DEFAULT_N_SKIP, MODES, PlanRequest
 
 Strategy: TypeAlias = Callable[[ProfileData, PlanRequest], SkipPlan]
 
@@ -30,14 +30,11 @@ LONGEST_GENERATION = 512  # SkipDecode's T: decoded tokens until it skips its wh
 def baseline(choose: Callable[[int, PlanRequest], dict[int, Sequence[int]]]) -> Strategy:
     """Make a strategy that skips whole layers: ``choose`` takes the number of layers and a request with a budget.
 
-    It returns the skipped layers by the number of decoded tokens from which on they are skipped, beginning with 0. For
-    a speed-up, growing budgets are tried until one reaches it.
+    It returns the skipped layers by the number of decoded tokens from which on they are skipped, beginning with 0.
     """
 
     @wraps(choose)
     def plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
-        if request.speedup is not None:
-            request = smallest_budget(plan, profile, request)
         chosen = choose(profile.n_layer, request).items()
         (_, first), *later = [(start, marked(profile.n_layer, layers, layers)) for start, layers in chosen]
         request = replace(request, compensation="none", online=False)
@@ -52,17 +49,98 @@ def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
         raise PlanError("context is the length of prompts that a speed-up is for; give speedup too, or leave it out")
     if request.strategy not in STRATEGIES:
         raise PlanError(f"unknown strategy {request.strategy!r}; use one of: {', '.join(STRATEGIES)}")
+    if request.speedup is not None:
+        request = _smallest_budget(profile, request, request.speedup)
     return STRATEGIES[request.strategy](profile, request)
 
 
+def _smallest_budget(profile: ProfileData, request: PlanRequest, speedup: float) -> PlanRequest:
+    """Return the request with the smallest budget whose plan reaches a speed-up, instead of that speed-up.
+
+    The times are those of ``CostModel.seconds``. Plans are tried without a compensation: it does not count this, and
+    linear maps are large. The tokens that maps are fitted to count.
+    """
+    cost, context, faster = profile.cost, request.context, request.faster_phase
+    phase: Phase = "decode" if faster == "decode" else "prefill"
+    if cost is None:
+        raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
+    if context is None:
+        raise PlanError("a speed-up depends on the length of the context; give context, in tokens")
+    reached, plan = 1.0, None  # of the last plan
+    for n_skip in range(2 * cost.n_layer + 1):
+        wanted = replace(request, n_skip=n_skip, speedup=None)
+        try:
+            plan = STRATEGIES[request.strategy](profile, replace(wanted, compensation="none"))
+        except BudgetError:
+            if plan is None:
+                raise
+            break
+        if plan.bulk is not None and profile.maps is not None and request.compensation == DEFAULT_COMPENSATION:
+            plan = replace(plan, bulk=replace(plan.bulk, refit=DEFAULT_REFIT))
+        reached = 1.0 if plan.is_whole else cost.speedup(plan, context, phase)
+        if reached >= speedup:
+            return wanted
+    assert plan is not None
+    least, whole = (cost.seconds(each, context, phase) for each in (plan, None))
+    raise BudgetError(
+        f"{request.strategy} cannot make {'a prompt' if faster == 'bulk' else faster} {speedup:g} times faster at "
+        f"{context} tokens: with all {plan.skipped(faster).n_skip} sublayers skipped that it can skip, it is predicted "
+        f"to take {least:.4g} s instead of {whole:.4g} s; ask for a speed-up of at most "
+        f"{math.floor(reached * 100) / 100:.2f}"
+    )
+
+
+def compensated_plan(
+    profile: ProfileData, skip: Flags, request: PlanRequest, strategy: str, later: Sequence[tuple[int, Flags]] = ()
+) -> SkipPlan:
+    """Make the plan of a chosen set, bool ``[n_layer, 2]``, with a request's mode, compensation and online stage.
+
+    The phase that first uses a set gives its compensation; prefill gives all maps. In decode the sets of ``later``
+    follow it, each after that number of decoded tokens. A NotSkippableError names what the model cannot skip.
+    """
+    none, mode = SkipSet.none(len(skip)), MODES[request.mode]
+    may = profile.in_bulk if mode.in_bulk else profile.skippable
+    if (wrong := np.any([skip, *(each for _, each in later)], axis=0) & ~may).any():
+        names = ", ".join(sublayer_name(layer, kind) for layer, kind in np.argwhere(wrong))
+        raise NotSkippableError(f"this model cannot skip {names}; use another budget, or strategy 'adaskip'")
+    name = request.compensation
+    if profile.maps is None and COMPENSATIONS[name].uses_maps:
+        name = "affine"
+    compensation, online, bulk = COMPENSATIONS[name], None, None
+    if request.online and mode.adapts and skip.any():
+        threshold = np.sort(profile.similarity[profile.skippable])[-skip.sum()]
+        online = OnlineStage(threshold=float(threshold), scale=compensation.online)
+    statistics = profile.prefill if mode.in_bulk or mode.in_prefill or compensation.uses_maps else profile.decode
+    in_turn = tuple((n, compensation.skip_set(each, statistics, profile.maps)) for n, each in ((0, skip), *later))
+    chosen = in_turn[0][1]
+    if mode.in_bulk:
+        n, most = request.windowed, len(profile.windowable)
+        if n > most:
+            raise BudgetError(f"{most} attentions can look back at a window, not {n}; ask for at most {most}")
+        size = window_size_for(request.context or 1) if request.window_size is None else request.window_size
+        windowed, refit = profile.windowable[most - n :], 0 if chosen.up is None else DEFAULT_REFIT
+        bulk = Bulk(chosen, head=request.head, tail=request.tail, windowed=windowed, window_size=size, refit=refit)
+    return SkipPlan(
+        chosen if mode.in_prefill else none,
+        chosen if mode.in_decode else none,
+        schedule=in_turn if later else (),
+        online=online,
+        bulk=bulk,
+        model=profile.model,
+        strategy=strategy,
+        compensation=name,
+        mode=request.mode,
+    )
+
+
 def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:
-    """The sublayers of the first ranks (:func:`ranking`), as many as the budget or the speed-up needs."""
-    if request.speedup is not None:
-        request = smallest_budget(adaskip, profile, request)
+    """The sublayers of the first ranks (:func:`ranking`), as many as the budget."""
     values = ranking(profile, request.mode)
     n_max = int((~np.isnan(values)).sum())
     budget = _budget(request, n_max, f"{n_max} of this model's {2 * profile.n_layer} sublayers can be skipped")
-    return compensated_plan(profile, first_ranked(values, budget), request, "adaskip")
+    skip = np.zeros(values.shape, np.bool_)
+    skip.flat[ranked(values)[:budget]] = True
+    return compensated_plan(profile, skip, request, "adaskip")
 
 
 def ranking(profile: ProfileData, mode: ModeName) -> Floats:
@@ -95,7 +173,7 @@ def skip_decode(n_layer: int, request: PlanRequest) -> dict[int, Sequence[int]]:
     """
     limit = 2 * (n_layer - 1)
     k = _budget(request, limit, f"SkipDecode never skips layer 0, which leaves {limit} sublayers") // 2
-    if not (MODES[request.mode].in_decode and MODES[request.mode].adapts) or k == 0:
+    if not MODES[request.mode].adapts or k == 0:
         return {0: range(1, k + 1)}
     starts: dict[int, int] = {}
     for t in range(LONGEST_GENERATION + 1):

@@ -2,10 +2,10 @@
 
 import asyncio
 import logging
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jinja2
 import msgspec
@@ -13,7 +13,7 @@ from llama_cpp.server.types import CreateChatCompletionRequest
 from starlette.types import Message, Send
 
 from ..errors import AdaSkipError, NativeError, StateError
-from .dialects import DIALECTS, pieces_of
+from .dialects import DIALECTS, Json, pieces_of
 from .request import Gone, Refused, ServedRequest
 
 STALL = 30.0  # seconds after which a client that reads nothing counts as gone
@@ -28,10 +28,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def explained(error: Exception, *, logs_text: bool) -> tuple[int, str, str | None]:
-    """Return status, message and code for an exception. For a mistake of the server, log the traceback.
-
-    The text of an exception may contain what a client wrote, so it is logged only with ``logs_text``.
-    """
+    """Return status, message and code for an exception. For a mistake of the server, log the traceback."""
     message = " ".join(str(error).split())
     if isinstance(error, Refused):
         status, message, code = error.args
@@ -46,24 +43,20 @@ def explained(error: Exception, *, logs_text: bool) -> tuple[int, str, str | Non
         return 400, message, None
     if logs_text:
         _LOGGER.error("%s", "".join(traceback.format_exception(error)).rstrip())
-    else:
+    else:  # the text of an exception may contain what a client wrote
         frames = "".join(traceback.format_tb(error.__traceback__))
         _LOGGER.error("%s%s; --log-prompts shows the message", frames, type(error).__name__)
     return 500, f"the server failed ({type(error).__name__}); see its log", None
 
 
 class Sent:
-    """ASGI send wrapper: queues messages, so that no caller waits for the client, and knows what was sent.
-
-    It raises :class:`Gone` if the client reads nothing for :data:`STALL` seconds, or not the rest within :data:`LEFT`.
-    """
+    """ASGI send wrapper: queues messages, so callers do not wait for the client. Raises Gone if the client has left."""
 
     def __init__(self, send: Send, path: str = "") -> None:
         self._dialect, self._n_events = DIALECTS.get(path.removesuffix("/count_tokens")), 0
         self.status, self._send = 499, send  # 499: the client left before anything was sent
         self._is_begun = self._is_over = self._is_gone = False
-        # It needs no bound: an answer has at most as many tokens as the context.
-        self._waiting: deque[Message] = deque()
+        self._waiting: deque[Message] = deque()  # without a bound: an answer has no more tokens than the context
         self._sending: asyncio.Task[None] | None = None
 
     async def __call__(self, message: Message) -> None:
@@ -115,18 +108,15 @@ class Sent:
             return
         kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_server_error")
         error = {"message": message, "type": kind, "param": None, "code": code}
-        told: dict[str, Any] = {"error": error}
-        if self._dialect is not None:
-            told = self._dialect.error(status, error, self._n_events if self._is_begun else None)
+        dialect, n_events = self._dialect, self._n_events if self._is_begun else None
+        told: Json = dialect.error(status, error, n_events) if dialect else {"error": error}
         if self._is_begun:
             await self.event(_event(told), is_last=True)
-            return
-        await self.json(status, msgspec.json.encode(told), _HEADERS.get(status))
+        else:
+            await self.json(status, msgspec.json.encode(told), _HEADERS.get(status))
 
 
-def encoded(
-    answer: dict[str, Any] | Iterator[dict[str, Any]], request: ServedRequest, tell: Callable[[bytes], object]
-) -> bytes:
+def encoded(answer: Json | Iterator[Json], request: ServedRequest, tell: Callable[[bytes], object]) -> bytes:
     """Return the model's answer as JSON, with our figures. Of a stream, pass all events to ``tell`` but the last."""
     dialect = DIALECTS.get(request.path)
     if isinstance(answer, dict):
@@ -149,27 +139,24 @@ def encoded(
 
 
 def progress_event(request: ServedRequest) -> bytes:
-    """Return an event with the progress of the prompt, in the form of llama.cpp's server: beside an empty choice."""
-    choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+    """Return the progress of the prompt beside an empty choice, as llama.cpp's server (``result_prompt_progress``)."""
+    time_ms = 1e3 * (time.perf_counter() - request.begun)
+    done = {"total": request.n_prompt, "cache": request.n_cached or 0, "processed": request.n_done, "time_ms": time_ms}
+    empty: Json = {"text": "", "logprobs": None}
     if isinstance(request.body, CreateChatCompletionRequest):
-        choice["delta"] = {"role": "assistant", "content": None}
-    else:
-        choice |= {"text": "", "logprobs": None}
-    return _event({**_head(request), "choices": [choice], "prompt_progress": request.progress})
+        empty = {"delta": {"role": "assistant", "content": None}}
+    choice = {"index": 0, "finish_reason": None, **empty}
+    return _event({**_head(request), "choices": [choice], "prompt_progress": done})
 
 
-def _head(request: ServedRequest) -> dict[str, Any]:
+def _head(request: ServedRequest) -> Json:
     """Return the fields of all events of a stream, as in llama-cpp-python's server."""
-    chats = isinstance(request.body, CreateChatCompletionRequest)
-    return {
-        "id": f"{'chat' if chats else ''}cmpl-{request.id}",
-        "object": "chat.completion.chunk" if chats else "text_completion",
-        "created": request.created,
-        "model": request.model,
-    }
+    is_chat = isinstance(request.body, CreateChatCompletionRequest)
+    id, kind = ("chatcmpl", "chat.completion.chunk") if is_chat else ("cmpl", "text_completion")
+    return {"id": f"{id}-{request.id}", "object": kind, "created": request.created, "model": request.model}
 
 
-def _event(content: dict[str, Any]) -> bytes:
+def _event(content: Json) -> bytes:
     """Return a server-sent event. It has a name if its content has a type."""
     name = f"event: {content['type']}\n".encode() if "type" in content else b""
     return name + b"data: " + msgspec.json.encode(content) + b"\n\n"

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -16,11 +16,10 @@ from starlette.types import ASGIApp
 
 from .body import decoded, read_body
 from .metrics import Metrics
-from .middleware import Gate, Routes
-from .process import Worker
+from .middleware import Gate
+from .process import Worker, Workers
 from .queue import FairQueue
 from .request import STOPPING, Refused
-from .workers import Workers
 
 MOST_WAITING = 64  # requests that may wait
 
@@ -49,22 +48,19 @@ def make_app(
     workers: Workers, *, keys: Collection[str], names: Collection[str], log_prompts: bool = False
 ) -> tuple[ASGIApp, FairQueue]:
     """Return the application, and the queue of its requests. For ``keys`` and ``names`` see :class:`.Gate`."""
-    queue, created, secret = FairQueue(MOST_WAITING), int(time.time()), secrets.token_bytes()
+    queue, created, secret, all_ = FairQueue(MOST_WAITING), int(time.time()), secrets.token_bytes(), workers.all
 
-    def total(of: Callable[[Worker], float]) -> Callable[[], float]:
-        return lambda: sum(map(of, workers.all))
+    def total(name: str) -> Callable[[], float]:
+        return lambda: sum(each.gauges.get(name, 0) for each in all_)
 
-    metrics = Metrics(
-        {
-            ("queue_waiting", "Requests that wait in the queue."): lambda: len(queue),
-            ("requests_running", "Requests that a model is working on, 0 or 1."): lambda: float(queue.is_busy),
-            ("kv_bytes", "Bytes of KV cache."): total(lambda each: each.gauges.get("kv_bytes", 0)),
-            ("prefix_cache_bytes", "Bytes of saved states in memory."): total(
-                lambda each: each.gauges.get("prefix_cache_bytes", 0)
-            ),
-            ("worker_deaths", "Processes of models that ended unexpectedly."): total(lambda each: each.n_deaths),
-        }
-    )
+    gauges: dict[tuple[str, str], Callable[[], float]] = {
+        ("queue_waiting", "Requests that wait in the queue."): lambda: len(queue),
+        ("requests_running", "Requests that a model is working on, 0 or 1."): lambda: float(queue.is_busy),
+        ("kv_bytes", "Bytes of KV cache."): total("kv_bytes"),
+        ("prefix_cache_bytes", "Bytes of saved states in memory."): total("prefix_cache_bytes"),
+        ("worker_deaths", "Processes of models that ended unexpectedly."): lambda: sum(each.n_deaths for each in all_),
+    }
+    metrics = Metrics(gauges)
 
     def page(content: bytes) -> Response:
         text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
@@ -73,14 +69,15 @@ def make_app(
     def health(content: bytes) -> Response:
         if queue.is_closed:
             raise Refused(*STOPPING)
-        is_there = workers.state not in ("loading", "restarting")
-        return JSONResponse({"status": "ok" if is_there else workers.state}, 200 if is_there else 503)
+        states = {each.state for each in all_}
+        state = next((each for each in ("restarting", "loading") if each in states), "ok")
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     def prometheus(content: bytes) -> Response:
-        return Response(metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     def models(content: bytes) -> dict[str, Any]:
-        return {"object": "list", "data": list(map(model, workers.all))}
+        return {"object": "list", "data": list(map(model, all_))}
 
     def model(worker: Worker) -> dict[str, Any]:
         about = {"id": worker.name, "object": "model", "created": created, "owned_by": "adaskip-cpp"}
@@ -88,7 +85,7 @@ def make_app(
         return {**about, "meta": meta, "status": {"value": worker.state}}
 
     def slots(content: bytes) -> list[dict[str, Any]]:
-        return [slot(id, each) for id, each in enumerate(workers.all) if each.state != "unloaded"]
+        return [slot(id, each) for id, each in enumerate(all_) if each.state != "unloaded"]
 
     def slot(id: int, worker: Worker) -> dict[str, Any]:
         request, about = worker.request, {"id": id, "model": worker.name, "n_ctx": workers.n_ctx, "speculative": False}
@@ -105,7 +102,7 @@ def make_app(
         return worker
 
     async def tokenizer_info(content: bytes) -> dict[str, str | None]:
-        about = workers.all[0].about or (await loaded(None)).about
+        about = all_[0].about or (await loaded(None)).about
         assert about is not None
         return about.tokenizer
 
@@ -122,7 +119,7 @@ def make_app(
         request = await run_in_threadpool(read_body, "/v1/messages", whole)
         return await (await loaded(getattr(request.body, "model", None))).call("count_tokens", request)
 
-    routes: Routes = {
+    routes: dict[tuple[str, str], Callable[[bytes], Any]] = {
         ("GET", "/"): page,
         ("GET", "/health"): health,
         ("GET", "/metrics"): prometheus,

@@ -16,11 +16,8 @@ from .request import ServedRequest
 _Kind = TypeVar("_Kind")
 
 SCHEMAS: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": CreateChatCompletionRequest,
-    "/v1/completions": CreateCompletionRequest,
-    "/v1/engines/copilot-codex/completions": CreateCompletionRequest,
-    "/v1/messages": CreateChatCompletionRequest,
-    "/v1/responses": CreateChatCompletionRequest,
+    **dict.fromkeys(("/v1/chat/completions", *DIALECTS), CreateChatCompletionRequest),
+    **dict.fromkeys(("/v1/completions", "/v1/engines/copilot-codex/completions"), CreateCompletionRequest),
 }
 """The paths that the model answers, and their schemas. A body of :data:`.DIALECTS` first becomes a chat."""
 
@@ -29,13 +26,9 @@ MOST_LOGPROBS, MOST_BIAS = 20, 100  # OpenAI's own limits
 _TEXTS = ("text", "input_text", "output_text")  # types of parts; the last two are of /v1/responses
 _NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "logit_bias")
 
-_RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, 100),
-    "repeat_penalty": (0.01, 100),
-    "seed": (-(2**63), 2**64 - 1),
-}
-"""Bounds of numbers for which the schema has no bounds, or too wide ones."""
-_RANGE = (-2, 2**31 - 1)  # bounds of all other numbers
+# Bounds of numbers for which the schema has no bounds, or too wide ones; then those of all other numbers.
+_RANGES = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "seed": (-(2**63), 2**64 - 1)}
+_RANGE = (-2, 2**31 - 1)
 _COLDEST = 1e-20  # least temperature above 0; dividing by a smaller one may give NaN
 
 
@@ -48,33 +41,29 @@ def decoded(content: bytes, kind: type[_Kind]) -> _Kind:
 
 
 def read_body(path: str, content: bytes) -> ServedRequest:
-    """Read the body of a request to the model. Null counts as left out.
+    """Read the body of a request to the model; RequestError if this server cannot answer it. Null counts as left out.
 
     Fields beside those of the schema: ``adaskip``, ``stream_options``, ``cache_prompt`` and ``return_progress`` (of
     llama.cpp's server), ``cache_salt`` (of vLLM's), ``max_completion_tokens``, token ids as prompt, parts of text.
-
-    Raises:
-        RequestError: the body does not fit the schema, or asks for something that this server cannot do.
     """
     body = decoded(content, dict[str, Any])
     if path in DIALECTS:
         body = DIALECTS[path].asked(body)
     body = {name: value for name, value in body.items() if value is not None}
     wish, reuse = _wishes(body.pop("adaskip", None))
-    request = ServedRequest(path=path, wish=wish, reuse=reuse)
-    options = body.pop("stream_options", None)
-    request.reuses = body.pop("cache_prompt", True) is not False
-    request.returns_progress = body.pop("return_progress", False) is True
-    request.salt = body.pop("cache_salt", "")
+    request = ServedRequest(path=path, wish=wish, reuse=reuse, salt=body.pop("cache_salt", ""))
     if not isinstance(request.salt, str):
         raise RequestError(f"cache_salt is {request.salt!r}; send a text, or leave it out")
+    request.reuses = body.pop("cache_prompt", True) is not False
+    request.returns_progress = body.pop("return_progress", False) is True
+    options = body.pop("stream_options", None)
     request.includes_usage = isinstance(options, dict) and options.get("include_usage") is True
     if "max_completion_tokens" in body:
         body.setdefault("max_tokens", body.pop("max_completion_tokens"))
     _check_bounds(body)
     body.setdefault("repeat_penalty", 1.0)  # OpenAI's API has no such penalty; the stock server's default is 1.1
     if "messages" in body:
-        body["messages"] = _messages(body["messages"])
+        _simplify(body["messages"])
     if body.get("logprobs") is True:
         body.setdefault("top_logprobs", 0)
     match body.get("response_format"):
@@ -150,30 +139,27 @@ def _wishes(asked: Any) -> tuple[Any, Any]:
     return plan, reuse
 
 
-def _messages(messages: Any) -> Any:
+def _simplify(messages: Any) -> None:
     """Join the text parts of each content, and rename the role "developer" to "system"."""
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is empty; send at least one")
-    return [_message(each) if isinstance(each, dict) else each for each in messages]
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    role, content = message.get("role"), message.get("content") or ""  # a message that calls a tool has no content
-    if isinstance(content, list):
-        typed = (part for part in content if isinstance(part, dict) and part.get("type") in _TEXTS)
-        texts: list[str] = [part["text"] for part in typed if isinstance(part.get("text"), str)]
-        if len(texts) < len(content):
-            raise RequestError("content has a part that is not text; send parts of text only")
-        content = "".join(texts)
-    return {**message, "role": "system" if role == "developer" else role, "content": content}
+    for message in (each for each in messages if isinstance(each, dict)):  # the schema refuses others
+        content = message.get("content") or ""  # a message that calls a tool has no content
+        if isinstance(content, list):
+            typed = (part for part in content if isinstance(part, dict) and part.get("type") in _TEXTS)
+            texts: list[str] = [part["text"] for part in typed if isinstance(part.get("text"), str)]
+            if len(texts) < len(content):
+                raise RequestError("content has a part that is not text; send parts of text only")
+            content = "".join(texts)
+        role = message.get("role")
+        message.update(role="system" if role == "developer" else role, content=content)
 
 
 def _prompt(prompt: list[Any]) -> tuple[list[int] | None, str]:
     """Return the one prompt in a list: its token ids or None, and its text or ""."""
-    if len(prompt) == 1 and isinstance(prompt[0], str):
-        return None, prompt[0]
-    if len(prompt) == 1 and isinstance(prompt[0], list):
-        prompt = prompt[0]
-    if prompt and all(type(token) is int for token in prompt):
-        return prompt, ""
+    match prompt:
+        case [str(text)]:
+            return None, text
+        case [list(tokens)] | tokens if tokens and all(type(token) is int for token in tokens):
+            return tokens, ""
     raise RequestError("prompt is not one text or one list of token ids; send one prompt per request")

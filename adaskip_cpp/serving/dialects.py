@@ -61,18 +61,13 @@ class Messages:
         return [*results, rest] if rest["content"] or "tool_calls" in rest or not results else results
 
     def answer(self, pieces: list[Piece], request: ServedRequest) -> Json:
-        is_cut, calls = request.finish == "length", any(each.id for each in pieces)
+        calls = any(each.id for each in pieces)
+        reason = "max_tokens" if request.finish == "length" else "tool_use" if calls else "end_turn"
+        about = {"id": f"msg_{request.id}", "type": "message", "role": "assistant", "model": request.model}
+        end = {"stop_reason": reason, "stop_sequence": None}  # llama-cpp-python does not report the sequence
         usage = {"input_tokens": request.n_prompt - request.n_reused, "cache_read_input_tokens": request.n_reused}
-        return {
-            "id": f"msg_{request.id}",
-            "type": "message",
-            "role": "assistant",
-            "model": request.model,
-            "content": list(map(self._block, pieces)),
-            "stop_reason": "max_tokens" if is_cut else "tool_use" if calls else "end_turn",
-            "stop_sequence": None,  # llama-cpp-python does not report it
-            "usage": {**usage, "cache_creation_input_tokens": 0, "output_tokens": request.n_generated},
-        }
+        usage |= {"cache_creation_input_tokens": 0, "output_tokens": request.n_generated}
+        return {**about, "content": list(map(self._block, pieces)), **end, "usage": usage}
 
     def _block(self, piece: Piece) -> Json:
         if not piece.id:
@@ -137,15 +132,13 @@ class Responses:
     def answer(self, pieces: list[Piece], request: ServedRequest) -> Json:
         body, is_cut = cast(Any, request.body), request.finish == "length"
         choice = body.tool_choice or "auto"
+        about = {"id": f"resp_{request.id}", "object": "response", "created_at": request.created, "error": None}
         usage = {"input_tokens": request.n_prompt, "output_tokens": request.n_generated}
         usage["total_tokens"] = request.n_prompt + request.n_generated
         cached = {"cached_tokens": request.n_reused, "cache_write_tokens": 0}
         return {
-            "id": f"resp_{request.id}",
-            "object": "response",
-            "created_at": request.created,
+            **about,
             "status": "incomplete" if is_cut else "completed",
-            "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "model": request.model,
             "output": [self._item(n, piece, request) for n, piece in enumerate(pieces)],
@@ -166,8 +159,7 @@ class Responses:
         return {"type": "output_text", "text": piece.text, "annotations": [], "logprobs": []}
 
     def events(self, chunks: Iterable[Json], request: ServedRequest) -> Iterator[Json]:
-        for number, event in enumerate(self._events(chunks, request)):
-            yield {**event, "sequence_number": number}
+        return ({**event, "sequence_number": n} for n, event in enumerate(self._events(chunks, request)))
 
     def _events(self, chunks: Iterable[Json], request: ServedRequest) -> Iterator[Json]:
         pieces: list[Piece] = []

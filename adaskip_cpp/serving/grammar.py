@@ -1,7 +1,4 @@
-"""Refuses JSON schemas that are too large or cannot become a grammar. Start at :func:`check_schema`.
-
-llama-cpp-python makes the grammar. If it cannot, it silently allows any JSON instead.
-"""
+"""Refuses JSON schemas that are too large or cannot become a grammar: llama-cpp-python would then allow any JSON."""
 
 import re
 from collections.abc import Iterator
@@ -50,8 +47,7 @@ def check_schema(where: str, schema: Any) -> None:
             raise RequestError(f"it has more than {MOST_BYTES:,} bytes")
         _check_values(schema)
         converter = _Converter()
-        copy = converter.resolve_refs(msgspec.json.decode(content), "stdin")
-        converter.visit(copy, "")
+        converter.visit(converter.resolve_refs(msgspec.json.decode(content), "stdin"), "")
     except Exception as error:  # the converter checks nothing, so a wrong schema may raise any exception
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise RequestError(f"the schema of {where} cannot become a grammar ({reason}); use a simpler one") from error
@@ -79,13 +75,10 @@ def _check_values(schema: Any) -> None:
         for key, value in each.items() if isinstance(each, dict) else ():
             if key in _REPEATS and isinstance(value, int | float) and not 0 <= value <= MOST_REPEATED:
                 raise RequestError(f"{key} is {value!r}, not a number from 0 to {MOST_REPEATED}")
-            if key == "pattern" and isinstance(value, str):
-                _check_pattern(value)
-
-
-def _check_pattern(pattern: str) -> None:
-    times = re.findall(r"\d{1,18}", " ".join(re.findall(r"\{[\d, ]*", pattern)))
-    if max(map(int, times), default=0) > MOST_REPEATED:
-        raise RequestError(f"a pattern repeats more than {MOST_REPEATED} times")
-    if re.search(r"[]}]", re.sub(r"\\.|\[(?:\\.|[^]\\])*\]?|\{[^}]*\}?", "", pattern, flags=re.DOTALL)):
-        raise RequestError(r"a pattern has ] or } that nothing opened; write \] or \}")
+            if key != "pattern" or not isinstance(value, str):
+                continue
+            times = re.findall(r"\d{1,18}", " ".join(re.findall(r"\{[\d, ]*", value)))
+            if max(map(int, times), default=0) > MOST_REPEATED:
+                raise RequestError(f"a pattern repeats more than {MOST_REPEATED} times")
+            if re.search(r"[]}]", re.sub(r"\\.|\[(?:\\.|[^]\\])*\]?|\{[^}]*\}?", "", value, flags=re.DOTALL)):
+                raise RequestError(r"a pattern has ] or } that nothing opened; write \] or \}")

@@ -16,7 +16,7 @@ from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.server.types import CreateChatCompletionRequest
 
 from ..engine.edits import Saved, Tokens, n_common
-from ..engine.llama import AdaSkipLlama, Rows
+from ..engine.llama import AdaSkipLlama
 from ..errors import RequestError
 from ..files import content_hash
 from ..model.edits import Reuse
@@ -28,17 +28,15 @@ from .request import WORTH_KEEPING, ServedRequest
 
 
 class ServedLlama(AdaSkipLlama):
-    """An :class:`AdaSkipLlama` that serves one request after another: ``request``.
-
-    Before it reads a prompt, it saves its memory in the cache if much of it would be lost. Then it loads a saved state
-    if that has more of the prompt. ``logprobs`` are made batch by batch, without an array of ``n_ctx * n_vocab``.
+    """Serves one request after another: ``request``. Before it reads a prompt, it saves its memory in the cache if much
+    of it would be lost. Then it loads a saved state if that has more of the prompt. ``logprobs`` are made batch by
+    batch, without an array of ``n_ctx * n_vocab``.
     """
 
-    def __init__(
-        self, model_path: str, *, plans: Plans, cache: PrefixCache, name: str = "model", **kwargs: Any
-    ) -> None:
+    def __init__(self, path: str, *, plans: Plans, cache: PrefixCache, name: str = "model", **kwargs: Any) -> None:
         self.request = ServedRequest()
-        super().__init__(model_path, **kwargs)
+        super().__init__(path, **kwargs)
+        self.on_batch = lambda n_tokens: None if self.request.first else self.request.reads(n_tokens)
         self.name, self.plans = name, plans  # answers contain the name
         self._own_reuse: Reuse = kwargs.get("reuse", "auto")
         of_model = self.plans.choose("auto", self.context_size)
@@ -46,7 +44,6 @@ class ServedLlama(AdaSkipLlama):
         self.prefix_cache, cache.can_rewind = cache, not self.has_state
         self._steps: Generator[Any, None, None] | None = None  # of the answer
         self._logprobs: Logprobs | None = None
-        self._is_cut = False  # whether a limit ended the answer
         self._live_key, self._n_kept = "", 0  # of the memory: its key in the cache, and how many tokens are saved there
         parameters = self.context_params
         settings = {name: getattr(parameters, name) for name in ("type_k", "type_v", "swa_full")}
@@ -63,15 +60,20 @@ class ServedLlama(AdaSkipLlama):
             self.prefix_cache.close()
         super().close()
 
-    # -- one request -------------------------------------------------------------------------------------------------
-
     def answer(self, request: ServedRequest) -> Any:
         """Return the answer in the form of llama-cpp-python's server, or for a stream an iterator of its chunks."""
-        self.request, request.model, body = request, self.name, cast(Any, request.body)
+        self.request, request.model, body, n_vocab = request, self.name, cast(Any, request.body), self.n_vocab()
         kwargs = body.model_dump(exclude={"n", "best_of", "user", "logit_bias_type", "min_tokens"})
+        if (prompt := request.prompt_tokens) is not None:
+            if not (prompt and 0 <= min(prompt) <= max(prompt) < n_vocab):
+                raise RequestError(f"prompt has no token ids, or wrong ones; use ids from 0 to {n_vocab - 1}")
+            kwargs["prompt"] = prompt
         if body.logit_bias and body.logit_bias_type == "tokens":
             texts = {text: self.tokenize(text.encode(), add_bos=False, special=True) for text in body.logit_bias}
             kwargs["logit_bias"] = {str(id): body.logit_bias[text] for text, ids in texts.items() for id in ids}
+        for token in kwargs["logit_bias"] or ():
+            if not (re.fullmatch(r"\d{1,9}", token, re.ASCII) and int(token) < n_vocab):
+                raise RequestError(f"logit_bias names token {token!r}; use ids from 0 to {n_vocab - 1}")
         if body.grammar is not None:
             kwargs["grammar"] = LlamaGrammar.from_string(body.grammar)
         if body.min_tokens > 0:
@@ -97,7 +99,6 @@ class ServedLlama(AdaSkipLlama):
         """End the work for the current request."""
         if self._steps is not None:
             self._steps.close()
-        self._steps = None
 
     @property
     def gauges(self) -> dict[str, float]:
@@ -117,8 +118,7 @@ class ServedLlama(AdaSkipLlama):
         request.reuse = "edits" if self.edits else "prefix"
         self._take_up(request, np.array(prompt, np.int32))
         if self._prompt_rows is not None and self._logprobs is not None:
-            has_bos = request.prompt_tokens is None and prompt[0] == self.token_bos()
-            self._logprobs.expect(prompt, has_bos=has_bos)
+            self._logprobs.expect(prompt, has_bos=request.prompt_tokens is None and prompt[0] == self.token_bos())
         # Stock exceeds max_tokens to complete a character, which has at most four bytes.
         asked = getattr(request.body, "max_tokens", None)
         most = self.context_size if asked is None or asked < 0 else asked + 3
@@ -128,8 +128,7 @@ class ServedLlama(AdaSkipLlama):
                 is_end = self.is_eog(token)
                 request.token(is_end=is_end)
                 if self._logprobs is not None and not is_end:
-                    row = np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), (self.n_vocab(),))
-                    self._logprobs.add(token, row)
+                    self._logprobs.add(token, np.ctypeslib.as_array(self._ctx.get_logits_ith(-1), (self.n_vocab(),)))
                 yield token
                 request.check()
                 if self.n_tokens == self.context_size or request.n_generated >= most:
@@ -138,29 +137,18 @@ class ServedLlama(AdaSkipLlama):
                         yield end  # without it, stock would lose the text of the answer
                     return
 
-    def _evaluate(
-        self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
-    ) -> None:
+    def _evaluate(self, phase: Phase, tokens: list[int], **how: Any) -> None:
         before = self.n_tokens
         try:
-            super()._evaluate(phase, tokens, is_last=is_last, is_read=is_read, rows=rows)
+            super()._evaluate(phase, tokens, **how)
         finally:
             self.request.n_evaluated[phase] += self.n_tokens - before
-
-    def _batches(self, tokens: list[int], *, is_last: bool) -> Iterable[tuple[list[int], bool]]:
-        request = self.request
-        for batch in super()._batches(tokens, is_last=is_last):
-            if not request.first:
-                request.reads(self.n_tokens)
-            yield batch
-        if not request.first:
-            request.reads(self.n_tokens)
 
     # -- what was read before ----------------------------------------------------------------------------------------
 
     def _take_up(self, request: ServedRequest, prompt: Tokens) -> None:
         """Set the request's plan, and load as much of its prompt into memory as is known."""
-        plan, readable = request.choice.plan, request.choice.readable
+        plan, readable, cache = request.choice.plan, request.choice.readable, self.prefix_cache
         names = f"{self._settings_key}/{content_hash([request.owner, request.salt])}/"
         # What another client wrote is not used, so that no answer reveals it.
         if not (request.reuses and self._live_key.startswith(names)):
@@ -174,29 +162,26 @@ class ServedLlama(AdaSkipLlama):
             return
         key = names + plan_key(plan)
         keys = {key, *(names + plan_key(each) for each in (None, *readable))}
-        kept = [each for each in self.prefix_cache.entries if each.key.startswith(names)]
+        kept = [each for each in cache.entries if each.key.startswith(names)]
         n_same = n_common(self.input_ids[: self.n_tokens], prompt)
         self._keep(0 if key != self._live_key else n_same)
         self.set_plan(plan, readable=readable)
         # This plan may not read all cells of other plans. The cells know by which set they were computed.
         n_live = self._adaskip.kv_valid("prefill", self.n_tokens)
         n_usable, n_live = self._n_known(self.input_ids[:n_live], prompt), min(n_same, n_live)
-        found, n_found = self.prefix_cache.find(keys, prompt, self._n_known)
+        found, n_found = cache.find(keys, prompt, self._n_known)
         self._live_key, self._n_kept = key, min(self._n_kept, n_live)
         if found is not None and n_found >= n_usable + WORTH_KEEPING:
-            state = self.prefix_cache.take(found)
+            state = cache.take(found)
             if state is not None and self._load(found.tokens, state):
                 self._n_kept = len(found.tokens)
-        self.saved_prompts = [
-            Saved(each.tokens, partial(self.prefix_cache.take, each), self.model_info)
-            for each in self.prefix_cache.entries
-            if each.key in keys
-        ]
+        known = [each for each in cache.entries if each.key in keys]
+        self.saved_prompts = [Saved(each.tokens, partial(cache.take, each), self.model_info) for each in known]
         if self._prompt_rows is not None:
             request.known = {"logprobs": len(prompt)}
             return
         request.known = {
-            "evicted": _most_common(prompt, self.prefix_cache.forgotten, keys),
+            "evicted": _most_common(prompt, cache.forgotten, keys),
             "memory": max(n_live, _most_common(prompt, kept, keys)),
             "plan": max(n_same, _most_common(prompt, kept, {each.key for each in kept} - keys)),
         }
@@ -213,8 +198,7 @@ class ServedLlama(AdaSkipLlama):
             size = llama_cpp.llama_state_seq_get_size(self.ctx, 0)
             if size > self.prefix_cache.most:
                 self.prefix_cache.forgotten.append(Entry(self._live_key, self.input_ids[:n].copy(), size))
-                return
-            if (state := self._save_sequence()) is not None:
+            elif (state := self._save_sequence()) is not None:
                 self.prefix_cache.put(self._live_key, self.input_ids[:n], state)
                 self._n_kept = n
 
@@ -222,8 +206,7 @@ class ServedLlama(AdaSkipLlama):
         """Replace the memory by a saved state. If llama.cpp refuses the state, the memory is empty."""
         self._ctx.kv_cache_clear()
         self.reset()
-        fits = len(tokens) <= self.context_size
-        if not fits or not self._load_sequence(state):
+        if len(tokens) > self.context_size or not self._load_sequence(state):
             self._ctx.kv_cache_clear()
             return False
         self.input_ids[: len(tokens)] = tokens
@@ -233,23 +216,20 @@ class ServedLlama(AdaSkipLlama):
     # -- what the stock class lacks ------------------------------------------------------------------------------------
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As the stock one, with ``logprobs`` without ``logits_all``, prompts of token ids, and answers of 0 tokens."""
+        """As the stock one, with ``logprobs`` without ``logits_all``, and with answers of 0 tokens."""
         self._steps = self._completed(*args, **kwargs)
         return self._steps
 
     def _completed(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
         request = self.request
         n_top, echo = kwargs.pop("logprobs", None), kwargs.pop("echo", False)
-        self._check_tokens(request.prompt_tokens, kwargs.get("logit_bias") or ())
-        if request.prompt_tokens is not None:
-            kwargs["prompt"] = request.prompt_tokens
         kwargs["model"] = self.name  # stock returns the name in the request, or the path
         is_empty = kwargs.get("max_tokens") == 0
         steps: Any = super()._create_completion(*args, **{**kwargs, "max_tokens": 1} if is_empty else kwargs)
         prompt = kwargs["prompt"] if isinstance(kwargs["prompt"], str) else self._text(kwargs["prompt"])
         before, n_told, offset = prompt if echo else "", 0, 0 if echo else len(prompt)
         self._logprobs = collected = None if n_top is None else Logprobs(n_top, self._text)
-        self._is_cut = False
+        self._is_cut = False  # whether a limit ended the answer
         with closing(steps), self._reading_prompt(collected.append) if echo and collected else nullcontext():
             for step in steps:
                 choice = step["choices"][0]
@@ -270,13 +250,6 @@ class ServedLlama(AdaSkipLlama):
                     choice["logprobs"] = told = collected.block(n_told, end, offset) if end > n_told else None
                     n_told, offset = end, offset + sum(map(len, told["tokens"] if told else ()))
                 yield step
-
-    def _check_tokens(self, prompt: list[int] | None, biased: Iterable[Any]) -> None:
-        if prompt is not None and not (prompt and 0 <= min(prompt) <= max(prompt) < self.n_vocab()):
-            raise RequestError(f"prompt has no token ids, or wrong ones; use ids from 0 to {self.n_vocab() - 1}")
-        for token in biased:
-            if not (re.fullmatch(r"\d{1,9}", str(token), re.ASCII) and int(token) < self.n_vocab()):
-                raise RequestError(f"logit_bias names token {token!r}; use ids from 0 to {self.n_vocab() - 1}")
 
     def _text(self, tokens: list[int]) -> str:
         return self.detokenize(tokens).decode("utf-8", "ignore")

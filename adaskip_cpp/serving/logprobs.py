@@ -10,17 +10,14 @@ from ..measuring.judge import Logits
 
 
 class Logprobs:
-    """Collects log-probabilities for one request: of its answer and of an echoed prompt, with the ``n_top`` best.
-
-    ``detokenize`` returns the text of tokens.
-    """
+    """Collects log-probabilities for one request: of its answer and of an echoed prompt, with the ``n_top`` best."""
 
     def __init__(self, n_top: int, detokenize: Callable[[list[int]], str]) -> None:
         self.n_top, self._detokenize = n_top, detokenize
         self.texts: list[str] = []  # of the tokens so far
         self._values: list[float | None] = []
         self._top: list[dict[str, float] | None] = []
-        self._ahead: list[int] = []
+        self._ahead: list[int] = []  # tokens of the prompt whose logits will come
         self.n_prompt = 0  # tokens of the prompt that clients see
 
     def expect(self, tokens: Sequence[int], *, has_bos: bool) -> None:
@@ -47,8 +44,7 @@ class Logprobs:
             values -= np.log(np.exp(values).sum())
             n = min(self.n_top, len(values))
             best = np.argpartition(-values, n - 1)[:n] if n else np.zeros(0, int)
-            # Of equal texts, the likeliest token counts.
-            ordered = sorted(best.tolist(), key=lambda each: (values[each], -each))
+            ordered = sorted(best.tolist(), key=lambda each: (values[each], -each))  # of equal texts, the last counts
             value = float(values[token])
             top = {**{self._detokenize([each]): float(values[each]) for each in ordered}, text: value}
         self.texts.append(text)

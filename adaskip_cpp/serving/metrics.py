@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from .request import REREAD, ServedRequest
 
@@ -15,28 +15,21 @@ class Metrics:
     """Counters of one server. ``gauges`` are functions by name and help text, called when a client asks."""
 
     def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]]) -> None:
-        self._registry = CollectorRegistry()
-        counter = partial(Counter, registry=self._registry)
-        self._requests = counter("adaskip_requests", "Requests answered, by path and status.", ["path", "status"])
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        self.requests = counter("adaskip_requests", "Requests answered, by path and status.", ["path", "status"])
         read = "Tokens: read (of prompts), skipping (of these, in the bulk), reused (of prompts, not read), generated."
         self._tokens = counter("adaskip_tokens", read, ["kind"])
         reread = "Prompts of which more than the last token was read, by the reason."
         self._rereads = counter("adaskip_prompts_reread", reread, ["because"])
-        self._first_token = Histogram(
-            "adaskip_time_to_first_token_seconds",
-            "Seconds from a request's arrival to its first token, including the queue.",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
+        first = "Seconds from a request's arrival to its first token, including the queue."
+        self._first = Histogram("adaskip_time_to_first_token_seconds", first, buckets=_SECONDS, registry=self.registry)
         for kind in _KINDS:
             self._tokens.labels(kind)
         for reason in REREAD:
             self._rereads.labels(reason)
         for (name, meaning), value in gauges.items():
-            Gauge(f"adaskip_{name}", meaning, registry=self._registry).set_function(value)
-
-    def answered(self, path: str, status: int) -> None:
-        self._requests.labels(path, str(status)).inc()
+            Gauge(f"adaskip_{name}", meaning, registry=self.registry).set_function(value)
 
     def ran(self, request: ServedRequest) -> None:
         """Count what the model did for a request."""
@@ -45,8 +38,4 @@ class Metrics:
         if request.reread_because is not None:
             self._rereads.labels(request.reread_because).inc()
         if request.first:
-            self._first_token.observe(request.first - request.received)
-
-    def text(self) -> bytes:
-        """Return all figures in Prometheus' text format."""
-        return generate_latest(self._registry)
+            self._first.observe(request.first - request.received)

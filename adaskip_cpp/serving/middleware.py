@@ -6,8 +6,8 @@ import inspect
 import ipaddress
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -21,29 +21,23 @@ from ..files import content_hash
 from .answer import PING, Sent, explained
 from .body import SCHEMAS, read_body
 from .metrics import Metrics
-from .process import Worker
+from .process import Worker, Workers
 from .queue import FairQueue
 from .request import STOPPING, Gone, Refused, ServedRequest
-from .workers import Workers
-
-Routes: TypeAlias = "dict[tuple[str, str], Callable[[bytes], Any]]"
-"""Handlers by method and path. Each takes a body and returns a Response, JSON as bytes, or data; or awaits these."""
 
 BODY = 60.0  # seconds in which a body must arrive
 
 _OPEN = ("/", "/health")  # paths that need no key: they reveal nothing and run no model
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """An ASGI application: ``workers`` answer the paths of :data:`SCHEMAS`, ``routes`` the others."""
+    """An ASGI application: ``workers`` answer the paths of :data:`SCHEMAS`, ``routes`` others, by method and path."""
 
     workers: Workers
-    routes: Routes
+    routes: dict[tuple[str, str], Callable[[bytes], Any]]  # take a body; return a Response, JSON as bytes, or data
     queue: FairQueue
     metrics: Metrics
-    _: KW_ONLY
     keys: Collection[str]  # clients must send one; without keys, the host in a request must be an address or in `names`
     names: Collection[str]  # lower-case host names of this server
     most_body: int  # bytes
@@ -55,7 +49,7 @@ class Gate:
             await self._answer(asked, sent)
             await sent.finish()
         finally:
-            self.metrics.answered(path if path in SCHEMAS else "other", sent.status)
+            self.metrics.requests.labels(path if path in SCHEMAS else "other", str(sent.status)).inc()
 
     async def _answer(self, asked: Request, sent: Sent) -> None:
         method, path = asked.method, asked.scope["path"]
@@ -63,7 +57,7 @@ class Gate:
             owner = self._admit(path, method, asked.headers)
             content = await self._read(asked)
             if self.log_prompts:
-                _LOGGER.warning("%s %s %s", method, path, content.decode("utf-8", "replace"))
+                logging.getLogger(__name__).warning("%s %s %s", method, path, content.decode("utf-8", "replace"))
             if method == "POST" and path in SCHEMAS:
                 await self._work(asked, content, owner, sent)
             elif (method, path) in self.routes:
@@ -91,9 +85,8 @@ class Gate:
         if not self.keys:
             # A stranger could let any other name lead to this machine, so that pages of that name may ask it.
             if not (host in self.names or _address(host)):
-                raise Refused(
-                    403, f"{host!r} is not a known name; use the server's address, or start it with --allow-host"
-                )
+                words = "is not a known name; use the server's address, or start it with --allow-host"
+                raise Refused(403, f"{host!r} {words}")
             if origin is not None and not (is_loopback(_host_of(origin)) or _host_of(origin) == host):
                 raise Refused(403, f"pages of {origin} may not ask a server without API keys; start it with some")
         if not self.keys or path in _OPEN or method == "OPTIONS":
@@ -108,10 +101,9 @@ class Gate:
 
     async def _read(self, asked: Request) -> bytes:
         limit = f"the body has over {self.most_body:,} bytes; shorten it, or start the server with a larger --ctx"
-        length = asked.headers.get("content-length", "")
+        content, length = bytearray(), asked.headers.get("content-length", "")
         if length.isdigit() and int(length) > self.most_body:
             raise Refused(413, limit)
-        content = bytearray()
 
         async def read() -> None:
             async for chunk in asked.stream():
@@ -161,8 +153,7 @@ async def _left(receive: Receive) -> None:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the address."""
-    address = _address(host)
-    return host == "localhost" or (address is not None and address.is_loopback)
+    return host == "localhost" or ((address := _address(host)) is not None and address.is_loopback)
 
 
 def network_of(host: str) -> str:
@@ -170,8 +161,7 @@ def network_of(host: str) -> str:
     address = _address(host)
     if not isinstance(address, ipaddress.IPv6Address):
         return host
-    mapped = address.ipv4_mapped
-    return str(mapped or ipaddress.IPv6Address(int(address) >> 64 << 64))
+    return str(address.ipv4_mapped or ipaddress.IPv6Address(int(address) >> 64 << 64))
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

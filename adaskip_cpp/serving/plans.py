@@ -37,24 +37,26 @@ class Plans:
     most: int  # tokens in the context
 
     def choose(self, wish: Any, n_tokens: int, *, edited: bool = False) -> Choice:
-        """Return the plan for a prompt of ``n_tokens`` tokens and a ``wish`` that passed :func:`check_wish`.
-
-        ``edited`` allows moving runs of an earlier prompt, if that keeps the promise.
-
-        Raises:
-            RequestError: no plan of a frontier meets the wish.
+        """Return the plan for a prompt of ``n_tokens`` tokens and a ``wish`` that passed :func:`check_wish`. ``edited``
+        allows moving runs of an earlier prompt, if that keeps the promise. Raises RequestError if no plan meets it.
         """
         if wish == "none":
             return Choice()
-        value = float(*wish.values()) if isinstance(wish, dict) else self.max_loss
-        asks_speedup = "speedup" in wish
-        if self.frontier is not None:
-            max_loss = self._least_promise(self.frontier, value, n_tokens) if asks_speedup else value
-            return self._promised(self.frontier, max_loss, n_tokens, edited=edited and not asks_speedup)
-        if asks_speedup:
+        frontier, asks_speedup = self.frontier, "speedup" in wish
+        if frontier is None and asks_speedup:
             raise RequestError("a speed-up needs the plans of `adaskip-cpp tune`; run it, and start the server again")
-        # The loss of this one plan was not measured, so it cannot keep a promise.
-        return Choice() if self.own is None or wish != "auto" else Choice(self.own, "auto")
+        if frontier is None:  # the loss of the one plan was not measured, so it cannot keep a promise
+            return Choice() if self.own is None or wish != "auto" else Choice(self.own, "auto")
+        max_loss = float(*wish.values()) if isinstance(wish, dict) else self.max_loss
+        if asks_speedup:
+            max_loss, edited = _least_promise(frontier, max_loss, n_tokens), False
+        plan = frontier.choose(n_tokens, max_loss, edited=edited)
+        point = frontier.point(n_tokens, max_loss, edited=edited)
+        moves = frontier.edit_point(n_tokens, max_loss) if edited else None
+        name = "none" if point is None else f"promise {max_loss:.4g}"
+        speedup = None if point is None else point.speedup(context_for(n_tokens))
+        readable = frontier.readable(max_loss, self.most, edited=edited)
+        return Choice(plan, name, readable, max_loss, point, speedup, None if moves is None else moves.edits)
 
     @property
     def listing(self) -> dict[str, Any]:
@@ -67,37 +69,27 @@ class Plans:
         ]
         return {"adaskip": {"max_loss": self.max_loss, "points": points}}
 
-    def _promised(self, frontier: Frontier, max_loss: float, n_tokens: int, *, edited: bool) -> Choice:
-        plan = frontier.choose(n_tokens, max_loss, edited=edited)
-        point = frontier.point(n_tokens, max_loss, edited=edited)
-        moves = frontier.edit_point(n_tokens, max_loss) if edited else None
-        name = "none" if point is None else f"promise {max_loss:.4g}"
-        speedup = None if point is None else point.speedup(context_for(n_tokens))
-        readable = frontier.readable(max_loss, self.most, edited=edited)
-        return Choice(plan, name, readable, max_loss, point, speedup, None if moves is None else moves.edits)
 
-    def _least_promise(self, frontier: Frontier, speedup: float, n_tokens: int) -> float:
-        """Return the least promise whose plan has the predicted speed-up; 0 for prompts too short for any plan."""
-        context = context_for(n_tokens)
-        if speedup <= 1 or n_tokens < LEAST_CONTEXT:
-            return 0.0
-        points = [each for each in frontier.points if math.isfinite(each.needs(context))]
-        kept = [each.needs(context) for each in points if each.speedup(context) >= speedup]
-        if not kept:
-            most = max((each.speedup(context) for each in points), default=1.0)
-            raise RequestError(f"no plan is {speedup:g} times as fast at {context} tokens; ask for at most {most:.4g}")
-        return min(kept)
+def _least_promise(frontier: Frontier, speedup: float, n_tokens: int) -> float:
+    """Return the least promise whose plan has the predicted speed-up; 0 for prompts too short for any plan."""
+    context = context_for(n_tokens)
+    if speedup <= 1 or n_tokens < LEAST_CONTEXT:
+        return 0.0
+    points = [each for each in frontier.points if math.isfinite(each.needs(context))]
+    kept = [each.needs(context) for each in points if each.speedup(context) >= speedup]
+    if not kept:
+        most = max((each.speedup(context) for each in points), default=1.0)
+        raise RequestError(f"no plan is {speedup:g} times as fast at {context} tokens; ask for at most {most:.4g}")
+    return min(kept)
 
 
 def check_wish(wish: Any) -> None:
     match wish:
-        case {"speedup": bool()} | {"max_loss": bool()}:
-            pass
         case "auto" | "none":
             return
-        case {"speedup": int() | float() as value} if len(wish) == 1 and 1 <= value <= 100:
+        case {"speedup": int() | float() as value} if len(wish) == 1 and type(value) is not bool and 1 <= value <= 100:
             return
-        case {"max_loss": int() | float() as value} if len(wish) == 1 and 0 <= value <= 100:
+        case {"max_loss": int() | float() as value} if len(wish) == 1 and type(value) is not bool and 0 <= value <= 100:
             return
     raise RequestError(f"adaskip.plan is {wish!r}; use one of: {WISHES}")
 

@@ -6,7 +6,6 @@ skip set of each cell. llama.cpp trusts a state. So only the owner of the folder
 """
 
 import contextlib
-import errno
 import hashlib
 import hmac
 import logging
@@ -37,9 +36,6 @@ _KEY, _KEY_BYTES = "hmac.key", 32
 _MAC_BYTES, _MOST_HEADER = 32, 1 << 16
 _READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
 """Flags for opening a file: follow no link, and do not wait for the writer of a pipe."""
-_MOST_FORGOTTEN = 16  # entries kept without a state, to report that a prompt had been known
-_OVERHEAD = 1024  # bytes of a file beside its tokens and its state, at most
-_LOGGER = logging.getLogger(__name__)
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,12 +46,9 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(eq=False)
 class Entry:
-    """One saved state. ``state`` is None if it is only on disk, ``path`` is None if it is only in memory.
+    """One saved state. ``state`` is None if it is only on disk, ``path`` is None if it is only in memory."""
 
-    ``key`` names all that must be equal for its use: the model, its settings, the client, the plan.
-    """
-
-    key: str
+    key: str  # names all that must be equal for its use: the model, its settings, the client, the plan
     tokens: Tokens
     n_bytes: int
     state: bytearray | None = None
@@ -63,15 +56,14 @@ class Entry:
 
     @property
     def n_file(self) -> int:
-        """Bytes of its file, or slightly more."""
-        return self.n_bytes + self.tokens.nbytes + _OVERHEAD
+        """Bytes of its file, or slightly more: beside its state and its tokens, it has at most 1024."""
+        return self.n_bytes + self.tokens.nbytes + 1024
 
 
 class PrefixCache:
-    """Saved states. The least recently used are dropped first. For one thread at a time.
-
-    Another thread writes each new state to disk, unless it is still writing one. :meth:`close` writes the rest. Without
-    ``can_rewind``, a state can be used only if the prompt begins with all of its tokens.
+    """Saved states. The least recently used are dropped first. For one thread at a time. Another thread writes each new
+    state to disk, unless it is still writing one. :meth:`close` writes the rest. Without ``can_rewind``, a state can be
+    used only if the prompt begins with all of its tokens.
 
     Args:
         most: largest size of all states in memory, and of all files, in bytes.
@@ -83,11 +75,10 @@ class PrefixCache:
         self.most, self.can_rewind = most, True
         self.folder = None if folder is None else Path(folder)
         self.entries: list[Entry] = []  # the most recently used last
-        self.forgotten: deque[Entry] = deque(maxlen=_MOST_FORGOTTEN)  # for want of room, or with a damaged file
+        self.forgotten: deque[Entry] = deque(maxlen=16)  # for want of room, or damaged: to tell that they were known
         self._writer = ThreadPoolExecutor(1, "prefix-cache")
         self._has_warned = False
         self._writing: Future[None] | None = None
-        self._hmac_key = b""
         if self.folder is not None:
             with usable(self.folder):
                 self._hmac_key = _hmac_key(self.folder)
@@ -97,7 +88,6 @@ class PrefixCache:
         self, keys: Collection[str], tokens: Tokens, known: Callable[[Tokens, Tokens], int] = n_common
     ) -> tuple[Entry | None, int]:
         """Return the entry with one of ``keys`` that has most of a prompt, and its number of tokens; else (None, 0).
-
         ``known(entry_tokens, prompt_tokens)`` counts the tokens of the prompt that the entry has.
         """
         counted = [(each, known(each.tokens, tokens)) for each in self.entries if each.key in keys]
@@ -120,9 +110,8 @@ class PrefixCache:
         if entry.path is not None:
             with contextlib.suppress(OSError):
                 os.utime(entry.path)
-        state = entry.state
         self._bound(keep=entry)
-        return state
+        return entry.state
 
     def put(self, key: str, tokens: Tokens, state: bytearray) -> None:
         """Save a state if it fits. Drop entries whose tokens it also has."""
@@ -170,8 +159,6 @@ class PrefixCache:
             self.entries.remove(entry)
         self._drop_file(entry)
 
-    # -- on disk ---------------------------------------------------------------------------------------------------
-
     def _drop_file(self, entry: Entry) -> None:
         path, entry.path = entry.path, None
         if path is not None:
@@ -189,19 +176,15 @@ class PrefixCache:
         n_header, tokens = len(header).to_bytes(8, "little"), entry.tokens.astype("<i4").tobytes()
         parts: list[bytes | bytearray] = [n_header, header, tokens, state]
         try:
-            content = b"".join([MAGIC, self._mac(*parts), *parts])
-            write_atomically(path, content, mode=0o600, follows_link=False)
+            write_atomically(path, b"".join([MAGIC, self._mac(*parts), *parts]), mode=0o600, follows_link=False)
         except OSError as error:
             entry.path = None
             if not self._has_warned:
                 self._has_warned = True
-                _LOGGER.warning("%s; states are now kept only in memory", error)
+                logging.getLogger(__name__).warning("%s; states are now kept only in memory", error)
 
     def _scan(self, folder: Path) -> None:
-        """Find the entries in the folder, oldest first, and delete damaged files.
-
-        Another process may still be writing a temporary file, so these are deleted only if they are old.
-        """
+        """Find the entries in the folder, oldest first. Delete damaged files, and old temporary ones."""
         found = []
         for path in folder.iterdir():
             is_ours = path.name.endswith(_SUFFIX)
@@ -248,25 +231,18 @@ class PrefixCache:
 @contextlib.contextmanager
 def usable(folder: Path) -> Iterator[None]:
     """Make a folder for states if it is missing. Raise DataError if it, or the code in this context, cannot use it."""
+    name = repr(str(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _check_owner(folder)
+        about = folder.stat()
+        if hasattr(os, "geteuid"):  # Windows has no such owners and modes
+            if about.st_uid != os.geteuid():
+                raise DataError(f"{name} belongs to another user; choose another --cache-dir")
+            if about.st_mode & 0o022:  # they could write a state
+                raise DataError(f"other users may write to {name}; choose another --cache-dir, or `chmod go-w` it")
         yield
     except OSError as error:
-        raise DataError(
-            f"cannot use {str(folder)!r} ({error.strerror or error}); choose another --cache-dir"
-        ) from error
-
-
-def _check_owner(folder: Path) -> None:
-    """Refuse a folder in which another user could write a state."""
-    about = folder.stat()
-    if not hasattr(os, "geteuid"):  # Windows has no such owners and modes
-        return
-    if about.st_uid != os.geteuid():
-        raise DataError(f"{str(folder)!r} belongs to another user; choose another --cache-dir")
-    if about.st_mode & 0o022:
-        raise DataError(f"other users may write to {str(folder)!r}; choose another --cache-dir, or `chmod go-w` it")
+        raise DataError(f"cannot use {name} ({error.strerror or error}); choose another --cache-dir") from error
 
 
 def _hmac_key(folder: Path) -> bytes:
@@ -285,7 +261,7 @@ def _open_regular(path: Path) -> BufferedReader:
     descriptor = os.open(path, _READING)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "no regular file", str(path))
+        raise OSError("no regular file")
     return os.fdopen(descriptor, "rb")
 
 

@@ -1,4 +1,4 @@
-"""Starts the process of a model, sends it requests, and starts it again if it dies. Start at :meth:`Worker.answer`.
+"""The models of a server, each in a process: chooses, loads, asks and unloads them. Start at :meth:`Workers.load`.
 
 The other end of the pipe is :mod:`.worker`. All of it runs in the event loop of the server's first process.
 """
@@ -6,6 +6,7 @@ The other end of the pipe is :mod:`.worker`. All of it runs in the event loop of
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import pickle
 import signal
@@ -18,8 +19,9 @@ from typing import Any, Literal, TypeAlias
 
 from ..errors import NativeError
 from .answer import Sent
+from .queue import FairQueue
 from .request import Gone, Refused, ServedRequest
-from .worker import HEAD_BYTES, Call, Done, Failed, Leave, Opened, Opening
+from .worker import HEAD_BYTES, Call, Done, Leave, Opened, Opening
 
 State: TypeAlias = Literal["unloaded", "loading", "ready", "restarting", "unloading"]
 
@@ -31,10 +33,7 @@ _MOST_VAIN = 3  # processes in a row that may end before the model is ready
 _LOADING = 10  # loading may take this many times the limit of a step
 _LOGGER = logging.getLogger(__name__)
 
-_START = (
-    f"import sys; sys.path[:] = sys.argv.pop(1).split({os.pathsep!r}); "
-    "from adaskip_cpp.serving.worker import main; main()"
-)
+_START = "import os, sys; sys.path = sys.argv[1].split(os.pathsep); from adaskip_cpp.serving.worker import main; main()"
 
 
 @dataclass(eq=False)
@@ -49,28 +48,22 @@ class _Asked:
 
 
 class Worker:
-    """One model, and its process while the model is in memory.
-
-    A step of a request may take ``stuck_timeout`` seconds, and loading ten times as long. Slower processes are killed.
-    """
+    """One model, and its process while the model is in memory."""
 
     def __init__(self, name: str, opening: Opening, *, stuck_timeout: float = STUCK) -> None:
-        self.name = name
         self.state: State = "unloaded"
         self.about: Opened | None = None  # facts from the last loading
         self.gauges: dict[str, float] = {}
         self.failure: NativeError | None = None  # the reason if it cannot be loaded
         self.n_deaths, self.used = 0, 0.0  # used: time of the last question or answer
-        self._opening, self._stuck_timeout = opening, stuck_timeout
+        self.name, self._opening, self._stuck_timeout = name, opening, stuck_timeout
         self._asked: dict[str, _Asked] = {}
         self._keeper: asyncio.Task[None] | None = None  # runs while there is a process, or will be one
         self._process: asyncio.subprocess.Process | None = None
         self._opened: asyncio.Future[bool]  # whether the next process became ready
         self._is_closing = self._was_open = False
-        self._why = self._failed = ""  # why the process ended; why the model could not be opened
-        self._pause, self._slowest = _PAUSE, 0.0
-
-    # -- to be asked -------------------------------------------------------------------------------------------------
+        self._why, self._pause, self._slowest = "", _PAUSE, 0.0  # why: the reason for which the process ended
+        self._failed: NativeError | None = None  # why the model could not be opened
 
     async def ready(self) -> None:
         """Wait until the model is ready; start its process if there is none. Raises Refused if loading fails."""
@@ -79,17 +72,12 @@ class Worker:
                 self.state, self.failure, self._is_closing = "loading", None, False
                 self._opened = asyncio.get_running_loop().create_future()
                 self._keeper = asyncio.create_task(self._keep())
-            opened = self._opened
-            await asyncio.wait({opened})
-            if not (opened.result() or self._is_closing):
+            if not (await asyncio.shield(self._opened) or self._is_closing):
                 raise Refused(500, f"the model {self.name!r} cannot be loaded; see the server's log")
 
     async def answer(self, request: ServedRequest, sent: Sent) -> None:
-        """Let the process answer a request whose turn it is, and update the request's attributes.
-
-        Raises:
-            Refused: the answer is an error, for example because the process died.
-            Gone: the client has left.
+        """Let the process answer a request whose turn it is, and update the request's attributes. Raises Refused if the
+        answer is an error, for example because the process died; Gone if the client has left.
         """
         done: Done | None = None
         while done is None:
@@ -97,8 +85,11 @@ class Worker:
             asked = self._ask(request, sent)
             try:
                 done = await self._done(asked)
-            except asyncio.CancelledError:
-                await self._leave(asked)
+            except asyncio.CancelledError:  # the client has left
+                self._tell(Leave(request.id))
+                patience = min(max(LEAVE, 2 * self._slowest), self._stuck_timeout)
+                if not (await asyncio.wait({asked.done}, timeout=patience))[0]:
+                    self.kill(f"it did not stop {patience:.0f} seconds after its client had left, and was ended")
                 raise
             finally:
                 self.used = time.monotonic()
@@ -126,8 +117,7 @@ class Worker:
         return next((each for each in messages if isinstance(each, ServedRequest)), None)
 
     def _ask(self, message: ServedRequest | Call, sent: Sent | None = None) -> _Asked:
-        done = asyncio.get_running_loop().create_future()
-        asked = self._asked[message.id] = _Asked(message, done, time.monotonic(), sent)
+        asked = self._asked[message.id] = _Asked(message, asyncio.Future(), time.monotonic(), sent)
         self._tell(message)
         return asked
 
@@ -139,15 +129,6 @@ class Worker:
                 self.kill(f"it was stuck for {self._stuck_timeout:g} seconds and was ended")
             await asyncio.wait({asked.done}, timeout=left if left > 0 else None)
         return asked.done.result()
-
-    async def _leave(self, asked: _Asked) -> None:
-        """End a request whose client has left."""
-        self._tell(Leave(asked.message.id))
-        patience = min(max(LEAVE, 2 * self._slowest), self._stuck_timeout)
-        if not (await asyncio.wait({asked.done}, timeout=patience))[0]:
-            self.kill(f"it did not stop {patience:.0f} seconds after its client had left, and was ended")
-
-    # -- its process -------------------------------------------------------------------------------------------------
 
     async def unload(self, why: str = "") -> None:
         """End its process after it has written its states to the cache. Log the reason."""
@@ -193,7 +174,7 @@ class Worker:
                     return
                 if n_vain == _MOST_VAIN or (self._failed and self.about is None):
                     why = f"{n_vain} starts of {self.name} failed: {self._why}; see the log, or try a smaller --ctx"
-                    self.failure = NativeError(self._failed or why)
+                    self.failure = self._failed or NativeError(why)
                     return
                 self.state, self.n_deaths = "restarting", self.n_deaths + 1
                 self._log(f"{self._why}; it is started again")
@@ -205,16 +186,13 @@ class Worker:
 
     async def _run(self) -> None:
         """Run a process to its end. Then questions without an answer get an error, or None to be asked again."""
-        self._was_open, self._why, self._failed = False, "", ""
+        self._was_open, self._why, self._failed = False, "", None
+        command = sys.executable, "-c", _START, os.pathsep.join(map(os.path.abspath, sys.path))
+        options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        # Both keep the terminal's Ctrl-C from the process, each on other systems.
+        options |= {"start_new_session": True, "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
         try:
-            self._process = process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", _START, os.pathsep.join(map(os.path.abspath, sys.path))),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                # Both keep the terminal's Ctrl-C from the process, each on other systems.
-                start_new_session=True,
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-            )
+            self._process = process = await asyncio.create_subprocess_exec(*command, **options)
         except OSError as error:
             self._why = f"its process cannot be started ({error.strerror})"
             return
@@ -236,7 +214,7 @@ class Worker:
             slow.cancel()
             code = await process.wait()
             how = f"code {code}" if code >= 0 else signal.strsignal(-code)
-            self._why = self._why or self._failed or f"its process ended ({how})"
+            self._why = self._why or str(self._failed or f"its process ended ({how})")
             died = 500, f"the model failed at this request: {self._why}; ask again", "worker_died"
             for asked in self._asked.values():
                 if not asked.done.done():
@@ -250,17 +228,74 @@ class Worker:
         if isinstance(message, Opened):
             self.about, self.gauges, self.state, self._was_open = message, message.gauges, "ready", True
             self._opened.set_result(True)
-        elif isinstance(message, Failed):
-            self._failed = message.why
+        elif isinstance(message, NativeError):
+            self._failed = message
         elif (asked := self._asked.get(message.id)) is not None:
             now = time.monotonic()
             self._slowest, asked.heard, asked.has_begun = max(self._slowest, now - asked.heard), now, True
-            vars(asked.message).update(message.counts)
+            for name, value in message.counts.items():
+                setattr(asked.message, name, value)
             if isinstance(message, Done):
                 self._pause, self.gauges = _PAUSE, message.gauges or self.gauges
                 asked.done.set_result(message)
-            elif asked.sent is not None and message.event:
+            elif asked.sent is not None and message.content:
                 try:
-                    await asked.sent.event(message.event)
+                    await asked.sent.event(message.content)
                 except Gone:
                     self._tell(Leave(message.id))
+
+
+@dataclass(eq=False)
+class Workers:
+    """The models of a server. The first answers requests without a model's name."""
+
+    all: list[Worker]
+    n_ctx: int  # tokens in each context
+    keep: int = 1  # most models in memory; the least recently used one is unloaded for another
+    keep_alive: float = math.inf  # seconds without a request after which a model is unloaded
+
+    def choose(self, name: str | None) -> Worker:
+        """Return the model of this name. A single model has every name. Raises Refused for unknown names."""
+        found = next((each for each in self.all if each.name == name), None)
+        if found is None and name and len(self.all) > 1:
+            raise Refused(404, f"there is no model {name!r}; choose one of /v1/models", "model_not_found")
+        return found or self.all[0]
+
+    async def load(self, worker: Worker) -> None:
+        """Load a model; the caller must hold the turn of the queue. Raises Refused if it cannot be loaded."""
+        if worker.state in ("unloaded", "unloading"):
+            others = [each for each in self.all if each is not worker and each.state != "unloaded"]
+            for each in sorted(others, key=lambda each: each.used)[: max(len(others) + 1 - self.keep, 0)]:
+                await each.unload(f"to make room for {worker.name}")
+            if any(each.about for each in self.all):
+                worker._log("loading")
+        worker.used = time.monotonic()
+        try:
+            await worker.ready()
+        except Refused:
+            if worker.failure is not self.failure:
+                _LOGGER.warning("%s", worker.failure)
+            raise
+
+    async def unload_idle(self, queue: FairQueue) -> None:
+        """Unload models without requests; runs for ever."""
+        while True:
+            await asyncio.sleep(min(self.keep_alive / 10, 1))
+            for each in self.all:
+                if each.state == "ready" and not queue.is_busy and time.monotonic() - each.used > self.keep_alive:
+                    async with queue.turn(""):
+                        await each.unload("as there was no request for it")
+
+    @property
+    def failure(self) -> NativeError | None:
+        """Why the server must end: its only model cannot be loaded, or the first of several at the start."""
+        first = self.all[0]
+        return first.failure if len(self.all) == 1 or first.about is None else None
+
+    async def close(self, seconds: float) -> None:
+        """End all processes; kill those that take longer than ``seconds``."""
+        ending = [asyncio.ensure_future(each.unload()) for each in self.all]
+        await asyncio.wait(ending, timeout=seconds)
+        for each in self.all:
+            each.kill()
+        await asyncio.wait(ending)

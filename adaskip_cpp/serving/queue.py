@@ -16,11 +16,10 @@ class _Waiting(NamedTuple):
 
 
 class FairQueue:
-    """Lets one request run at a time. Parties take turns, and so do the users of a party.
-
-    A party is an API key or an address. Its users are names in its own requests. At most ``most`` requests wait. If the
-    queue is full, a request of a party with fewer ones replaces one of the party with the most: the newest request of
-    that party's user with the most. The replaced one is refused. All of it runs in one event loop.
+    """Lets one request run at a time. Parties take turns, and so do the users of a party. A party is an API key or an
+    address. Its users are names in its own requests. At most ``most`` requests wait. If the queue is full, a request of
+    a party with fewer ones replaces one of the party with the most: the newest request of that party's user with the
+    most. The replaced one is refused. All of it runs in one event loop.
     """
 
     def __init__(self, most: int) -> None:

@@ -14,10 +14,9 @@ from ..model.plan import PHASES, Phase, SkipPlan
 from .plans import Choice
 
 Reread: TypeAlias = Literal["new", "text", "plan", "evicted", "memory", "logprobs", "cache_prompt"]
-"""Why tokens of a prompt were read; docs/server.md has the meanings."""
+REREAD: tuple[Reread, ...] = get_args(Reread)  # why tokens of a prompt were read; docs/server.md has the meanings
 
-REREAD: tuple[Reread, ...] = get_args(Reread)
-
+STOPPING = 503, "the server is stopping; ask again when it is back", "stopping"
 _COUNTS = ("n_prompt", "n_generated", "n_cached", "n_done", "n_moved", "known", "n_evaluated", "begun", "first", "last")
 
 WORTH_KEEPING = 32
@@ -27,9 +26,6 @@ WORTH_KEEPING = 32
 
 class Gone(Exception):
     """The client has left, or the server is stopping."""
-
-
-STOPPING = 503, "the server is stopping; ask again when it is back", "stopping"
 
 
 class Refused(Exception):
@@ -110,10 +106,7 @@ class ServedRequest:
 
     @property
     def reread_because(self) -> Reread | None:
-        """Why more than the last token of the prompt was read; None if not, or if it is not read yet.
-
-        It does not reveal prompts of other clients, which this one may not use.
-        """
+        """Why more than the prompt's last token was read, or None. It reveals nothing of other clients' prompts."""
         if not self.first or self.n_reused >= self.n_prompt - 1:
             return None
         reason, most = max(self.known.items(), key=lambda each: each[1], default=("new", 0))
@@ -126,12 +119,12 @@ class ServedRequest:
         return self.n_evaluated["bulk"]
 
     @property
-    def timings(self) -> dict[str, float]:
-        """Times under the names of llama.cpp's server (``slot_timings`` in ``server-context.cpp``)."""
+    def figures(self) -> dict[str, Any]:
+        """``adaskip``, and ``timings`` named as in llama.cpp's server (``slot_timings`` in ``server-context.cpp``)."""
         first = self.first or self.begun
         prompt, predicted = (1e3 * max(each, 1e-9) for each in (first - self.begun, (self.last or first) - first))
         n_read, n_decoded = self.n_read, max(self.n_generated - 1, 0)
-        return {
+        timings = {
             "cache_n": self.n_reused,
             "prompt_n": n_read,
             "prompt_ms": prompt,
@@ -142,34 +135,23 @@ class ServedRequest:
             "predicted_per_token_ms": predicted / max(n_decoded, 1),
             "predicted_per_second": 1e3 * n_decoded / predicted,
         }
-
-    @property
-    def progress(self) -> dict[str, float]:
-        """Progress of the prompt, as in llama.cpp's server (``result_prompt_progress``)."""
-        time_ms = 1e3 * (time.perf_counter() - self.begun)
-        return {"total": self.n_prompt, "cache": self.n_cached or 0, "processed": self.n_done, "time_ms": time_ms}
+        return {"timings": timings, "adaskip": self.summary}
 
     @property
     def slot(self) -> dict[str, Any]:
         """Progress as in ``/slots`` of llama.cpp's server (``server_slot::to_json``), without any text."""
         n_cached, most = self.n_cached or 0, getattr(self.body, "max_tokens", None)
         n_left = -1 if most is None else max(most - self.n_generated, 0)
-        return {
-            "n_prompt_tokens": self.n_prompt,
-            "n_prompt_tokens_processed": self.n_done - n_cached,
-            "n_prompt_tokens_cache": n_cached,
-            "next_token": [{"has_next_token": n_left != 0, "n_remain": n_left, "n_decoded": self.n_generated}],
-        }
+        prompt = {"n_prompt_tokens": self.n_prompt, "n_prompt_tokens_processed": self.n_done - n_cached}
+        next_token = {"has_next_token": n_left != 0, "n_remain": n_left, "n_decoded": self.n_generated}
+        return {**prompt, "n_prompt_tokens_cache": n_cached, "next_token": [next_token]}
 
     @property
     def usage(self) -> dict[str, Any]:
         """Numbers of tokens under OpenAI's names."""
-        return {
-            "prompt_tokens": self.n_prompt,
-            "completion_tokens": self.n_generated,
-            "total_tokens": self.n_prompt + self.n_generated,
-            "prompt_tokens_details": {"cached_tokens": self.n_reused},
-        }
+        total = self.n_prompt + self.n_generated
+        usage = {"prompt_tokens": self.n_prompt, "completion_tokens": self.n_generated, "total_tokens": total}
+        return {**usage, "prompt_tokens_details": {"cached_tokens": self.n_reused}}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -195,7 +177,3 @@ class ServedRequest:
             "queued_ms": 1e3 * max((self.begun or time.perf_counter()) - self.received, 0.0),
             "time_to_first_token_ms": 1e3 * max(self.first - self.received, 0.0) if self.first else None,
         }
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        return {"timings": self.timings, "adaskip": self.summary}

@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -21,25 +20,23 @@ from uvicorn.server import HANDLED_SIGNALS
 from ..errors import DataError
 from .answer import LEFT
 from .middleware import network_of
+from .process import Workers
 from .queue import FairQueue
 from .request import Refused
-from .workers import Workers
 
 STOP = 28.0  # seconds in which the server ends when it is told to
 GRACE = 20  # of these, seconds for the running answer
 HEAD = 10.0  # seconds for all headers of a request, from the connection or the last answer on
 
-MOST_CONNECTIONS = 1024
+MOST_CONNECTIONS = 1024  # open ones; as many more may wait to be accepted
 _RESERVED = 64  # descriptors for other files: the model, the cache, sockets that are being closed
 _SELDOM = 60.0  # seconds
-_BACKLOG = 1024  # connections that wait to be accepted
 
 
-class _Seldom(logging.Filter):
+class _Seldom:
     """Passes messages with the same first line once per minute, because clients can cause most messages."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._passed: dict[tuple[str, str], float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -64,7 +61,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; port 0 takes a free one. Raise DataError if that is not possible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listener = socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
     except (OSError, OverflowError) as error:
         raise DataError(f"cannot listen on {host}:{port} ({error}); choose another --host or --port") from error
     listener.setblocking(False)
@@ -73,8 +70,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 class _Connection(H11Protocol):
     """A connection that knows its client's network, and since when it waits for the client."""
-
-    network, since = "", 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -109,45 +104,25 @@ class _Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server with limits for connections. When it is told to stop, it refuses the waiting requests.
-
-    It has at most as many connections as descriptors allow, and half of them for one client. A further connection
-    replaces one: of the client with the most, the one that has waited longest for its client. If none waits, the new
-    one is closed at once.
+    """A uvicorn server with limits for connections. When it is told to stop, it refuses the waiting requests. It has at
+    most as many connections as descriptors allow, and half of them for one client. A further connection replaces one:
+    of the client with the most, the one that has waited longest for its client. If none waits, the new one is closed.
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        queue: FairQueue,
-        workers: Workers,
-        listener: socket.socket,
-        on_ready: Callable[[], None] = lambda: None,
+        self, app: ASGIApp, queue: FairQueue, workers: Workers, listener: socket.socket, on_ready: Callable[[], None]
     ) -> None:
-        config = uvicorn.Config(
-            app,
-            log_config=_LOG,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            timeout_graceful_shutdown=GRACE,
-            server_header=False,
-            proxy_headers=False,  # a client could claim any address with these
-        )
-        super().__init__(config)
+        options: dict[str, Any] = {"log_config": _LOG, "log_level": "warning", "access_log": False, "ws": "none"}
+        options |= {"lifespan": "off", "server_header": False, "timeout_graceful_shutdown": GRACE}
+        options["proxy_headers"] = False  # a client could claim any address with these
+        super().__init__(uvicorn.Config(app, **options))
         self.most = _most_connections()
         self._queue, self._workers, self._listener, self._on_ready = queue, workers, listener, on_ready
-        self._tasks: list[asyncio.Task[None]] = []
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until SIGTERM or Ctrl-C, then end within :data:`STOP` seconds. NativeError: no model can be loaded."""
-
-        def end(number: int, frame: FrameType | None) -> None:
-            """Also before uvicorn sets its handler, and when uvicorn raises the signal again at its end."""
-            self.should_exit = True
-
-        before = {each: signal.signal(each, end) for each in HANDLED_SIGNALS}
+        # uvicorn sets this handler later, and raises the signal again after it has removed it.
+        before = {each: signal.signal(each, self.handle_exit) for each in HANDLED_SIGNALS}
         try:
             super().run()
         finally:
@@ -199,9 +174,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Drop connections whose clients are late, once a second."""
         if counter % 10 == 0:
-            connections: list[Any] = list(self.server_state.connections)
-            for each in connections:
-                if each.is_late:
+            for each in list(self.server_state.connections):
+                if isinstance(each, _Connection) and each.is_late:
                     each.drop()
         return await super().on_tick(counter) or self._workers.failure is not None
 

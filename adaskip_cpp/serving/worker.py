@@ -14,32 +14,28 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
-from ..errors import AdaSkipError, RequestError
+from ..errors import AdaSkipError, NativeError, RequestError
 from .answer import encoded, explained, progress_event
 from .llama import ServedLlama
 from .request import Gone, ServedRequest
 
 HEAD_BYTES = 8  # before each message of the process: its length, little endian
 _SELDOM = 0.25  # seconds between two messages about the progress of a request
-_LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(msgspec.Struct, frozen=True):
     """The first message to the process. ``open`` opens the model; ``logs_text`` allows clients' text in the log."""
 
     open: Callable[[], ServedLlama]
     logs_text: bool
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """Call a method of :class:`Service`, also while a request runs. Its result comes as :class:`Done`."""
 
     id: str
@@ -47,15 +43,13 @@ class Call:
     arguments: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Leave:
+class Leave(msgspec.Struct, frozen=True):
     """The client of a request has left."""
 
     id: str
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(msgspec.Struct, frozen=True):
     """The model is ready. Has facts for clients, and the values of gauges."""
 
     meta: dict[str, Any]
@@ -63,31 +57,19 @@ class Opened:
     gauges: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The model cannot be opened."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """A request goes on: ``counts`` is :attr:`.ServedRequest.counts` so far, or ``event`` the next of its stream."""
-
-    id: str
-    counts: dict[str, Any] = field(default_factory=dict)
-    event: bytes = b""
-
-
-@dataclass
-class Done:
-    """The end of an answer: ``content`` is its JSON or last event; or an error; or neither, if the client left."""
+class Step(msgspec.Struct):
+    """A request goes on: ``content`` is the next event of its stream, or ``counts`` :attr:`.ServedRequest.counts`."""
 
     id: str
     content: bytes | None = None
+    counts: dict[str, Any] = {}
+
+
+class Done(Step):
+    """The end of an answer: ``content`` is its JSON or last event; or an error; or neither, if the client left."""
+
     error: tuple[int, str, str | None] | None = None  # status, message, code
-    counts: dict[str, Any] = field(default_factory=dict)
-    gauges: dict[str, float] = field(default_factory=dict)
+    gauges: dict[str, float] = {}
 
 
 class Service:
@@ -99,7 +81,6 @@ class Service:
         self._asked: SimpleQueue[ServedRequest | None] = SimpleQueue()
         self._requests: dict[str, ServedRequest] = {}
         self._beside = ThreadPoolExecutor(1, "calls")
-        self._told, self._n_told = 0.0, -1  # the time of the last step, and the tokens of the last progress event
 
     def hear(self, message: Any) -> None:
         """Take a message, without waiting for its work."""
@@ -107,8 +88,8 @@ class Service:
             case ServedRequest():
                 self._requests[message.id] = message
                 self._asked.put(message)
-            case Leave(id):
-                if (left := self._requests.get(id)) is not None:  # None: it is done
+            case Leave():
+                if (left := self._requests.get(message.id)) is not None:  # None: it is done
                     left.is_left = True
             case Call():
                 self._beside.submit(self._call, message)
@@ -121,8 +102,8 @@ class Service:
             llm = self._llm = open_()
         except Exception as error:
             if not isinstance(error, AdaSkipError):
-                _LOGGER.error("%s", traceback.format_exc().rstrip())
-            self._tell(Failed(" ".join(str(error).split()) or type(error).__name__))
+                logging.getLogger(__name__).error("%s", traceback.format_exc().rstrip())
+            self._tell(NativeError(" ".join(str(error).split()) or type(error).__name__))
             return
         bos, eos = (llm.token_text(token) if token >= 0 else None for token in (llm.token_bos(), llm.token_eos()))
         about = {"bos_token": bos, "eos_token": eos, "chat_template": llm.metadata.get("tokenizer.chat_template")}
@@ -133,13 +114,13 @@ class Service:
         llm.close()
 
     def _answer(self, request: ServedRequest) -> None:
-        self._told, self._n_told = 0.0, -1
+        self._told, self._n_told = 0.0, -1  # the time of the last step, and the tokens of the last progress event
         request.on_step = lambda: self._step(request)
         request.on_step()
         done = Done(request.id)
         try:
             answer = self._llm.answer(request)
-            done.content = encoded(answer, request, lambda event: self._tell(Step(request.id, event=event)))
+            done.content = encoded(answer, request, lambda event: self._tell(Step(request.id, event)))
         except Gone:
             pass
         except Exception as error:
@@ -154,10 +135,10 @@ class Service:
         is_news = request.n_cached is not None and request.n_done != self._n_told and not request.first
         if is_news and request.is_stream and request.returns_progress:
             self._n_told = request.n_done
-            self._tell(Step(request.id, event=progress_event(request)))
+            self._tell(Step(request.id, progress_event(request)))
         if time.monotonic() - self._told > _SELDOM:
             self._told = time.monotonic()
-            self._tell(Step(request.id, request.counts))
+            self._tell(Step(request.id, counts=request.counts))
 
     def _call(self, call: Call) -> None:
         done = Done(call.id)
@@ -168,8 +149,7 @@ class Service:
         self._tell(done)
 
     def tokenize(self, text: str, has_bos: bool) -> dict[str, Any]:
-        content = text.encode("utf-8", "replace")
-        return {"tokens": self._llm.tokenize(content, add_bos=has_bos, special=True)}
+        return {"tokens": self._llm.tokenize(text.encode("utf-8", "replace"), add_bos=has_bos, special=True)}
 
     def count_tokens(self, request: ServedRequest) -> dict[str, Any]:
         return {"input_tokens": self._llm.count_prompt(request)}
@@ -196,20 +176,17 @@ def main() -> None:
             said.write(len(content).to_bytes(HEAD_BYTES, "little") + content)
             said.flush()
 
+    def listen() -> None:
+        """Take messages. When the pipe ends, end the process at once."""
+        try:
+            while True:
+                service.hear(pickle.load(asked))
+        finally:
+            os._exit(1)
+
     opening: Opening = pickle.load(asked)
     service = Service(tell, logs_text=opening.logs_text)
-    threading.Thread(target=_listen, args=(asked, service), daemon=True).start()
+    threading.Thread(target=listen, daemon=True).start()
     service.run(opening.open)
     sys.stderr.flush()
     os._exit(0)  # does not wait for threads
-
-
-def _listen(asked: IO[bytes], service: Service) -> None:
-    """Take messages. When the pipe ends, end the process at once."""
-    try:
-        while True:
-            service.hear(pickle.load(asked))
-    except EOFError:
-        pass
-    finally:
-        os._exit(1)

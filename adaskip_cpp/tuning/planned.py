@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from ..model.plan import DEFAULT_REFIT, Bulk, SkipPlan, window_size_for
 from ..model.skip_set import SkipSet, late_layers
-from ..planning.modes import compensated_plan
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
+from ..planning.strategies import compensated_plan
 from .losses import Candidate
 
 

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.benchmark import bench
-from adaskip_cpp.benchmark.bench import Bench, BenchSettings
-from adaskip_cpp.benchmark.measure import fit_contexts
+from adaskip_cpp.benchmark import measure
+from adaskip_cpp.benchmark.measure import Bench, BenchSettings, fit_contexts
 from adaskip_cpp.benchmark.process import Worker
 from adaskip_cpp.benchmark.table import NO_PLAN, STOCK, BenchTimes, Row, table, verdict
 from adaskip_cpp.engine import library as _library
@@ -133,7 +132,7 @@ def test_rounds_have_new_processes_that_take_turns_and_every_second_one_is_rever
             asked.append(("time", self.name, len(prompt), n_decode))
             return RequestTime(1.0, (1.0,) * n_decode)
 
-    monkeypatch.setattr(bench, "Worker", Noted)
+    monkeypatch.setattr(measure, "Worker", Noted)
     settings = BenchSettings("m.gguf", CONTEXTS, 2, 4, {"n_ubatch": 8}, {"n_ubatch": 9})
     run = Bench(settings, {"plan": PLAN}, [1, 5, 6], on_progress=lambda share, words="": shares.append(share))
     result = run.run()

@@ -15,12 +15,11 @@ from oracles.frontiers import frontier, point
 from rich.console import Console
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.benchmark import bench as bench_run
 from adaskip_cpp.benchmark import measure
-from adaskip_cpp.benchmark.bench import BenchResult, BenchSettings
+from adaskip_cpp.benchmark.measure import BenchResult, BenchSettings
 from adaskip_cpp.benchmark.process import Worker
 from adaskip_cpp.benchmark.table import NO_PLAN, STOCK, BenchTimes
-from adaskip_cpp.cli.bench_report import print_report
+from adaskip_cpp.cli.bench import print_report
 from adaskip_cpp.measuring import running
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.identity import plan_path
@@ -113,8 +112,8 @@ def test_what_ends_it_in_the_second_round_is_told_and_the_first_one_is_printed(
             signal.raise_signal(signal.SIGINT)
         return list(range(n))
 
-    monkeypatch.setattr(bench_run, "Worker", start)
-    monkeypatch.setattr(bench_run, "in_turn", in_turn)
+    monkeypatch.setattr(measure, "Worker", start)
+    monkeypatch.setattr(measure, "in_turn", in_turn)
     result = run("bench", tiny(), *QUICK, "--repeats", 3, code=code)
     data = json.loads(result.stdout)
     assert not data["complete"] and {row["n_rounds"] for row in data["rows"]} == {1}

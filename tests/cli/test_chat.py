@@ -10,7 +10,6 @@ import pytest
 from click.testing import Result
 from oracles import command_line
 from oracles.profiles import tiny_profile
-from rich.console import Console
 
 from adaskip_cpp.cli.chat import Conversation
 from adaskip_cpp.engine.generation import Generation
@@ -57,13 +56,13 @@ def test_system_text_and_all_turns_are_in_the_prompt_and_a_template_that_fails_n
     model: Path, open_model: Any
 ) -> None:
     llm = open_model(model, n_ctx=256)
-    conversation = Conversation(llm, 4, 0.0, Console(), "be brief", [("user", "one"), ("assistant", "two")])
+    conversation = Conversation(llm, 4, 0.0, "be brief", [("user", "one"), ("assistant", "two")])
     prompt = llm.detokenize(conversation.ask("three").prompt).decode()
     assert "system: be brief\nuser: one\nassistant: two\nuser: three\nassistant:" in prompt
     llm.metadata["tokenizer.chat_template"] = "{{ raise_exception('no such role') }}"
     for system, way_out in (("be brief", "--system"), (None, "generate --raw")):
         with pytest.raises(RequestError, match=way_out):
-            Conversation(llm, 4, 0.0, Console(), system).ask("hello")
+            Conversation(llm, 4, 0.0, system).ask("hello")
 
 
 def test_the_plan_beside_the_model_is_in_force_and_figures_of_both_phases_fit_the_terminal(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from adaskip_cpp.evaluation.report import rendered
+from adaskip_cpp.evaluation.report import quality_picture, rendered
 from adaskip_cpp.evaluation.results import SPEED_NAMES, About, Figure, Results, Row, Speed, TaskScores
 from adaskip_cpp.intervals import Interval
 
@@ -23,8 +23,6 @@ def contender(strategy: str, mode: Any, loss: float) -> Row:
 
 def test_the_page_says_what_results_say_escapes_what_it_quotes_and_loads_nothing() -> None:
     pytest.importorskip("matplotlib")
-    from adaskip_cpp.evaluation.plots import quality_picture
-
     rows = contender("full", None, 2.0), contender("adaskip", "prefill", 0.5), contender("early_exit", "prefill", 5.0)
     command, notes = "adaskip-cpp evaluate 'a & b.gguf'", ("early_exit-6 is left out",)
     results = Results(3, 5, About("<b>model</b> & co.", "2 plans", {"Text": "a < b"}, command, {}, notes), rows)

@@ -216,7 +216,7 @@ def test_ctrl_c_in_a_callback_from_c_still_ends_the_verb() -> None:
     def callback() -> None:
         signal.raise_signal(signal.SIGINT)
 
-    @verb("Wait.", example="wait")
+    @verb("Wait.", "")
     def wait() -> None:
         callback()
         for _ in range(1000):

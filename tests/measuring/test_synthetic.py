@@ -12,8 +12,7 @@ from oracles.questions import ByteLlama, text_of
 from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.errors import DataError, RequestError
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.synthetic import passkey_items
-from adaskip_cpp.measuring.tasks import greedy_text
+from adaskip_cpp.measuring.tasks import greedy_text, passkey_items
 
 TEXT = " ".join(f"{word}{i}" for i in range(1500) for word in ("lorem", "ipsum", "dolor"))
 

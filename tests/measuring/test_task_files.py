@@ -10,8 +10,7 @@ from oracles.fake_llama import BOS
 from oracles.questions import LLM, chat, record, text_of
 
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.measuring.longbench import DATASETS
-from adaskip_cpp.measuring.task_files import task_items
+from adaskip_cpp.measuring.task_files import DATASETS, task_items
 from adaskip_cpp.measuring.tasks import QuestionItem
 
 

@@ -116,7 +116,8 @@ def test_the_plan_owns_its_vectors_and_maps(open_tiny: Open, reference: Referenc
     chosen, llm = skip_set((1,), (0, 2), 1.1, seed=2), open_tiny()
     for dtype, order in ((np.float32, "C"), (np.float64, "F")):
         names = ("skip", "scale", *PARTS)
-        given = SimpleNamespace(**{name: np.array(getattr(chosen, name), dtype, order=order) for name in names})
+        arrays = {name: np.array(getattr(chosen, name), dtype, order=order) for name in names}
+        given = SimpleNamespace(**arrays, n_embd=chosen.n_embd)
         for name in PARTS:
             getattr(given, name)[~chosen.skip] = np.nan
         # Under tag 0, that of no plan, as AdaSkipLlama knows nothing of it.

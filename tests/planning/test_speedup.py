@@ -1,4 +1,4 @@
-"""adaskip_cpp.planning.speedup: the smallest budget that reaches a speed-up, and what is out of reach."""
+"""adaskip_cpp.planning.strategies: the smallest budget that reaches a speed-up, and what is out of reach."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,7 +10,6 @@ from oracles.profiles import NAN, maps, profile
 
 from adaskip_cpp.errors import BudgetError, PlanError
 from adaskip_cpp.planning.request import PlanRequest
-from adaskip_cpp.planning.speedup import seconds_saved
 
 RISING = np.linspace(0.5, 0.99, 24).reshape(12, 2)
 COSTS = cost_model(1, [1] * 12, [2] * 12, size=64, kept=[0.5] * 12)
@@ -47,7 +46,7 @@ def test_tokens_that_maps_are_fitted_to_count() -> None:
 
 def test_a_speed_up_out_of_reach_is_refused_with_what_can_be_reached_and_one_without_costs() -> None:
     """A token takes 14 s. The rest and the attention that cannot be skipped take 5 s of them."""
-    np.testing.assert_allclose(seconds_saved(UNLIKE, 256, "decode"), [[1, 2], [2, 2], [4, 2]])
+    np.testing.assert_allclose(UNLIKE.seconds_saved(256, "decode"), [[1, 2], [2, 2], [4, 2]])
     similarity = np.full((3, 2), 0.9)
     similarity[2, 0] = NAN
     known = profile(similarity, cost=UNLIKE)

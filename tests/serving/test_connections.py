@@ -21,7 +21,7 @@ def served_by(app: Any, clients: Callable[[int], Any]) -> None:
 
     async def scenario() -> None:
         listener = listen("127.0.0.1", 0)
-        running = server.Server(app, FairQueue(1), Nobody(), listener)
+        running = server.Server(app, FairQueue(1), Nobody(), listener, lambda: None)
         serving = asyncio.create_task(running.serve())
         while not running.started:
             await asyncio.sleep(0.01)
