@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..model.plan import DEFAULT_REFIT, Bulk, SkipPlan, window_size_for
+from ..model.plan import DEFAULT_HEAD, DEFAULT_REFIT, Bulk, SkipPlan
 from ..model.skip_set import SkipSet, late_layers
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
@@ -26,19 +26,24 @@ class Planned:
             "windowed": profile.windowable[::-1],
         }
 
-    def plan(self, candidate: Candidate, window_size: int) -> SkipPlan:
-        request = PlanRequest(mode="prompt", window_size=window_size)
+    def plan(self, candidate: Candidate, context: int) -> SkipPlan:
+        """Return the plan for prompts of ``context`` tokens."""
+        request = PlanRequest(mode="prompt", window_size=_window_size(candidate, context))
         plan = compensated_plan(self.profile, candidate.skip(self.profile.n_layer), request, "tuned")
         assert plan.bulk is not None
         # Without maps too, so that the judge cuts the prompts of all plans alike.
         return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed, refit=DEFAULT_REFIT))
 
     def seconds(self, candidate: Candidate, context: int) -> float:
-        none = SkipSet.none(self.profile.n_layer)
-        size = window_size_for(self.judged_at, candidate.share)
+        none, size = SkipSet.none(self.profile.n_layer), _window_size(candidate, self.judged_at)
         judged = Bulk(none, windowed=candidate.windowed, window_size=size, refit=DEFAULT_REFIT)
         around = judged.scaled(context, self.judged_at)
         return self.cost.seconds(candidate.skip(self.profile.n_layer), context, "bulk", around=around)
 
     def speedup(self, candidate: Candidate, context: int) -> float:
         return self.cost.seconds(None, context, "prefill") / self.seconds(candidate, context)
+
+
+def _window_size(candidate: Candidate, context: int) -> int:
+    """Return the window that is the set's share of a prompt together with the head."""
+    return context // candidate.share - DEFAULT_HEAD

@@ -26,7 +26,7 @@ from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
 from ..measuring.probes import KINDS, N_COPIED
 from ..model.frontier import DEFAULT_LOSS, GROWTH, EditPoint, Frontier, Point, contexts, growth
-from ..model.plan import DEFAULT_REFIT, DEFAULT_TAIL, window_size_for
+from ..model.plan import DEFAULT_REFIT, DEFAULT_TAIL
 from ..model.settings import Settings
 from ..planning.profile import Profile
 from ..progress import Stage, progress_bar
@@ -212,7 +212,7 @@ class _Tuning:
 
             def lost(candidate: Candidate) -> Lost:
                 def judge() -> list[float]:
-                    scores = search(planned.plan(candidate, _SEARCHED_AT // candidate.share))
+                    scores = search(planned.plan(candidate, _SEARCHED_AT))
                     return [quality_of(search.probes, scores, kind).harm for kind in KINDS]
 
                 return tuple(self.memo.get(f"search {candidate}", list[float], judge))
@@ -232,7 +232,7 @@ class _Tuning:
 
         def add(candidate: Candidate) -> None:
             nonlocal n_left
-            plan = planned.plan(candidate, window_size_for(_JUDGED_AT, candidate.share))
+            plan = planned.plan(candidate, _JUDGED_AT)
             judge_it = partial(judged_plan, judge, plan)
             one, n_tokens = self.memo.get(f"judged {candidate}", tuple[Judged | None, int], judge_it)
             n_left, judged[candidate] = n_left - n_tokens, (math.inf,) * len(KINDS)

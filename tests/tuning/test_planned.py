@@ -11,10 +11,26 @@ from adaskip_cpp.tuning.losses import Candidate
 from adaskip_cpp.tuning.planned import Planned
 
 
-@pytest.mark.parametrize(("context", "size", "tail"), [(1024, 252, 64), (2048, 508, 64), (8192, 2044, 256)])
-def test_the_time_of_a_long_prompt_counts_its_longer_windows_and_tail(context: int, size: int, tail: int) -> None:
+@pytest.mark.parametrize(
+    ("share", "context", "size", "tail"),
+    [(4, 1024, 252, 64), (4, 2048, 508, 64), (4, 8192, 2044, 256), (16, 2048, 252, 64), (16, 8192, 508, 256)],
+)
+def test_the_time_of_a_long_prompt_counts_its_longer_windows_and_tail(
+    share: int, context: int, size: int, tail: int
+) -> None:
     cost = cost_model(0.1, [1.0] * 3, [2.0] * 3, growth=[0.001] * 3)
-    candidate = Candidate(ffn=(1,), windowed=(1,), share=4)
+    candidate = Candidate(ffn=(1,), windowed=(1,), share=share)
     around = Bulk(SkipSet.none(3), windowed=(1,), window_size=size, tail=tail, refit=DEFAULT_REFIT)
     expected = cost.seconds(candidate.skip(3), context, "bulk", around=around)
     assert Planned(profile(np.full((3, 2), 0.9), cost=cost), 2048).seconds(candidate, context) == expected
+
+
+@pytest.mark.parametrize(("share", "size"), [(4, 508), (8, 252), (16, 124)])
+def test_a_judged_window_is_its_share_of_the_prompt_even_where_a_wider_one_takes_no_longer(
+    share: int, size: int
+) -> None:
+    planned = Planned(profile(np.full((3, 2), 0.9), cost=cost_model(0.1, [1.0] * 3, [2.0] * 3)), 2048)
+    bulk = planned.plan(Candidate(windowed=(1, 2), share=share), 2048).bulk
+    assert bulk and bulk.window_size == size
+    assert bulk.scaled(2048, 2048).window_size == max(size, 252), "prompts of this length then lose less"
+    assert bulk.scaled(8192, 2048).window_size == 8192 // share - 4
