@@ -68,6 +68,12 @@ class Judge:
         for whole, logits in zip(self._whole, self._answers(plan), strict=True):
             yield whole.scores(logits)
 
+    def put_first(self, text: str) -> None:
+        """Judge the probes of this text before all others from now on."""
+        order = sorted(range(len(self.probes)), key=lambda i: self.probes[i].text != text)
+        self.probes = tuple(self.probes[i] for i in order)
+        self._whole = [self._whole[i] for i in order if self._whole]
+
     def edited(self, read: Callable[[Probe], object]) -> tuple[list[Probe], list[Scores]]:
         """Return the probes after the longest prompt of each text, and the scores of the whole model on them.
 

@@ -61,10 +61,10 @@ class Judged:
         return cls((continuation, copying, retrieval), passkeys_of(probes, scores))
 
 
-def judged_plan(judge: Judge, plan: SkipPlan) -> tuple[Judged | None, int]:
+def judged_plan(judge: Judge, plan: SkipPlan) -> tuple[Judged | str, int]:
     """Judge a plan, until it loses a clear pass key: no promise allows such a plan.
 
-    Return its figures, None if it lost a key, and the tokens that were read with the plan.
+    Return its figures, or the text whose key it lost, and the tokens that were read with the plan.
     """
     judge.read_whole()
     scores, before = list[Scores](), judge.n_evaluated
@@ -72,7 +72,7 @@ def judged_plan(judge: Judge, plan: SkipPlan) -> tuple[Judged | None, int]:
         scores.append(each)
         keys = passkeys_of([probe], [each])
         if keys.plan < keys.whole:
-            return None, judge.n_evaluated - before
+            return probe.text, judge.n_evaluated - before
     return Judged.of(judge.probes, scores), judge.n_evaluated - before
 
 

@@ -25,7 +25,7 @@ Lost: TypeAlias = tuple[float, ...]  # nats per token that a set loses in each k
 
 SHARES = (4, 8, 16)  # windows that are tried: a quarter, an eighth and a sixteenth of the prompt
 
-_USELESS = 0.14  # nats per token: if a depth loses more than this, deeper ones are not measured
+_USELESS = 0.09  # nats per token: if a depth loses more than this, deeper ones are not measured
 
 _FIRST = 3.0
 """The promise that a set needs over its predicted loss, assumed until one set is judged: a promise allows for chance.
@@ -60,11 +60,9 @@ class Candidate:
     def skip(self, n_layer: int) -> npt.NDArray[np.bool_]:
         return marked(n_layer, self.attention, self.ffn)
 
-    def contains(self, other: "Candidate", *, windows: bool = True) -> bool:
-        """Return whether this set leaves out all that another one does, with or without its ``windows``."""
-        narrower = not (windows and other.windowed) or self.share >= other.share
-        parts = _PARTS[: 2 + windows]
-        return narrower and all({*getattr(self, part)} >= {*getattr(other, part)} for part in parts)
+    def contains(self, other: "Candidate") -> bool:
+        narrower = not other.windowed or self.share >= other.share
+        return narrower and all({*getattr(self, part)} >= {*getattr(other, part)} for part in _PARTS)
 
 
 _PARTS = ("attention", "ffn", "windowed")
@@ -192,18 +190,19 @@ def measure(
 def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidate | None:
     """Return the fastest set that is expected to keep a promise; None if a judged set keeps it and is faster.
 
-    ``needs`` has the least promises of each judged set, by kind of answers. They are infinite if it keeps none. The
-    predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set needs at least
-    as much as the sets within it. One that loses a pass key is within another set even without its windows, because
-    windows make hardly any key less likely.
+    ``needs`` has the least promises of each judged set, by kind of answers. They are infinite if it loses a pass key.
+    The predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set needs at
+    least as much as the sets within it. But a set that contains one that loses a key may keep the key. So only those
+    with the same attentions and FFNs are left out then (docs/dev/method.md).
     """
-    broken = {each: not math.isinf(max(need)) for each, need in needs.items() if max(need) > promise}
+    lost = {(each.attention, each.ffn) for each, need in needs.items() if math.isinf(max(need))}
+    broken = [each for each, need in needs.items() if promise < max(need) < math.inf]
     at_most = (sets.parts * _factors(sets.losses, needs, promise)).sum(axis=2).max(axis=1) <= promise
     for candidate, is_expected in zip(sets.candidates, at_most, strict=True):
-        if candidate in needs:
-            if max(needs[candidate]) <= promise:
-                return None
-        elif is_expected and not any(candidate.contains(each, windows=counts) for each, counts in broken.items()):
+        if max(needs.get(candidate, (math.inf,))) <= promise:
+            return None
+        may_keep = is_expected and (candidate.attention, candidate.ffn) not in lost
+        if may_keep and not any(candidate.contains(each) for each in broken):
             return candidate
     return None
 
@@ -219,7 +218,7 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
     They are fitted by least squares of relative errors. Each is drawn to the mean factor of whole sets, so a few judged
     sets suffice. A set that needs more than three times this promise is taken to need three times as much: losses jump
     where a set is too large, which says little about smaller ones. Qwen2.5-Coder once needed 20 times as much as
-    predicted, and then sets that keep the promise were expected to break it. A lost pass key says less still.
+    predicted, and then sets that keep the promise were expected to break it. A lost key says less still.
     """
     if not needs:
         return np.full((1, len(_PARTS)), _FIRST)
@@ -259,8 +258,11 @@ def _curve(name: str, order: tuple[int, ...], judged: Callable[[Candidate], Lost
     for depth in depths:
         is_useless = bool(lost) and max(lost[-1]) > _USELESS  # assume a far larger loss of deeper sets
         lost.append(tuple(4 * each for each in lost[-1]) if is_useless else measured(depth))
-    if len(depths) > 1 and depths[0] > 1 and max(lost[0]) > _USELESS:
-        depths, lost = (depths[0] // 2, *depths), [measured(depths[0] // 2), *lost]
+    # Losses jump somewhere before the first useless depth. Halfway from the depth before it tells more than beyond it.
+    useless = next((i for i, each in enumerate(lost[:-1]) if max(each) > _USELESS), None)
+    if useless is not None and (middle := (depths[useless] + (0, *depths)[useless]) // 2) not in (0, *depths):
+        depths = *depths[:useless], middle, *depths[useless:]
+        lost.insert(useless, measured(middle))
     return _Curve(order, (0, *depths), ((0.0,) * len(lost[0]), *lost))
 
 

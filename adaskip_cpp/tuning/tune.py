@@ -53,9 +53,9 @@ _SEARCHED_AT = 1024  # tokens of the prompts of the search
 _N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
-# the tokens of the prompt. For the first four, which are the most useful, nearly any plan is enough at first.
-_FIRST_AIMS = (0.05, False, _JUDGED_AT), (0.05, False, _LONG), (0.1, False, _JUDGED_AT), (0.05, True, _JUDGED_AT)
-_AIMS = *_FIRST_AIMS, *product((0.05, 0.02, 0.1, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
+# the tokens of the prompt. For the first two, the default promise, nearly any plan is enough at first.
+_FIRST_AIMS = (0.05, False, _JUDGED_AT), (0.05, False, _LONG)
+_AIMS = *_FIRST_AIMS, *product((0.05, 0.1, 0.02, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
 _WORTHWHILE, _AT_FIRST = 0.97, 0.92  # of the time of a plan that keeps a promise: another one must take less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
@@ -234,12 +234,14 @@ class _Tuning:
             nonlocal n_left
             plan = planned.plan(candidate, _JUDGED_AT)
             judge_it = partial(judged_plan, judge, plan)
-            one, n_tokens = self.memo.get(f"judged {candidate}", tuple[Judged | None, int], judge_it)
+            one, n_tokens = self.memo.get(f"judged {candidate}", tuple[Judged | str, int], judge_it)
             n_left, judged[candidate] = n_left - n_tokens, (math.inf,) * len(KINDS)
-            if one is not None:
-                speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
-                point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan, doubled.growth(candidate))
-                found[candidate], judged[candidate] = point, point.needs_by_kind
+            if isinstance(one, str):
+                judge.put_first(one)  # other plans often lose the same key, so they are found out sooner
+                return
+            speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
+            point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan, doubled.growth(candidate))
+            found[candidate], judged[candidate] = point, point.needs_by_kind
 
         def needs_at(length: int) -> dict[Candidate, Lost]:
             factors = {each: growth(length / _JUDGED_AT, doubled.growth(each)) for each in judged}

@@ -175,6 +175,19 @@ def test_the_whole_model_reads_once_and_a_plan_the_bulk_of_a_text_once(open_tiny
         np.testing.assert_equal(vars(again), vars(first))
 
 
+def test_a_text_that_is_put_first_keeps_its_scores_and_is_not_read_again_by_the_whole_model(open_tiny: Open) -> None:
+    judge = Judge(open_tiny(), PROBES)
+    judge.put_first("text 1")
+    judge.put_first("text 0")  # as before, also if nothing was read
+    before, n_before = judge(BULK), judge.n_evaluated
+    judge.put_first("text 1")
+    after, n_after = judge(BULK), judge.n_evaluated
+    assert [each.text for each in judge.probes] == ["text 1"] * 4 + ["text 0"] * 4
+    for first, again in zip(before, after[4:] + after[:4], strict=True):
+        np.testing.assert_equal(vars(again), vars(first))
+    assert n_after - n_before == n_before // 2, "the plan alone"
+
+
 def test_the_whole_model_and_a_plan_that_fits_its_maps_read_the_batches_of_any_prompt(open_tiny: Open) -> None:
     llm, read = open_tiny(), list[list[int]]()
     judge, maps = Judge(llm, PROBES), filled(FIXED.skip, parts=("down", "up"))

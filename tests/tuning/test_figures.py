@@ -85,7 +85,7 @@ def test_a_plan_is_judged_until_it_loses_a_pass_key() -> None:
         )
         return judged_plan(judge, SkipPlan.manual(4, ffn=(3,))), taken  # type: ignore[arg-type]
 
-    assert judge(6) == ((None, 0), [0, 1, 2, 3, 4])
+    assert judge(6) == (("a", 0), [0, 1, 2, 3, 4]), "the text, and nothing after its lost key"
     (found, _), taken = judge(4)
     _, copying, retrieval = found.kinds
     assert found.passkeys == Passkeys(2, 1, 1) and copying.n_tokens == 1 and taken == [0, 1, 2, 3]
