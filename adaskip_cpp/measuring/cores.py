@@ -11,7 +11,9 @@ _BUSY = 0.5  # with a load average above this, other programs disturb timings
 
 def load_average() -> float | None:
     """Return the load average of the last minute, in CPUs; None on Windows, which has none."""
-    return None if sys.platform == "win32" else os.getloadavg()[0]
+    if sys.platform == "win32":  # a statement, as mypy knows no platform in an expression
+        return None
+    return os.getloadavg()[0]
 
 
 def busy_warning(load: float | None) -> str:
