@@ -238,6 +238,10 @@ class EditedPromptsLlama(SelfDescribingLlama):
         """Return a copy of the tokens in memory with their K and V, about ``kv_bytes`` bytes, for ``saved_prompts``.
 
         An image among the tokens, or a failure of llama.cpp, is a StateError.
+
+        Examples:
+            >>> llm.eval(tokens_of_a_document)
+            >>> llm.saved_prompts = [llm.save_prompt()]
         """
         if self.n_tokens and np.min(self.input_ids[: self.n_tokens]) < 0:
             raise StateError("the memory holds an image, which has positions of its own; save a prompt of text.")

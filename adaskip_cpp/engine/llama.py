@@ -93,6 +93,12 @@ class AdaSkipLlama(EditedPromptsLlama):
         ProfileMismatchError: the plan is of another model.
         RequestError: ``reuse``, ``flash_attn`` or a type in ``unpack`` is unknown. Or ``flash_attn="prompts"`` cannot
             be, because V is quantized or tensors are split between GPUs.
+
+    Examples:
+        >>> from adaskip_cpp import AdaSkipLlama  # before anything that imports llama_cpp
+        >>> llm = AdaSkipLlama("model.gguf", n_ctx=8192, plan="auto", max_loss=0.02)
+        >>> llm.create_completion(long_prompt, max_tokens=200)["choices"][0]["text"]
+        >>> llm.set_plan(None)  # the whole model
     """
 
     def __init__(
@@ -560,6 +566,11 @@ class AdaSkipLlama(EditedPromptsLlama):
                 for output tokens alone.
             activations: whether each sublayer's inputs and outputs are handed over too, ``8 * n_layer * n_embd`` bytes
                 per token.
+
+        Examples:
+            >>> batches = []
+            >>> with llm.collect_statistics(batches.append):
+            ...     llm.eval(tokens)
         """
         return self._observing(sink, keep_logits=keep_logits, activations=activations)
 
