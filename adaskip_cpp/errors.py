@@ -1,4 +1,7 @@
-"""All errors, under one base class. Each is also of the built-in class that callers expect, and ends with advice."""
+"""All errors of the package, under one base class. Each message ends with advice.
+
+Each class also derives from the built-in exception that a caller would expect, so existing handlers keep working.
+"""
 
 
 class AdaSkipError(Exception):

@@ -31,8 +31,8 @@ import numpy as np
 from serve import CACHED, OURS, STOCK, ask, beginnings, describe, options, server, sources
 
 from adaskip_cpp import AdaSkipLlama
-from adaskip_cpp.engine.edits import n_common
 from adaskip_cpp.engine.generation import chat_tokens
+from adaskip_cpp.engine.runs import n_common
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

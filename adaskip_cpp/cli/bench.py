@@ -18,9 +18,10 @@ from ..model.frontier import Frontier
 from ..model.plan import SkipPlan
 from ..model.plan_file import load_plan
 from ..progress import progress_bar
+from .lists import numbers
 from .planning import find_plan_source
 from .report import seconds, skipped_words
-from .terminal import console, model_options, numbers, option, output_option, skip_option, table, verb, warn
+from .terminal import console, model_options, option, output_option, skip_option, table, verb, warn
 
 _TITLES = {"prefill": "Time to first token", "decode": "Time per token"}
 _measured = partial(option, group="What to measure")

@@ -15,10 +15,11 @@ from ..evaluation.tables import summary
 from ..measuring.running import Running
 from ..measuring.tasks import SYNTHETIC
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from ..planning.request import MODES
+from ..planning.modes import MODES
 from ..progress import progress_bar
+from .lists import names, numbers
 from .planning import CHOOSERS, plan_file_option
-from .terminal import console, model_options, names, numbers, option, run_option, skip_option, table, tell, verb, warn
+from .terminal import console, model_options, option, run_option, skip_option, table, tell, verb, warn
 
 _AGAIN = "; may be repeated"
 _DEFAULTS = EvaluationOptions()

@@ -14,7 +14,8 @@ from ..model.identity import plan_path
 from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, SkipPlan
 from ..model.plan_file import PlanFile, load_plan, plan_beside
 from ..planning.compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from ..planning.request import DEFAULT_N_SKIP, MODES, PlanRequest
+from ..planning.modes import MODES
+from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES
 from .report import skipped_words
 from .terminal import made_of, option, options, skip_option, tell

@@ -81,9 +81,10 @@ def serve(
         from ..serving.app import make_app
         from ..serving.middleware import is_loopback
         from ..serving.prefix_cache import usable
-        from ..serving.process import Worker, Workers
+        from ..serving.process import Worker
         from ..serving.server import Server, listen
         from ..serving.worker import Opening
+        from ..serving.workers import Workers
     except ImportError as error:
         needed = f"the server needs more packages ({error}); run `pip install 'adaskip-cpp[serve]'`"
         raise PackageMissingError(needed) from error

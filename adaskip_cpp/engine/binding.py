@@ -1,4 +1,4 @@
-"""Opens our libllama with cffi, for ``native.py``; native/adaskip.h documents its functions."""
+"""Opens our libllama with cffi, for ``native.py`` and ``grammar.py``; native/adaskip.h documents its functions."""
 
 import re
 import sys

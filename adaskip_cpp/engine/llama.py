@@ -20,8 +20,9 @@ from ..model.identity import check_gguf
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.plan_file import plan_beside
 from ..model.settings import FlashAttention
-from .edits import EditedPromptsLlama
-from .native import OnlineResult, check_grammar, elide_kv
+from .edited_prompts import EditedPromptsLlama
+from .grammar import check_grammar
+from .native import OnlineResult, elide_kv
 from .refit import Refit
 from .settings import is_here
 from .statistics import StatisticsSink

@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from llama_cpp.llama_grammar import PRIMITIVE_RULES, LlamaGrammar
 
 from .. import errors
 from ..model.arrays import Flags, Floats, Vectors
@@ -16,8 +15,6 @@ from ..model.skip_set import KINDS, Kind, SkipSet
 from .binding import ffi, last_error, lib
 from .statistics import StatisticsSink, batch_of
 
-_CHAR = PRIMITIVE_RULES["char"]  # a character of a string, in llama-cpp-python's grammars for JSON schemas
-_CHAR.content = _CHAR.content.replace(r'[^"\\]', r'[^"\\\x00-\x1F]')  # no control characters, as in llama.cpp
 _ONLINE_SCALES: tuple[OnlineScale, ...] = ("none", "paper", "median")  # in the order of enum adaskip_online_scale
 _WAYS_OUT = {
     "NOT_SKIPPABLE": (errors.NotSkippableError, "leave it out of the plan ('adaskip-cpp inspect' lists what can be)."),
@@ -309,10 +306,3 @@ def _fill(target: Any, skip_set: SkipSet) -> list[npt.NDArray[Any]]:
             owners.append(np.ascontiguousarray(values, np.float32))
             setattr(target, name, ffi.from_buffer("float[]", owners[-1]))
     return owners
-
-
-def check_grammar(vocab: int, grammar: LlamaGrammar) -> None:
-    """Raise a RequestError if llama.cpp can make no sampler for the grammar: it would crash without one."""
-    text, root = (str(each).encode("utf-8", "replace") for each in (grammar._grammar, grammar._root))
-    if text and lib.adaskip_check_grammar(ffi.cast("struct llama_vocab *", vocab), text, root) < 0:
-        raise errors.RequestError(f"the grammar cannot be used ({last_error()}); see llama.cpp's grammars/README.md")

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -14,35 +13,12 @@ from ..measuring.judge import Judge
 from ..measuring.probes import Probe
 from ..measuring.tasks import QuestionItem, TextItem, greedy_text
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn, time_request
-from ..model.frontier import Frontier
-from ..model.plan import SkipPlan
-from .results import Named
+from .contenders import Contender
 from .store import Key, Record, Store
 
 CONTINUATION, ANSWER, SPEED = "continuation", "answer", "speed"
 
 _WARM_UP = 32, 4  # tokens of the prompt and tokens decoded before a contender is timed
-
-
-@dataclass(frozen=True)
-class Contender(Named):
-    """One way to run the model: with a plan, with the plan that a frontier chooses for each prompt, or without one."""
-
-    plan: SkipPlan | None = None
-    frontier: Frontier | None = None
-    max_loss: float = 0.0
-
-    def plan_for(self, n_tokens: int) -> SkipPlan | None:
-        """Return the plan for a prompt of so many tokens; None for the whole model."""
-        return self.plan if self.frontier is None else self.frontier.choose(n_tokens, self.max_loss)
-
-    @property
-    def key(self) -> Any:
-        """Everything that its results depend on."""
-        return self.plan if self.frontier is None else (self.frontier.points, self.max_loss)
-
-
-FULL = Contender("full", "full", "", None, "none")  # the whole model: all others are compared with it
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..intervals import mean_error, ratio_interval
 from ..model.arrays import Floats
-from .evaluate import ANSWER, CONTINUATION, FULL, SPEED, Contender, Work
+from .contenders import FULL, Contender
+from .evaluate import ANSWER, CONTINUATION, SPEED, Work
 from .results import SPEED_NAMES, TAILS, About, Figure, Named, Results, Row, Speed, TaskScores
 from .store import Key, Record
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,23 +11,24 @@ from itertools import cycle, islice
 
 from ..engine.generation import chat_tokens, has_chat_template
 from ..engine.llama import AdaSkipLlama
-from ..errors import AdaSkipError, BudgetError, DataError, NotSkippableError
+from ..errors import AdaSkipError, DataError
 from ..measuring import corpus
 from ..measuring.task_files import task_items
 from ..measuring.tasks import SYNTHETIC, QuestionItem, TextItem, passkey_items, python_sources, read_texts, text_items
 from ..model.identity import plan_path
-from ..model.plan import ModeName, SkipPlan
+from ..model.plan import ModeName
 from ..model.plan_file import PlanFile, load_plan, plan_beside
 from ..planning.compensation import DEFAULT_COMPENSATION
+from ..planning.modes import MODES
 from ..planning.profile import Profile
-from ..planning.request import MODES, PlanRequest
-from ..planning.strategies import STRATEGIES, make_plan
-from .evaluate import FULL, Contender, Work
+from ..planning.request import PlanRequest
+from ..planning.strategies import STRATEGIES
+from .contenders import COMPENSATED, FULL, contenders
+from .evaluate import Work
 
 _SPEED_CONTEXT, _TOKENS, _TASKS_CTX = 1024, 512, 8192  # in tokens
 _PROMISES = 0.05, 0.1
 _ANSWER = 64  # most tokens of an answer to a synthetic task
-_COMPENSATED = "adaskip"  # the strategy that has a compensation; the baselines have none
 
 _BUILTIN = {  # text by name: a function that returns texts by title, and a description
     "pages": (corpus.held_out, f"{corpus.PAGES}, of those that calibration leaves out"),
@@ -92,69 +93,10 @@ class EvaluationOptions:
         return tuple(
             PlanRequest(n_skip, strategy=strategy, compensation=compensation, mode=mode)
             for strategy in self.strategies or [name for name in STRATEGIES if name != "manual"]
-            for compensation in (compensations if strategy == _COMPENSATED else ["none"])
+            for compensation in (compensations if strategy == COMPENSATED else ["none"])
             for n_skip in n_skips
             for mode in self.modes or MODES
         )
-
-
-def contenders(
-    profile: Profile | None,
-    requests: Iterable[PlanRequest],
-    saved: PlanFile | None = None,
-    max_losses: Iterable[float] = (),
-    lengths: Sequence[int] = (),
-) -> tuple[list[Contender], list[str]]:
-    """Return the contenders, the whole model first, and a note for each one that is left out.
-
-    A contender is also left out if it skips nothing, or the same as another one of its strategy. ``profile`` makes the
-    plans of the requests. A saved plan is one contender; a saved frontier is one for each promise of ``max_losses``, in
-    nats per token. ``lengths`` are the tokens of the measured prompts.
-    """
-    found, notes = [FULL], list[str]()
-
-    def add(each: Contender) -> None:
-        skipped = [_skipped(each.plan_for(n)) for n in lengths or (1,)]
-        for other in found:
-            alike = each.strategy == "tuned" or other.strategy in ("full", each.strategy)
-            if alike and skipped == [_skipped(other.plan_for(n)) for n in lengths or (1,)]:
-                notes.append(f"{each.name} is left out: it skips the same as {other.name}")
-                return
-        found.append(each)
-        if each.frontier is not None and (whole := [str(n) for n in sorted(lengths) if each.plan_for(n) is None]):
-            notes.append(f"{each.name} runs the whole model for prompts of {', '.join(whole)} tokens")
-
-    for request in requests:
-        if profile is None:
-            raise DataError("these options need plans made from a profile; give one (profile, --profile)")
-        strategy, compensation, budget = request.strategy, request.compensation, str(request.n_skip)
-        name = "-".join([strategy, budget, request.mode, *([compensation] if strategy == _COMPENSATED else [])])
-        try:
-            add(Contender(name, strategy, budget, request.mode, compensation, make_plan(profile, request)))
-        except (BudgetError, NotSkippableError) as error:
-            notes.append(f"{name} is left out: {error}")
-    if saved is not None and saved.frontier is not None:
-        for loss in max_losses:
-            add(Contender(f"promise {loss:g}", "promise", f"{loss:g}", "prompt", "none", None, saved.frontier, loss))
-    elif saved is not None and (tuned := saved.plan) is not None:
-        if tuned.mode == "manual":
-            notes.append("tuned is left out: its layers were listed by hand and belong to no mode")
-        else:
-            add(Contender("tuned", "tuned", "", tuned.mode, tuned.compensation, tuned))
-    if len(found) == 1:
-        why = f" ({'; '.join(notes)})" if notes else ""
-        raise DataError(
-            f"there is nothing to compare with the whole model{why}; choose other budgets (n_skips, --skip), longer "
-            "prompts (n_tokens, --tokens) or promises (max_losses, --max-loss), or run `adaskip-cpp tune`"
-        )
-    return found, notes
-
-
-def _skipped(plan: SkipPlan | None) -> tuple[object, ...] | None:
-    """Return what a plan skips; None if nothing."""
-    if plan is None or (plan.is_whole and plan.online is None):
-        return None
-    return plan.mode, plan.prefill, plan.decode, plan.schedule, plan.online, plan.bulk
 
 
 @contextmanager

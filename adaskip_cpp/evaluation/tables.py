@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from ..intervals import Interval
-from ..planning.request import MODES
+from ..planning.modes import MODES
 from .results import SPEED_NAMES, SPEEDS, TAILS, Figure, Results, Row
 
 _MODE_TEXT = {

@@ -8,26 +8,9 @@ import numpy as np
 from ..errors import BudgetError, PlanError
 from ..model.plan import DEFAULT_HEAD, DEFAULT_TAIL, ModeName, Phase, whole_number, window_size_for
 from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
+from .modes import MODES
 
 DEFAULT_N_SKIP = 12  # sublayers skipped unless a budget is given
-
-
-@dataclass(frozen=True)
-class Mode:
-    """The phases that skip the chosen sublayers."""
-
-    in_bulk: bool = False  # the bulk of a prompt alone, which keeps their K and V
-    in_prefill: bool = False  # whole prompts
-    in_decode: bool = False  # answers
-    adapts: bool = False  # whether an answer may skip more as it goes on, by an online stage or a schedule
-
-
-MODES: dict[ModeName, Mode] = {  # the prompt mode and the paper's three
-    "prompt": Mode(in_bulk=True),
-    "prefill": Mode(in_prefill=True, in_decode=True),
-    "decode": Mode(in_decode=True, adapts=True),
-    "e2e": Mode(in_prefill=True, in_decode=True, adapts=True),
-}
 
 
 @dataclass(frozen=True)

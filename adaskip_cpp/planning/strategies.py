@@ -2,27 +2,25 @@
 
 A new strategy is a function in :data:`STRATEGIES`, in this file alone. It chooses sublayers for ``compensated_plan``.
 The baselines skip whole layers without compensation: ``k = n // 2`` layers for a budget of ``n`` sublayers, so budgets
-compare between strategies. docs/dev/method.md explains the modes.
+compare between strategies.
 """
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
-from typing import TypeAlias
 
 import numpy as np
 
 from ..errors import BudgetError, NotSkippableError, PlanError
 from ..model.arrays import Flags, Floats
-from ..model.plan import DEFAULT_REFIT, Bulk, ModeName, OnlineStage, Phase, SkipPlan, window_size_for
+from ..model.plan import DEFAULT_REFIT, Bulk, ModeName, OnlineStage, SkipPlan, window_size_for
 from ..model.profile import ProfileData
 from ..model.skip_set import SkipSet, late_layers, marked, ranked, sublayer_name
-from .compensation import COMPENSATIONS, DEFAULT_COMPENSATION
-from .request import DEFAULT_N_SKIP, MODES, PlanRequest
-
-Strategy: TypeAlias = Callable[[ProfileData, PlanRequest], SkipPlan]
+from .compensation import COMPENSATIONS
+from .modes import MODES
+from .request import DEFAULT_N_SKIP, PlanRequest
+from .speedup import Strategy, smallest_budget
 
 LONGEST_GENERATION = 512  # SkipDecode's T: decoded tokens until it skips its whole budget; 512 as AdaSkip's authors
 
@@ -50,44 +48,8 @@ def make_plan(profile: ProfileData, request: PlanRequest) -> SkipPlan:
     if request.strategy not in STRATEGIES:
         raise PlanError(f"unknown strategy {request.strategy!r}; use one of: {', '.join(STRATEGIES)}")
     if request.speedup is not None:
-        request = _smallest_budget(profile, request, request.speedup)
+        request = smallest_budget(STRATEGIES[request.strategy], profile, request, request.speedup)
     return STRATEGIES[request.strategy](profile, request)
-
-
-def _smallest_budget(profile: ProfileData, request: PlanRequest, speedup: float) -> PlanRequest:
-    """Return the request with the smallest budget whose plan reaches a speed-up, instead of that speed-up.
-
-    The times are those of ``CostModel.seconds``. Plans are tried without a compensation: it does not count this, and
-    linear maps are large. The tokens that maps are fitted to count.
-    """
-    cost, context, faster = profile.cost, request.context, request.faster_phase
-    phase: Phase = "decode" if faster == "decode" else "prefill"
-    if cost is None:
-        raise PlanError("the profile has no cost model to predict a speed-up from; calibrate again, or give n_skip")
-    if context is None:
-        raise PlanError("a speed-up depends on the length of the context; give context, in tokens")
-    reached, plan = 1.0, None  # of the last plan
-    for n_skip in range(2 * cost.n_layer + 1):
-        wanted = replace(request, n_skip=n_skip, speedup=None)
-        try:
-            plan = STRATEGIES[request.strategy](profile, replace(wanted, compensation="none"))
-        except BudgetError:
-            if plan is None:
-                raise
-            break
-        if plan.bulk is not None and profile.maps is not None and request.compensation == DEFAULT_COMPENSATION:
-            plan = replace(plan, bulk=replace(plan.bulk, refit=DEFAULT_REFIT))
-        reached = 1.0 if plan.is_whole else cost.speedup(plan, context, phase)
-        if reached >= speedup:
-            return wanted
-    assert plan is not None
-    least, whole = (cost.seconds(each, context, phase) for each in (plan, None))
-    raise BudgetError(
-        f"{request.strategy} cannot make {'a prompt' if faster == 'bulk' else faster} {speedup:g} times faster at "
-        f"{context} tokens: with all {plan.skipped(faster).n_skip} sublayers skipped that it can skip, it is predicted "
-        f"to take {least:.4g} s instead of {whole:.4g} s; ask for a speed-up of at most "
-        f"{math.floor(reached * 100) / 100:.2f}"
-    )
 
 
 def compensated_plan(

@@ -17,9 +17,10 @@ from starlette.types import ASGIApp
 from .body import decoded, read_body
 from .metrics import Metrics
 from .middleware import Gate
-from .process import Worker, Workers
+from .process import Worker
 from .queue import FairQueue
 from .request import STOPPING, Refused
+from .workers import Workers
 
 MOST_WAITING = 64  # requests that may wait
 

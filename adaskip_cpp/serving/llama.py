@@ -15,8 +15,8 @@ import numpy as np
 from llama_cpp.llama_grammar import LlamaGrammar
 from llama_cpp.server.types import CreateChatCompletionRequest
 
-from ..engine.edits import Saved, Tokens, n_common
 from ..engine.llama import AdaSkipLlama
+from ..engine.runs import Saved, Tokens, n_common
 from ..errors import RequestError
 from ..files import content_hash
 from ..model.edits import Reuse

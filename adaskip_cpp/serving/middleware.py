@@ -21,9 +21,10 @@ from ..files import content_hash
 from .answer import PING, Sent, explained
 from .body import SCHEMAS, read_body
 from .metrics import Metrics
-from .process import Worker, Workers
+from .process import Worker
 from .queue import FairQueue
 from .request import STOPPING, Gone, Refused, ServedRequest
+from .workers import Workers
 
 BODY = 60.0  # seconds in which a body must arrive
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..engine.edits import Tokens, n_common
+from ..engine.runs import Tokens, n_common
 from ..errors import DataError
 from ..files import StrPath, write_atomically
 

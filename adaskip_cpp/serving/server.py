@@ -20,9 +20,9 @@ from uvicorn.server import HANDLED_SIGNALS
 from ..errors import DataError
 from .answer import LEFT
 from .middleware import network_of
-from .process import Workers
 from .queue import FairQueue
 from .request import Refused
+from .workers import Workers
 
 STOP = 28.0  # seconds in which the server ends when it is told to
 GRACE = 20  # of these, seconds for the running answer

@@ -55,7 +55,7 @@ class Candidate:
     attention: tuple[int, ...] = ()  # layers whose attention is skipped
     ffn: tuple[int, ...] = ()  # layers whose FFN is skipped
     windowed: tuple[int, ...] = ()  # layers whose attention sees a window: the prompt's length divided by share
-    share: int = 8
+    share: int = _MEASURED_SHARE
 
     def skip(self, n_layer: int) -> npt.NDArray[np.bool_]:
         return marked(n_layer, self.attention, self.ffn)
@@ -152,7 +152,7 @@ class Losses:
             return seconds(candidate), self.parts(candidate)
 
         for attention, ffn, narrowed in product(attentions, ffns, [((), _MEASURED_SHARE), *windows]):
-            # FFNs change neither the time nor the loss of windows. So a thousand sets tell those of fifteen thousand.
+            # FFNs change neither the time nor the loss of windows. So few sets need predictions of their own.
             both, windowed, alone = of(attention, ffn), of(attention, (), *narrowed), of(attention)
             takes = round(both[0] + windowed[0] - alone[0], 9)  # so that equal times are equal, and the loss decides
             if takes < most:

@@ -11,7 +11,7 @@ from oracles.costs import cost_model
 
 from adaskip_cpp import Profile
 from adaskip_cpp.model.identity import plan_path
-from adaskip_cpp.planning.request import MODES
+from adaskip_cpp.planning.modes import MODES
 
 
 def rows(text: str) -> list[list[str]]:

@@ -11,12 +11,13 @@ from oracles.profiles import profile as profile_of
 
 from adaskip_cpp import Profile, SkipPlan
 from adaskip_cpp.errors import DataError
-from adaskip_cpp.evaluation.evaluate import FULL, Contender
-from adaskip_cpp.evaluation.items import EvaluationOptions, contenders
+from adaskip_cpp.evaluation.contenders import FULL, Contender, contenders
+from adaskip_cpp.evaluation.items import EvaluationOptions
 from adaskip_cpp.files import content_hash
 from adaskip_cpp.model.plan import Bulk, OnlineStage
 from adaskip_cpp.model.plan_file import PlanFile
-from adaskip_cpp.planning.request import MODES, PlanRequest
+from adaskip_cpp.planning.modes import MODES
+from adaskip_cpp.planning.request import PlanRequest
 
 N_LAYER = 20
 

@@ -17,7 +17,8 @@ from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.evaluation import evaluate
-from adaskip_cpp.evaluation.evaluate import FULL, Contender, Work, run
+from adaskip_cpp.evaluation.contenders import FULL, Contender
+from adaskip_cpp.evaluation.evaluate import Work, run
 from adaskip_cpp.evaluation.figures import evaluation_results
 from adaskip_cpp.evaluation.results import About
 from adaskip_cpp.evaluation.store import Record, open_store

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.evaluation.evaluate import FULL, Contender, Work, seconds_of
+from adaskip_cpp.evaluation.contenders import FULL, Contender
+from adaskip_cpp.evaluation.evaluate import Work, seconds_of
 from adaskip_cpp.evaluation.figures import evaluation_results
 from adaskip_cpp.evaluation.results import About, Results
 from adaskip_cpp.evaluation.store import Record

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from adaskip_cpp.evaluation.report import quality_picture, rendered
+from adaskip_cpp.evaluation.plots import quality_picture
+from adaskip_cpp.evaluation.report import rendered
 from adaskip_cpp.evaluation.results import SPEED_NAMES, About, Figure, Results, Row, Speed, TaskScores
 from adaskip_cpp.intervals import Interval
 

@@ -34,14 +34,14 @@ from adaskip_cpp import AdaSkipLlama, Profile
 from adaskip_cpp.errors import AdaSkipError
 from adaskip_cpp.measuring.task_files import task_items
 from adaskip_cpp.model.plan_file import load_plan, save_plan
-from adaskip_cpp.planning.request import MODES
+from adaskip_cpp.planning.modes import MODES
 from adaskip_cpp.serving.app import make_app
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.plans import Plans
 from adaskip_cpp.serving.prefix_cache import MAGIC, PrefixCache
-from adaskip_cpp.serving.process import Workers
 from adaskip_cpp.serving.request import ServedRequest
 from adaskip_cpp.serving.worker import Opening
+from adaskip_cpp.serving.workers import Workers
 
 TARGETS: dict[str, Callable[[bytes], None]] = {}
 

@@ -23,7 +23,7 @@ from oracles.sequence_oracle import common_prefix
 from oracles.tiny_families import N_LAYER, N_VOCAB, tokens
 
 from adaskip_cpp import Frontier, SkipPlan
-from adaskip_cpp.engine.edits import Run, find_runs
+from adaskip_cpp.engine.runs import Run, find_runs
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.model.edits import WIDE, Edits
 

@@ -13,7 +13,7 @@ from oracles.fixtures import Open, Tiny
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.tiny_families import tokens
 
-from adaskip_cpp.engine.edits import Run, beside
+from adaskip_cpp.engine.runs import Run, beside
 from adaskip_cpp.errors import NativeError, StateError
 from adaskip_cpp.model.edits import APART, WIDE
 

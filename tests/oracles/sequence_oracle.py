@@ -21,8 +21,8 @@ from oracles.drawn_plans import NOTHING
 from oracles.reference import OnlineReference, ReferenceModel, ReferenceRun, Trace, Windows
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.engine.edits import Run, beside, find_runs
 from adaskip_cpp.engine.refit import N_PRIOR
+from adaskip_cpp.engine.runs import Run, beside, find_runs
 from adaskip_cpp.model.edits import APART, WIDE, Edits
 from adaskip_cpp.model.plan import OnlineStage
 from adaskip_cpp.model.skip_set import SkipSet

@@ -24,8 +24,9 @@ from oracles.frontiers import edit_points, frontier, point
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.model.edits import FEW, MANY, Edits
-from adaskip_cpp.serving.process import Worker, Workers
+from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Service
+from adaskip_cpp.serving.workers import Workers
 
 BULK_PLAN = SkipPlan.manual(3, attention=[1], ffn=[2], phase="bulk")
 """A plan for a tiny model of three layers."""

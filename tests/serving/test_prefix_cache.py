@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaskip_cpp.engine.edits import n_common
+from adaskip_cpp.engine.runs import n_common
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.serving.prefix_cache import PrefixCache
 
