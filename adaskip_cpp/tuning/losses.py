@@ -3,17 +3,15 @@
 For ``tune.py``. Start at :func:`measure`, then :func:`aim`. This module knows no model: callers pass functions for the
 loss and the time of a set.
 
-Sublayers of a kind are skipped in an *order*, the last layer first (docs/dev/method.md explains why). The loss of the
-first k of an order is measured at a few depths k, separately for attentions and FFNs. Between the depths it is
-interpolated. Windows are measured in groups of layers, and those that lose least come first. A set's loss is predicted
-as the sum of the three. Judged sets correct the prediction of each part.
+Attentions, FFNs and windows are measured in small groups of layers. Those that lose least for the time that they save
+come first. A set's loss is predicted as the sum of its layers' losses. Judged sets correct the prediction of each part.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import combinations, product
+from itertools import product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,12 +23,8 @@ Lost: TypeAlias = tuple[float, ...]  # nats per token that a set loses in each k
 
 SHARES = (4, 8, 16)  # windows that are tried: a quarter, an eighth and a sixteenth of the prompt
 
-_USELESS = 0.09  # nats per token: if a depth loses more than this, deeper ones are not measured
-
-_FIRST = 3.0
-"""The promise that a set needs over its predicted loss, assumed until one set is judged: a promise allows for chance.
-Measured: 0.5 to 0.7 for three sets of Gemma 3, 1.9 to 3.9 for nine of SmolLM2, 2.0 to 3.5 for eight of
-Qwen2.5-Coder, and 23 for a ninth."""
+_FIRST = 2.5
+"""The promise that a set needs over its predicted loss, assumed until a set is judged. A promise allows for chance."""
 
 _WEIGHT = 0.1
 """The weight of the sets' mean factor in that of each part, in judged sets. With 0.25, a part that lost three times as
@@ -38,10 +32,9 @@ much as predicted was still trusted."""
 
 _LEAST_LOSS = 0.002  # nats per token: below this, rounding and chance hide a predicted loss
 
-_DEPTHS = {"attention": (1 / 2, 3 / 4, 1.0), "ffn": (1 / 4, 1 / 2, 3 / 4, 1.0)}
-"""Depths at which an order is measured, as shares of its length."""
-
-_N_GROUPS = 4  # groups of layers whose windows are measured, besides the later half, which loses little
+_GROUPS = {"attention": (1, 2, 4, 1), "ffn": (3, 4, 4, 1), "windowed": (1, 1, 2, 2)}
+"""Groups of layers that are measured together, in each quarter of a part's layers, the last layers first. There are
+more where single layers often lose far more than their neighbours: docs/dev/method.md."""
 
 _MEASURED_SHARE = 8
 """Windows of an eighth are measured. Those of a quarter are taken to lose half as much (measured: 0.1 to 0.6 times),
@@ -66,44 +59,12 @@ class Candidate:
 
 
 _PARTS = ("attention", "ffn", "windowed")
-Orders: TypeAlias = Mapping[str, tuple[int, ...]]  # by part, the layers in the order in which they are left out
-
-
-@dataclass(frozen=True)
-class _Curve:
-    """The loss of the first k layers of an order, measured at some depths k, from 0 on."""
-
-    order: tuple[int, ...]
-    depths: tuple[int, ...]
-    lost: tuple[Lost, ...]
-
-    def at(self, depth: int) -> npt.NDArray[np.float64]:
-        """Interpolate, linearly up to the first depth, then in logarithms."""
-        if not self.order:
-            return np.zeros(1)  # of any kind of answers
-        kinds = self._convex()
-        if depth <= self.depths[1]:
-            return np.array([np.interp(depth, self.depths, kind) for kind in kinds])
-        return np.exp([np.interp(depth, self.depths, np.log(np.maximum(kind, 1e-5))) for kind in kinds])
-
-    def _convex(self) -> npt.NDArray[np.float64]:
-        """Return the losses by kind of answers, none of them above a line between two others.
-
-        Earlier layers lose more than later ones, so the loss grows faster with depth. A loss above that line is chance:
-        4 FFNs of Qwen2.5-Coder lost 0.023, and 8 lost 0.020. Then every set with 4 to 8 was expected to lose the same.
-        """
-        kinds: npt.NDArray[np.float64] = np.array(self.lost).T
-        depths = np.array(self.depths)
-        for i, k in combinations(range(len(depths)), 2):
-            share = (depths[i + 1 : k] - depths[i]) / (depths[k] - depths[i])
-            line = (1 - share) * kinds[:, [i]] + share * kinds[:, [k]]
-            kinds[:, i + 1 : k] = np.minimum(kinds[:, i + 1 : k], line)
-        return kinds
+Layers: TypeAlias = Mapping[str, tuple[int, ...]]  # by part, the layers that may be left out, the last layer first
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Combinations of depths, the fastest first, for prompts of one length."""
+    """Combinations of sublayers, the fastest first, for prompts of one length."""
 
     losses: "Losses"
     candidates: tuple[Candidate, ...]
@@ -112,14 +73,13 @@ class Sets:
 
 @dataclass(frozen=True)
 class Losses:
-    """The measured losses of some sets, to predict the losses of others after prompts of one length.
+    """The measured losses of layers, to predict those of sets after prompts of one length.
 
     Losses of skipped attentions and FFNs are ``grown`` times as large as measured. Those of windows, a share of the
     prompt, are as large after longer prompts: docs/dev/method.md.
     """
 
-    curves: Mapping[str, _Curve]  # of skipped attentions and FFNs
-    windows: Mapping[int, npt.NDArray[np.float64]]  # by layer that of a window of an eighth, the least first
+    lost: Mapping[str, Mapping[int, npt.NDArray[np.float64]]]  # by part and layer; of windows, those of an eighth
     grown: float = 1.0
 
     def growth(self, candidate: Candidate) -> float:
@@ -133,58 +93,68 @@ class Losses:
         The result is float64 ``[kinds, 3]``, with the kinds of answers of ``Lost``. Windows of skipped attentions lose
         nothing.
         """
-        windows = [self.windows[layer] for layer in {*candidate.windowed} - {*candidate.attention}]
-        parts = np.broadcast_arrays(
-            *(curve.at(len(getattr(candidate, name))) for name, curve in self.curves.items()),
-            sum(windows, np.zeros(1)) * candidate.share / _MEASURED_SHARE,
+        layers = {*candidate.attention}, {*candidate.ffn}, {*candidate.windowed} - {*candidate.attention}
+        parts = (
+            sum((self.lost[name][layer] for layer in of), np.zeros(1)) for name, of in zip(_PARTS, layers, strict=True)
         )
-        return np.stack(parts, axis=1) * (self.grown, self.grown, 1.0)
+        grown = self.grown, self.grown, candidate.share / _MEASURED_SHARE
+        return np.stack(np.broadcast_arrays(*parts), axis=1) * grown
 
     def sets(self, seconds: Callable[[Candidate], float]) -> Sets:
-        """Return combinations of depths, in steps, that save 1% of the time. ``seconds`` predicts that of a prompt."""
-        attentions, ffns = (_prefixes(self.curves[name].order, 25) for name in _DEPTHS)
-        windows = [(layers, share) for share in SHARES for layers in _prefixes(tuple(self.windows), 12)[1:]]
-        most, found = 0.99 * seconds(Candidate()), []
+        """Return combinations that save 1% of the time. ``seconds`` predicts that of a prompt.
+
+        Of each part they have the first layers of an order, in steps: those that lose least for the time they save.
+        """
+        whole = seconds(Candidate())
+
+        def order(name: str) -> tuple[int, ...]:
+            def price(layer: int) -> float:
+                alone: dict[str, Any] = {name: (layer,)}
+                saved = max(whole - seconds(Candidate(**alone)), 1e-9 * whole)
+                return float(self.lost[name][layer].max()) / saved
+
+            return tuple(sorted(self.lost[name], key=price))
+
+        attentions, ffns, narrowed = (
+            _firsts(order(name), most) for name, most in zip(_PARTS, (25, 25, 12), strict=True)
+        )
+        windows = [((), _MEASURED_SHARE), *product(narrowed[1:], SHARES)]
+        found = []
 
         @cache
         def of(*parts: Any) -> tuple[float, npt.NDArray[np.float64]]:
             candidate = Candidate(*parts)
             return seconds(candidate), self.parts(candidate)
 
-        for attention, ffn, narrowed in product(attentions, ffns, [((), _MEASURED_SHARE), *windows]):
+        for attention, ffn, windowed in product(attentions, ffns, windows):
             # FFNs change neither the time nor the loss of windows. So few sets need predictions of their own.
-            both, windowed, alone = of(attention, ffn), of(attention, (), *narrowed), of(attention)
-            takes = round(both[0] + windowed[0] - alone[0], 9)  # so that equal times are equal, and the loss decides
-            if takes < most:
-                found.append((takes, Candidate(attention, ffn, *narrowed), both[1] + windowed[1] - alone[1]))
+            both, narrow, alone = of(attention, ffn), of(attention, (), *windowed), of(attention)
+            takes = round(both[0] + narrow[0] - alone[0], 9)  # so that equal times are equal, and the loss decides
+            if takes < 0.99 * whole:
+                found.append((takes, Candidate(attention, ffn, *windowed), both[1] + narrow[1] - alone[1]))
         found.sort(key=lambda each: (each[0], np.max(each[2].sum(axis=1))))
         parts = np.array([each for *_, each in found]) if found else np.empty((0, 1, len(_PARTS)))
         return Sets(self, tuple(each for _, each, _ in found), parts)
 
 
 def measure(
-    every: Orders,
+    layers: Layers,
     lost: Callable[[Candidate], Lost],
     on_progress: Callable[[float], object] = lambda fraction: None,
 ) -> Losses:
-    """Measure the losses of some sets.
+    """Measure the losses of groups of layers. The layers of a group are taken to lose equally.
 
-    ``lost`` judges a set. It is called :func:`n_judged` times at most.
+    ``lost`` judges a set. It is called :func:`n_judged` times.
     """
-    total, done = n_judged(every), 0
-
-    def judged(candidate: Candidate) -> Lost:
-        nonlocal done
-        result = lost(candidate)
-        done += 1
-        on_progress(done / total)
-        return result
-
-    curves = {name: _curve(name, every[name], judged) for name in _DEPTHS}
-    windows: dict[int, npt.NDArray[np.float64]] = {}
-    for group in _groups(every["windowed"]):
-        windows |= dict.fromkeys(group, np.array(judged(Candidate(windowed=tuple(sorted(group))))) / len(group))
-    return Losses(curves, dict(sorted(windows.items(), key=lambda each: float(each[1].max()))))
+    total, done = n_judged(layers), 0
+    found: dict[str, dict[int, npt.NDArray[np.float64]]] = {name: {} for name in _PARTS}
+    for name in _PARTS:
+        for group in _groups(name, layers[name]):
+            together: dict[str, Any] = {name: tuple(sorted(group))}
+            found[name] |= dict.fromkeys(group, np.array(lost(Candidate(**together))) / len(group))
+            done += 1
+            on_progress(done / total)
+    return Losses(found)
 
 
 def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidate | None:
@@ -207,9 +177,9 @@ def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidat
     return None
 
 
-def n_judged(every: Orders) -> int:
-    """Return the largest number of sets that :func:`measure` judges."""
-    return sum(len(_depths(name, every[name])) for name in _DEPTHS) + len(_groups(every["windowed"]))
+def n_judged(layers: Layers) -> int:
+    """Return the number of sets that :func:`measure` judges."""
+    return sum(len(_groups(name, layers[name])) for name in _PARTS)
 
 
 def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) -> npt.NDArray[np.float64]:
@@ -234,40 +204,15 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
     return found
 
 
-def _depths(name: str, order: Sequence[int]) -> tuple[int, ...]:
-    """Return the depths at which an order is measured."""
-    return tuple(dict.fromkeys(round(share * len(order)) for share in _DEPTHS[name] if round(share * len(order))))
-
-
-def _groups(order: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the first half of an order, and up to :data:`_N_GROUPS` parts of its other half."""
-    n_half = (len(order) + 1) // 2
-    groups = [tuple(order[:n_half]), *(tuple(part.tolist()) for part in np.array_split(order[n_half:], _N_GROUPS))]
+def _groups(name: str, layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the groups in which the layers of a part are measured, the last layers first."""
+    quarters = zip(np.array_split(np.array(layers, int), 4), _GROUPS[name], strict=True)
+    groups = [tuple(each.tolist()) for quarter, n in quarters for each in np.array_split(quarter, n)]
     return [group for group in groups if group]
 
 
-def _curve(name: str, order: tuple[int, ...], judged: Callable[[Candidate], Lost]) -> _Curve:
-    depths, lost = _depths(name, order), list[Lost]()
-
-    def measured(depth: int) -> Lost:
-        layers: dict[str, Any] = {name: tuple(sorted(order[:depth]))}
-        return judged(Candidate(**layers))
-
-    if not depths:
-        return _Curve((), (), ())
-    for depth in depths:
-        is_useless = bool(lost) and max(lost[-1]) > _USELESS  # assume a far larger loss of deeper sets
-        lost.append(tuple(4 * each for each in lost[-1]) if is_useless else measured(depth))
-    # Losses jump somewhere before the first useless depth. Halfway from the depth before it tells more than beyond it.
-    useless = next((i for i, each in enumerate(lost[:-1]) if max(each) > _USELESS), None)
-    if useless is not None and (middle := (depths[useless] + (0, *depths)[useless]) // 2) not in (0, *depths):
-        depths = *depths[:useless], middle, *depths[useless:]
-        lost.insert(useless, measured(middle))
-    return _Curve(order, (0, *depths), ((0.0,) * len(lost[0]), *lost))
-
-
-def _prefixes(order: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
-    """Return the first layers of an order, sorted: none of them, and those of at most ``most`` depths up to all."""
+def _firsts(order: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
+    """Return the first layers of an order, sorted: none of them, and those of at most ``most`` numbers up to all."""
     n = len(order)
-    depths = {round(n * i / min(n, most)) for i in range(min(n, most) + 1)} if n else {0}
-    return [tuple(sorted(order[:depth])) for depth in sorted(depths)]
+    numbers = {round(n * i / min(n, most)) for i in range(min(n, most) + 1)} if n else {0}
+    return [tuple(sorted(order[:number])) for number in sorted(numbers)]

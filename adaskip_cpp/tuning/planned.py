@@ -11,7 +11,7 @@ from .losses import Candidate
 
 
 class Planned:
-    """The plans of candidates for a profile, with ``orders``, in which the model's sublayers are left out.
+    """The plans of candidates for a profile, and the ``layers`` whose sublayers may be left out.
 
     Plans are judged after ``judged_at`` tokens.
     """
@@ -20,7 +20,7 @@ class Planned:
         assert profile.cost is not None
         self.profile, self.cost, self.judged_at = profile, profile.cost, judged_at
         last = late_layers(profile.n_layer)[::-1]
-        self.orders = {
+        self.layers = {
             "attention": tuple(layer for layer in last if profile.in_bulk[layer, 0]),
             "ffn": tuple(layer for layer in last if profile.in_bulk[layer, 1]),
             "windowed": profile.windowable[::-1],

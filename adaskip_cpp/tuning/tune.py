@@ -24,7 +24,7 @@ from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
-from ..measuring.probes import KINDS, N_COPIED
+from ..measuring.probes import KINDS
 from ..model.frontier import DEFAULT_LOSS, GROWTH, EditPoint, Frontier, Point, contexts, growth
 from ..model.plan import DEFAULT_REFIT, DEFAULT_TAIL
 from ..model.settings import Settings
@@ -49,8 +49,9 @@ _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _LEAST_CTX = _JUDGED_AT + 512  # tokens of a context in which plans can be judged
 _ROOM = 256  # tokens of a context beyond the longest prompt whose sublayers are timed
 _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
-_SEARCHED_AT = 1024  # tokens of the prompts of the search
+_SEARCHED_AT = 640  # tokens of the prompts of the search
 _N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
+_SEARCHED = 96, 64  # tokens of answers in the search, continuing and copying
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
 # the tokens of the prompt. For the first two, the default promise, nearly any plan is enough at first.
@@ -207,8 +208,7 @@ class _Tuning:
         """Measure the losses of parts. While tokens last, judge the plans that are expected to keep :data:`_AIMS`."""
         planned = Planned(profile, _JUDGED_AT)
         with self.on_stage("Searching") as on_progress:
-            cuts = _SEARCHED_AT * 7 // 8, _SEARCHED_AT
-            search = Judge(llm, text_probes(llm, held.search, cuts, (_ANSWER[0], N_COPIED)))
+            search = Judge(llm, text_probes(llm, held.search, (_SEARCHED_AT,), _SEARCHED))
 
             def lost(candidate: Candidate) -> Lost:
                 def judge() -> list[float]:
@@ -218,7 +218,7 @@ class _Tuning:
                 return tuple(self.memo.get(f"search {candidate}", list[float], judge))
 
             seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
-            losses = measure(planned.orders, lost, on_progress)
+            losses = measure(planned.layers, lost, on_progress)
             doubled = replace(losses, grown=_growth_of(llm))
             factor = {n: growth(n / _JUDGED_AT, doubled.grown) for n in seconds}
             sets = {n: replace(losses, grown=factor[n]).sets(of) for n, of in seconds.items()}
