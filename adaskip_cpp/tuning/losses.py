@@ -3,12 +3,13 @@
 For ``tune.py``. Start at :func:`measure`, then :func:`aim`. This module knows no model: callers pass functions for the
 loss and the time of a set.
 
-Attentions, FFNs and windows are measured in small groups of layers. Those that lose least for the time that they save
-come first. A set's loss is predicted as the sum of its layers' losses. Judged sets correct the prediction of each part.
+Attentions, FFNs and windows are measured in small groups of layers: what each group adds to the loss of a *base*, the
+later half of the layers that may be skipped. Those that lose least for the time that they save come first. A set's loss
+is predicted as the sum of its layers' losses. Judged sets correct the prediction of each part.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -36,6 +37,10 @@ _GROUPS = {"attention": (1, 2, 4, 1), "ffn": (3, 4, 4, 1), "windowed": (1, 1, 2,
 """Groups of layers that are measured together, in each quarter of a part's layers, the last layers first. There are
 more where single layers often lose far more than their neighbours: docs/dev/method.md."""
 
+_N_BASE = 2  # quarters of attentions and FFNs in the base
+
+_USELESS = 0.2  # nats per token: if the base loses more, half of it is taken
+
 _MEASURED_SHARE = 8
 """Windows of an eighth are measured. Those of a quarter are taken to lose half as much (measured: 0.1 to 0.6 times),
 and those of a sixteenth twice as much (measured: 1.2 to 2.8 times)."""
@@ -59,6 +64,8 @@ class Candidate:
 
 
 _PARTS = ("attention", "ffn", "windowed")
+_SKIPPED = ("ffn", "attention")  # in the order in which they are measured
+_Group: TypeAlias = tuple[str, tuple[int, ...]]  # a part and its layers
 Layers: TypeAlias = Mapping[str, tuple[int, ...]]  # by part, the layers that may be left out, the last layer first
 
 
@@ -144,16 +151,44 @@ def measure(
 ) -> Losses:
     """Measure the losses of groups of layers. The layers of a group are taken to lose equally.
 
-    ``lost`` judges a set. It is called :func:`n_judged` times.
+    ``lost`` judges a set. It is called :func:`n_judged` times, and again if half of the base is taken.
     """
+    quarters = {name: _quarters(name, layers[name]) for name in _PARTS}
     total, done = n_judged(layers), 0
+
+    def judged(groups: Iterable[_Group]) -> npt.NDArray[np.float64]:
+        nonlocal done
+        parts: dict[str, Any] = dict.fromkeys(_PARTS, ())
+        for name, group in groups:
+            parts[name] = tuple(sorted((*parts[name], *group)))
+        result = np.array(lost(Candidate(**parts)))
+        done += 1
+        on_progress(min(done / total, 1.0))
+        return result
+
+    skipped = [(name, group) for name in _SKIPPED for quarter in quarters[name] for group in quarter]
+    base = [(name, group) for name in _SKIPPED for quarter in quarters[name][:_N_BASE] for group in quarter]
+    while base and (at_base := judged(base)).max() > _USELESS:
+        base = base[:-1:2]
+    at_base = at_base if base else np.zeros(1)
     found: dict[str, dict[int, npt.NDArray[np.float64]]] = {name: {} for name in _PARTS}
-    for name in _PARTS:
-        for group in _groups(name, layers[name]):
-            together: dict[str, Any] = {name: tuple(sorted(group))}
-            found[name] |= dict.fromkeys(group, np.array(lost(Candidate(**together))) / len(group))
-            done += 1
-            on_progress(done / total)
+    for each in skipped:
+        if each in base:
+            others = [other for other in base if other != each]
+            without = judged(others) if others else np.zeros(1)
+            added = at_base - without
+            if others and added.max() > without.max():  # it loses more than all others together
+                base, at_base = others, without
+        else:
+            added = judged([*base, each]) - at_base
+        name, group = each
+        found[name] |= dict.fromkeys(group, np.round(np.maximum(added, 0.0) / len(group), 9))
+    together = sum((found[name][layer] for name, group in base for layer in group), np.zeros(1))
+    for name, group in base:  # their losses add up to that of the base
+        for layer in group:
+            found[name][layer] = np.round(found[name][layer] * at_base / np.maximum(together, 1e-9), 9)
+    for group in (group for quarter in quarters["windowed"] for group in quarter):
+        found["windowed"] |= dict.fromkeys(group, judged([("windowed", group)]) / len(group))
     return Losses(found)
 
 
@@ -178,8 +213,10 @@ def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidat
 
 
 def n_judged(layers: Layers) -> int:
-    """Return the number of sets that :func:`measure` judges."""
-    return sum(len(_groups(name, layers[name])) for name in _PARTS)
+    """Return the number of sets that :func:`measure` judges, if the whole base is taken."""
+    n_groups = {name: sum(map(len, _quarters(name, layers[name]))) for name in _PARTS}
+    n_skipped = sum(n_groups[name] for name in _SKIPPED)
+    return sum(n_groups.values()) + (n_skipped > 1)
 
 
 def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) -> npt.NDArray[np.float64]:
@@ -204,11 +241,10 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
     return found
 
 
-def _groups(name: str, layers: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the groups in which the layers of a part are measured, the last layers first."""
+def _quarters(name: str, layers: Sequence[int]) -> list[list[tuple[int, ...]]]:
+    """Return the groups in which the layers of a part are measured, by quarter, the last layers first."""
     quarters = zip(np.array_split(np.array(layers, int), 4), _GROUPS[name], strict=True)
-    groups = [tuple(each.tolist()) for quarter, n in quarters for each in np.array_split(quarter, n)]
-    return [group for group in groups if group]
+    return [[tuple(each.tolist()) for each in np.array_split(quarter, n) if each.size] for quarter, n in quarters]
 
 
 def _firsts(order: tuple[int, ...], most: int) -> list[tuple[int, ...]]:

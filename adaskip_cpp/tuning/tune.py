@@ -223,12 +223,11 @@ class _Tuning:
             factor = {n: growth(n / _JUDGED_AT, doubled.grown) for n in seconds}
             sets = {n: replace(losses, grown=factor[n]).sets(of) for n, of in seconds.items()}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
-        lengths = contexts(LONGEST)
-        found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs, infinite if a pass key is lost
+        n_left, found, judged = 0, dict[Candidate, Point](), dict[Candidate, Lost]()  # needs: infinite if a key is lost
 
-        # Kept, so that a run that is stopped below judges the same sets later. Edits have had the whole model judged.
-        n_read = self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before + (0 if edits else each_costs)
-        n_left = MOST_TOKENS - self.memo.get("read before judging", int, lambda: n_read)
+        def count() -> int:
+            judge.read_whole()  # its tokens count, also in a run that was stopped after the edits
+            return self.n_read + self.memo.n_read + llm.n_evaluated - self.n_before
 
         def add(candidate: Candidate) -> None:
             nonlocal n_left
@@ -239,7 +238,7 @@ class _Tuning:
             if isinstance(one, str):
                 judge.put_first(one)  # other plans often lose the same key, so they are found out sooner
                 return
-            speedups = tuple((length, planned.speedup(candidate, length)) for length in lengths)
+            speedups = tuple((length, planned.speedup(candidate, length)) for length in contexts(LONGEST))
             point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan, doubled.growth(candidate))
             found[candidate], judged[candidate] = point, point.needs_by_kind
 
@@ -248,6 +247,7 @@ class _Tuning:
             return {each: tuple(factors[each] * need for need in needs) for each, needs in judged.items()}
 
         with self.on_stage("Judging") as on_progress:
+            n_left = MOST_TOKENS - self.memo.get("read before judging", int, count)  # kept for a run that goes on
             n_begin, of_edits = max(n_left, 1), Frontier((), edits=tuple(edits))
             for number, (promise, edited, length) in enumerate(_AIMS):
                 wanted = of_edits.left(length, promise, edited=edited)

@@ -232,6 +232,20 @@ def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, 
     assert aimed[4] < aimed[0] and AIMS[4][1], "what edits leave"
 
 
+def test_the_reading_of_the_whole_model_counts_if_edits_were_measured_before(
+    tmp_path: Path, tune: Tune, put: Put
+) -> None:
+    """As in a run that goes on after its edits. Without edits, too, nothing has read the judge's text before."""
+    counted = []
+    for name, edits in (("none", ()), ("some", edited_frontier(0.01).edits)):
+        memo = Memo(str(tmp_path / f"{name}.json"), "key")
+        put(edit_points=lambda *_, found=edits: [*found])
+        found = tune(memo=memo)
+        counted.append(memo.get("read before judging", int, int))
+        assert counted[-1] < found.n_read
+    assert counted[1] == pytest.approx(counted[0], abs=4) and counted[0] > 4 * JUDGED_AT
+
+
 def test_plans_need_more_after_long_prompts(one_promise: OnePromise, tune: Tune, put: Put) -> None:
     one_promise(9.0)
     promise = 1.5 * max(each.needs(JUDGED_AT) for each in tune().points)
