@@ -151,7 +151,9 @@ def measure(
 ) -> Losses:
     """Measure the losses of groups of layers. The layers of a group are taken to lose equally.
 
-    ``lost`` judges a set. It is called :func:`n_judged` times, and again if half of the base is taken.
+    A group's loss is the difference between the base with it and without it. A group that loses more than all others
+    together leaves the base. Windows have no base. ``lost`` judges a set. It is called :func:`n_judged` times, and
+    again if half of the base is taken.
     """
     quarters = {name: _quarters(name, layers[name]) for name in _PARTS}
     total, done = n_judged(layers), 0

@@ -158,6 +158,20 @@ def test_a_base_that_loses_far_too_much_is_halved(losing: int) -> None:
     assert losses.lost["attention"][11] == pytest.approx(0.5), "without any base"
 
 
+def test_a_group_that_loses_more_than_all_others_together_leaves_the_base() -> None:
+    """As with FFN 22 of SmolLM2's 30: beside it, others seem to lose far more than without it."""
+
+    def lost(candidate: Candidate) -> Lost:
+        n = len(candidate.attention) + len(candidate.ffn)
+        return both(0.002 * n + (0.01 * n if 9 in candidate.ffn else 0.0))
+
+    losses = measure(all_last(8, 8), lost)
+    of_ffn = {layer: each.max() for layer, each in losses.lost["ffn"].items()}
+    of_attention = [each.max() for each in losses.lost["attention"].values()]
+    assert of_ffn.pop(9) == pytest.approx(0.082) and max(*of_ffn.values(), *of_attention) < 0.006
+    assert losses.parts(Candidate(last(4), (8, 10, 11)))[0].sum() == pytest.approx(7 * 0.002), "that of the base"
+
+
 def test_of_layers_that_lose_equally_those_that_save_most_time_are_skipped_first() -> None:
     """As in Gemma 3, where a few attentions see the whole prompt, and the others its last 512 tokens."""
     losses = measure(all_last(8, 0), adding(0.001, 0.001))
