@@ -8,7 +8,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from adaskip_cpp.tuning.losses import Candidate, Layers, Lost, Sets, aim, measure, n_judged
+from adaskip_cpp.tuning.losses import Candidate, Layers, Lost, Sets, aim, measure
 
 Losses = Callable[..., Lost]
 PARTS = ("attention", "ffn", "windowed")
@@ -142,18 +142,21 @@ def test_layers_that_lose_far_more_than_their_neighbours_are_skipped_last() -> N
     assert not {15} & {*found.attention} and not {19, 20} & {*found.ffn}
 
 
-@pytest.mark.parametrize("losing", range(5, 12))
-def test_a_base_that_loses_far_too_much_is_halved(losing: int) -> None:
-    """Beside a loss of 1, those of others would be chance. Here one FFN loses 1, wherever it is."""
+@pytest.mark.parametrize("losing", range(4, 12))
+def test_beside_a_loss_of_1_those_of_others_are_found(losing: int) -> None:
+    """One FFN loses 1, wherever it is. FFNs 4 and 5 are measured together."""
 
     def lost(candidate: Candidate) -> Lost:
         is_useless = losing in candidate.ffn
         return both(is_useless + 0.001 * (len(candidate.attention) + len(candidate.ffn) - is_useless))
 
+    def is_with(layer: int) -> bool:
+        return layer == losing or {layer, losing} == {4, 5}
+
     losses = measure(all_last(8, 8), lost)
     assert all(each.max() == pytest.approx(0.001) for each in losses.lost["attention"].values())
     for layer, each in losses.lost["ffn"].items():
-        assert (each.max() > 0.2) == (layer == losing or (losing in (5, 4) and layer in (4, 5)))
+        assert each.max() == pytest.approx({4: 0.5, 5: 0.5}.get(losing, 1.0) if is_with(layer) else 0.001, abs=0.001)
     losses = measure(all_last(1, 0), lambda candidate: both(0.5 * len(candidate.attention)))
     assert losses.lost["attention"][11] == pytest.approx(0.5), "without any base"
 
@@ -215,18 +218,20 @@ def test_after_longer_prompts_skipped_sublayers_lose_more_and_windows_as_much() 
     assert grown.growth(Candidate()) == 1.4, "where no loss is predicted"
 
 
-@pytest.mark.parametrize("sizes", [(0, 0, 0), (1, 1, 1), (2, 1, 0), (3, 5, 4), (20, 20, 30)])
-def test_as_many_sets_are_measured_as_announced(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "n"),
+    [((0, 0, 0), 0), ((1, 0, 0), 1), ((1, 1, 1), 4), ((2, 1, 0), 4), ((3, 5, 4), 13), ((20, 20, 30), 27)],
+)
+def test_the_base_and_every_group_are_measured_once(sizes: tuple[int, int, int], n: int) -> None:
     seen, told = list[Candidate](), list[float]()
 
     def lost(candidate: Candidate) -> Lost:
         seen.append(candidate)
         return 0.001, 0.002
 
-    every = all_last(*sizes, end=30)
-    measure(every, lost, told.append)
-    assert len(seen) == n_judged(every) <= 27 and Candidate() not in seen
-    assert told == sorted(told) and len(told) == len(seen) and max(told, default=0) <= 1
+    measure(all_last(*sizes, end=30), lost, told.append)
+    assert len(seen) == len({*seen}) == n and Candidate() not in seen
+    assert told == sorted(told) and len(told) == n and max(told, default=1) <= 1
 
 
 def both(need: float) -> Lost:
@@ -295,7 +300,7 @@ def test_after_a_set_that_loses_a_pass_key_the_next_one_is_not_much_like_it() ->
     # Nor is it far smaller: a lost key says little about the size of losses.
     assert 0.5 < max(sets.losses.parts(found).sum(axis=1)) / max(sets.losses.parts(first).sum(axis=1)) < 0.8
     # A smaller promise asks for a set that loses less, of which the lost pass key tells nothing.
-    assert aim(sets, {first: both(math.inf)}, 0.01) == aim(sets, {}, 0.01)
+    assert aim(sets, {first: both(math.inf)}, 0.0101) == aim(sets, {}, 0.0101)
 
 
 def test_a_lost_pass_key_rules_out_the_same_attentions_and_ffns_and_no_larger_set() -> None:
