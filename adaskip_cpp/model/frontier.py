@@ -19,7 +19,8 @@ from .settings import Settings, Tried
 
 DEFAULT_LOSS = 0.05  # the default promise, in nats per token: the perplexity grows by 5% at most
 LEAST_CONTEXT = 512  # tokens: shorter prompts run whole, because they have little bulk and take little time
-GROWTH = 1.5  # the assumed factor of a loss if a prompt is twice as long: measured in docs/dev/method.md
+GROWTH = 1.3  # the assumed factor of a plan's loss if a prompt is twice as long: measured in docs/dev/method.md
+_ORDERS_GROWTH = 1.5  # that of runs in a new order
 EDITS_SHARE = 0.5  # the share of a promise that edited prompts may lose; plans may lose the rest
 
 
@@ -98,7 +99,7 @@ class Point(Figures):
 
     Attributes:
         plan: a plan of mode ``prompt``. Its windows and its tail are for prompts of ``judged_at`` tokens.
-        growth: the assumed factor of its loss if a prompt is twice as long, from 1 to 4. It is less than 1.5 if windows
+        growth: the assumed factor of its loss if a prompt is twice as long, from 1 to 4. It is less than 1.3 if windows
             lose a part of it, or if some attentions of the model see only the last tokens.
     """
 
@@ -146,7 +147,7 @@ class EditPoint(Figures):
         return self.continuation, self.copying
 
     def _growth(self, context: int) -> float:
-        return 1.0 if self.edits.most_moves <= FEW else super()._growth(context)
+        return 1.0 if self.edits.most_moves <= FEW else growth(context / self.judged_at, _ORDERS_GROWTH)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from adaskip_cpp.serving.plans import Choice, Plans
 
 CAREFUL, FAST = (point.plan for point in FRONTIER.points)
 # The same plans for longer prompts, with longer tails.
-LONGER, (_, FAST_2, _, FAST_4) = ([point.plan_for(n) for n in (1536, 2048, 3072, 4096)] for point in FRONTIER.points)
+LONGER, (FAST_1, FAST_2, _, FAST_4) = ([point.plan_for(n) for n in (1536, 2048, 3072, 4096)] for point in FRONTIER.points)
 
 
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:
@@ -39,15 +39,15 @@ def test_edits_and_plan_share_a_promise() -> None:
 
 def test_a_promise_chooses_by_the_length_of_the_prompt() -> None:
     """The promise of the server, or the request's own. Losses grow with the length."""
-    plans = {n: chosen("auto", n).plan for n in (511, 512, 1024, 1025)}
-    assert plans == {511: None, 512: FAST, 1024: FAST, 1025: LONGER[0]}
+    plans = {n: chosen("auto", n).plan for n in (511, 512, 1024, 1025, 1537)}
+    assert plans == {511: None, 512: FAST, 1024: FAST, 1025: FAST_1, 1537: LONGER[1]}
     assert chosen({"max_loss": 0.03}, 1000).plan is CAREFUL and chosen({"max_loss": 0.15}, 4000).plan is FAST_4
     choice = chosen({"max_loss": 0.029}, 1000)
     assert (choice.plan, choice.name, choice.point, choice.readable) == (None, "none", None, ())
-    choice = chosen("auto", 1025)
+    choice = chosen("auto", 1537)
     assert (choice.name, choice.max_loss, choice.speedup) == ("promise 0.07", 0.07, pytest.approx(1.3))
-    assert [*map(id, choice.readable)] == [*map(id, (CAREFUL, *LONGER, FAST))]  # short prompts have FAST
-    assert chosen({"max_loss": 0.05}, 1025).readable == (CAREFUL, *LONGER[:2])
+    assert [*map(id, choice.readable)] == [*map(id, (CAREFUL, *LONGER, FAST, FAST_1))]  # short prompts have FAST
+    assert chosen({"max_loss": 0.05}, 1537).readable == (CAREFUL, *LONGER[:3])
 
 
 def test_a_speed_up_is_had_under_the_least_promise_that_gives_it() -> None:

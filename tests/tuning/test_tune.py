@@ -223,10 +223,10 @@ def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, 
     tune()
     assert sorted(found) == [2048, 8192]
     assert all(sets is found[n] for sets, (_, _, n) in zip(used, AIMS, strict=True))
-    # In prompts twice as long skipped sublayers are expected to lose 1.5 times as much. Here they are measured after
+    # In prompts twice as long skipped sublayers are expected to lose 1.3 times as much. Here they are measured after
     # 192 tokens. Nine tenths of the promise are near enough.
     left = Frontier((), edits=edits).left
-    assert grown == pytest.approx({n: 1.5 ** math.log2(n / JUDGED_AT) for n in (2048, 8192)})
+    assert grown == pytest.approx({n: 1.3 ** math.log2(n / JUDGED_AT) for n in (2048, 8192)})
     assert aimed == pytest.approx([0.9 * left(n, promise, edited=edited) for promise, edited, n in AIMS])
     assert aimed[0] == aimed[1] == pytest.approx(0.9 * 0.05) and AIMS[0][2] < AIMS[1][2], "the short ones first"
     assert aimed[4] < aimed[0] and AIMS[4][1], "what edits leave"
@@ -256,7 +256,7 @@ def test_plans_need_more_after_long_prompts(one_promise: OnePromise, tune: Tune,
         assert aimed[1] == pytest.approx(after_failure * aimed[0])
 
 
-@pytest.mark.parametrize(("architecture", "expected"), [("llama", 1.5), ("gemma3", 1 + 0.5 / 3)])
+@pytest.mark.parametrize(("architecture", "expected"), [("llama", 1.3), ("gemma3", 1 + 0.3 / 3)])
 def test_sliding_windows_make_losses_grow_less(architecture: str, expected: float, open_tiny: Open) -> None:
     """Two of the three attentions of this gemma3 see 8 tokens."""
     assert tuning._growth_of(open_tiny(architecture)) == pytest.approx(expected)
