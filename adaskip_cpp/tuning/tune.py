@@ -40,7 +40,7 @@ from .planned import Planned
 from .speed import measure_speed
 
 MOST_TOKENS = 120_000  # that calibration and tuning together read through a model, whatever its size
-LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for
+LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for, if the model was trained on them
 
 _N_REQUESTS, _N_DECODE = 16, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
 _RANK = 256  # of maps that only the bulk of prompts reads, where a whole ubatch shares their cost: docs/dev/method.md
@@ -220,10 +220,10 @@ class _Tuning:
             seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
             losses = measure(planned.layers, lost, on_progress)
             doubled = replace(losses, grown=_growth_of(llm))
-            factor = {n: growth(n / _JUDGED_AT, doubled.grown) for n in seconds}
-            sets = {n: replace(losses, grown=factor[n]).sets(of) for n, of in seconds.items()}
+            sets = {n: replace(losses, grown=growth(n / _JUDGED_AT, doubled.grown)).sets(s) for n, s in seconds.items()}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
-        n_left, found, judged = 0, dict[Candidate, Point](), dict[Candidate, Lost]()  # needs: infinite if a key is lost
+        n_left, longest = 0, min(LONGEST, llm.n_ctx_train or LONGEST)
+        found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs: infinite if a key is lost
 
         def count() -> int:
             judge.read_whole()  # its tokens count, also in a run that was stopped after the edits
@@ -238,7 +238,7 @@ class _Tuning:
             if isinstance(one, str):
                 judge.put_first(one)  # other plans often lose the same key, so they are found out sooner
                 return
-            speedups = tuple((length, planned.speedup(candidate, length)) for length in contexts(LONGEST))
+            speedups = tuple((length, planned.speedup(candidate, length)) for length in contexts(longest))
             point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan, doubled.growth(candidate))
             found[candidate], judged[candidate] = point, point.needs_by_kind
 

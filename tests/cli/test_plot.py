@@ -64,6 +64,7 @@ def test_the_curves_begin_at_the_whole_model_and_show_time_and_loss_of_each_plan
     # Prompts four times as long as those that were judged count as two doublings.
     expected: Any = [[1, 0], [1 / 1.6, 0.01 * GROWTH**2], [1 / 8, 0.04 * GROWTH**2]]
     np.testing.assert_allclose(curves["prompts of 8,192 tokens"], expected)
+    assert "prompts of 32,768 tokens" not in curves, "no speed is predicted for these"
     assert max(axes.get_xlim()) >= 1 and min(axes.get_xlim()) <= 1 / 8, "all within the axes"
     assert len(profile_plots.losses(frontier([])).axes) == 1
 

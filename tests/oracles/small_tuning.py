@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from oracles.costs import cost_model
+from oracles.tiny_families import N_CTX_TRAIN
 from oracles.tiny_models import write_model
 
 import adaskip_cpp.model.frontier
@@ -38,7 +39,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_JUDGED_AT": JUDGED_AT,
         "_ANSWER": ANSWER,
         "_SEARCHED_AT": 128,
-        "LONGEST": 512,
+        "LONGEST": 2 * N_CTX_TRAIN,
         "load_average": lambda: None,
         "_AIMS": ((0.001, False, JUDGED_AT), (100.0, False, JUDGED_AT)),  # what adds nothing, and then all
     }.items():

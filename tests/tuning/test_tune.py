@@ -140,6 +140,7 @@ def test_it_finds_plans_that_skip_what_adds_nothing(whole: Frontier) -> None:
     assert 1 in skipped.ffn and 1 not in skipped.attention and 1 in more.attention
     assert whole.choose(JUDGED_AT, 1e-3) == first.plan and whole.choose(JUDGED_AT, 30.0) == last.plan
     assert 1 < first.speedup(JUDGED_AT) < last.speedup(JUDGED_AT)
+    assert max(n for n, _ in last.speedups) == N_CTX_TRAIN, "longer prompts are not for this model"
 
 
 def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model: Path, whole: Frontier) -> None:
