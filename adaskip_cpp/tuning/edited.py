@@ -6,6 +6,7 @@ The earlier forms of a prompt are made backwards, one edit at a time, from a pro
 import random
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice, pairwise
 
@@ -58,11 +59,14 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
             forms += [_reordered(forms[0], draw) for _ in range(n_orders - 1)]
         return forms[::-1]
 
-    def read(most_moves: int, probe: Probe) -> None:
-        """Read the earlier forms of a probe's prompt and the prompt; first its documents alone, if these are asked."""
+    def read(edits: Edits, probe: Probe) -> None:
+        """Read the earlier forms of a probe's prompt and the prompt; first its documents alone, if these are asked.
+
+        Earlier forms leave their tail moved, which is faster. The prompt reads its own, so its answers are the same.
+        """
         i = [text for text, _ in prompts].index(probe.text)
-        forms = before(i, most_moves)
-        if most_moves == TOGETHER:
+        forms = before(i, edits.most_moves)
+        if edits.most_moves == TOGETHER:
             saved = []
             for document in _documents(forms[0]):
                 llm.reset()
@@ -71,6 +75,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
             llm.reset()
             llm.saved_prompts = saved
         for n, prompt in enumerate([*forms, prompts[i][1]]):
+            llm.set_reuse(edits if n == len(forms) else replace(edits, tail=1))
             with closing(llm.generate(prompt, temp=0.0)) as steps:
                 next(steps)
             if llm.n_moved == 0 and (n == len(forms) or llm.saved_prompts):
@@ -79,9 +84,8 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     def judged(edits: Edits) -> Judged:
         own = llm.reuse, llm.saved_prompts
         llm.saved_prompts = ()
-        llm.set_reuse(edits)
         try:
-            scores = judge.edited(partial(read, edits.most_moves))
+            scores = judge.edited(partial(read, edits))
         finally:
             llm.saved_prompts = own[1]
             llm.set_reuse(own[0])

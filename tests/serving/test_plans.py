@@ -15,7 +15,9 @@ from adaskip_cpp.serving.plans import Choice, Plans
 
 CAREFUL, FAST = (point.plan for point in FRONTIER.points)
 # The same plans for longer prompts, with longer tails.
-LONGER, (FAST_1, FAST_2, _, FAST_4) = ([point.plan_for(n) for n in (1536, 2048, 3072, 4096)] for point in FRONTIER.points)
+LONGER, (FAST_1, FAST_2, _, FAST_4) = (
+    [point.plan_for(n) for n in (1536, 2048, 3072, 4096)] for point in FRONTIER.points
+)
 
 
 def chosen(wish: Any, n_tokens: int, frontier: Frontier | None = FRONTIER, own: SkipPlan | None = None) -> Choice:

@@ -1,5 +1,6 @@
 """adaskip_cpp.tuning.edited: what edited prompts are measured on, and when nothing is measured."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_three_kinds_of_edits_are_measured(monkeypatch: pytest.MonkeyPatch, open
     assert len(saved) == 5 and all(each[:64] == prompt[:64] for each in saved)
     assert [token for each in saved for token in each[64:]] == prompt[64:-128]
     assert n_moved == sum(len(each) - 64 - 16 for each in saved[1:])
+
+
+def test_earlier_prompts_need_not_read_their_tail(monkeypatch: pytest.MonkeyPatch, open_tiny: Open) -> None:
+    """Nothing but the tail sees the tail, and the last prompt reads its own. So the figures are the same."""
+    found = []
+    for last in (replace, lambda edits, tail: edits):
+        monkeypatch.setattr(edited, "replace", last)
+        llm = open_tiny(**OPTIONS)
+        (small, *_), n_read = measured(llm, judge_of(llm)), llm.n_evaluated
+        found.append((small.continuation.divergence.value, small.copying.divergence.value, n_read))
+    (*fewer, n_fewer), (*more, n_more) = found
+    assert fewer == pytest.approx(more, rel=1e-3) and n_more - n_fewer > FEW * 2 * 50
 
 
 def test_edits_cost_nothing_where_tokens_see_nothing_of_each_other(tmp_path: Path, open_model: Open) -> None:
