@@ -86,7 +86,7 @@ class Figures:
         return self.continuation, self.copying, self.retrieval
 
     def _growth(self, context: int) -> float:
-        return growth(context / self.judged_at, GROWTH)
+        raise NotImplementedError
 
     def speedup(self, context: int) -> float:
         """Return the predicted speed-up of the first token at the length in ``speedups`` nearest to ``context``."""

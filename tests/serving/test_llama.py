@@ -92,14 +92,14 @@ def test_answers_are_those_of_a_model_by_itself(name: str, open_served: Open, al
 
 
 def test_a_chat_over_two_plans_and_a_restart_is_read_once(open_served: Open, alone: Open, tmp_path: Path) -> None:
-    talk = tokens(1200)
+    talk = tokens(1700)
     first = open_served("llama", FRONTIER, tmp_path, **LONG)
     _, fast = run(first, talk[:900])
     assert fast.choice.plan is FAST and fast.n_skipping > 0
     first.close()
     again = open_served("llama", frontier_of(3), tmp_path, **LONG)  # equal figures, as from a plan file
     expected, careful = run(again, talk)
-    longer = FRONTIER.points[0].plan_for(1536)
+    longer = FRONTIER.points[0].plan_for(2048)
     assert careful.choice.plan == longer != CAREFUL and careful.n_reused >= 899
     _, back = run(again, talk[:1000])
     assert back.choice.plan == FAST and back.n_reused >= 999, "nor where it goes back"
