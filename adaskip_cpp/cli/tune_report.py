@@ -11,7 +11,7 @@ from ..intervals import Interval
 from ..model.edits import FEW, MANY, TOGETHER
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, Figures, Frontier
 from ..model.settings import Settings, in_words
-from ..pictures.profile_plots import LENGTHS
+from ..pictures.profile_plots import shown_lengths
 from .report import seconds
 from .terminal import table
 
@@ -100,7 +100,7 @@ def _short(interval: Interval) -> str:
 
 def _print_points(out: Console, frontier: Frontier) -> None:
     judged_at = frontier.points[0].judged_at
-    lengths = [length for length in LENGTHS if length >= judged_at // 2][:2]
+    lengths = [length for length in shown_lengths(frontier) if length >= judged_at // 2][:2]
     counts = [Column(name, justify="right", no_wrap=True) for name in ("\nattn", "\nFFN", "win-\ndows")]
     speeds = (f"speed\nat {length // 1024}k" for length in lengths)
     rows = _figures_table(f"Plans, judged after prompts of {judged_at:,} tokens", counts, *speeds)

@@ -12,7 +12,7 @@ from . import plots
 
 _CLOSEST = 1e-4  # similarities closer to 1 are drawn at this distance
 _TICKS = (-1, -0.5, 0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
-LENGTHS = (2048, 8192, 32768)  # tokens of the prompts whose losses and speeds are drawn, if these are predicted
+_LENGTHS = (2048, 8192, 32768)  # tokens of the prompts whose losses and speeds are shown
 
 
 def similarity(profile: Profile) -> plots.Figure:
@@ -33,11 +33,17 @@ def similarity(profile: Profile) -> plots.Figure:
     return fig
 
 
+def shown_lengths(frontier: Frontier) -> list[int]:
+    """Return the lengths, in tokens, of the prompts to show: those for which speeds are predicted."""
+    longest = max((n for point in frontier.points for n, _ in point.speedups), default=_LENGTHS[-1])
+    return [length for length in _LENGTHS if length <= longest]
+
+
 def losses(frontier: Frontier) -> plots.Figure:
     """Draw a frontier's losses against times to the first token, without plans that lose more than a faster one."""
     fig, (axes,) = plots.panels()
-    fastest, longest = 1.0, max((n for point in frontier.points for n, _ in point.speedups), default=LENGTHS[-1])
-    for length, look in zip((n for n in LENGTHS if n <= longest), plots.OTHERS, strict=False):
+    fastest = 1.0
+    for length, look in zip(shown_lengths(frontier), plots.OTHERS, strict=False):
         every = sorted([(1.0, 0.0), *((1 / point.speedup(length), point.harm(length)) for point in frontier.points)])
         rows = [row for i, row in enumerate(every) if all(row[1] <= loss for _, loss in every[:i])]
         times, lost = zip(*reversed(rows), strict=True)

@@ -222,7 +222,7 @@ class _Tuning:
             doubled = replace(losses, grown=_growth_of(llm))
             sets = {n: replace(losses, grown=growth(n / _JUDGED_AT, doubled.grown)).sets(s) for n, s in seconds.items()}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
-        n_left, longest = 0, min(LONGEST, llm.n_ctx_train or LONGEST)
+        n_left, longest = 0, max(_JUDGED_AT, min(LONGEST, llm.n_ctx_train or LONGEST))
         found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs: infinite if a key is lost
 
         def count() -> int:

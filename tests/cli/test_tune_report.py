@@ -71,6 +71,13 @@ def test_settings_plans_and_speed_stand_below_their_headings(lines: Sequence[str
     assert f"{speed} (2.00 s instead of 3.00 s)" in " ".join(lines)
 
 
+def test_speeds_are_shown_of_lengths_that_are_predicted() -> None:
+    """Those of a model that was trained on 4,096 tokens have no column for 8,192."""
+    out = io.StringIO()
+    print_frontier(Console(file=out, width=80), Frontier((replace(POINT, speedups=((2048, 1.2), (4096, 1.4))),)))
+    assert "at 2k" in out.getvalue() and "at 8k" not in out.getvalue() and "1.40" not in out.getvalue()
+
+
 def test_edits(lines: Sequence[str]) -> None:
     """Edits may use half of a promise, which is at least the added loss, 0.022 in copies. A lost pass key: none."""
     first, second, small, order, together = after(lines, "Edited prompts of 2,048 tokens")

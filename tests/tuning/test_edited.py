@@ -80,8 +80,8 @@ def test_three_kinds_of_edits_are_measured(monkeypatch: pytest.MonkeyPatch, open
 def test_earlier_prompts_need_not_read_their_tail(monkeypatch: pytest.MonkeyPatch, open_tiny: Open) -> None:
     """Nothing but the tail sees the tail, and the last prompt reads its own. So the figures are the same."""
     found = []
-    for last in (replace, lambda edits, tail: edits):
-        monkeypatch.setattr(edited, "replace", last)
+    for without_tail in (replace, lambda edits, tail: edits):
+        monkeypatch.setattr(edited, "replace", without_tail)
         llm = open_tiny(**OPTIONS)
         (small, *_), n_read = measured(llm, judge_of(llm)), llm.n_evaluated
         found.append((small.continuation.divergence.value, small.copying.divergence.value, n_read))

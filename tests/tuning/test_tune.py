@@ -143,6 +143,13 @@ def test_it_finds_plans_that_skip_what_adds_nothing(whole: Frontier) -> None:
     assert max(n for n, _ in last.speedups) == N_CTX_TRAIN, "longer prompts are not for this model"
 
 
+def test_speeds_are_predicted_up_to_the_judged_length_at_least(one_promise: OnePromise, tune: Tune, put: Put) -> None:
+    """A model may be judged in more tokens than its file says that it was trained on."""
+    one_promise(9.0)
+    put(LONGEST=1)
+    assert {max(n for n, _ in each.speedups) for each in tune().points} == {JUDGED_AT}
+
+
 def test_the_figures_are_those_of_a_judge_on_the_text_that_is_left_for_it(model: Path, whole: Frontier) -> None:
     llm = AdaSkipLlama(str(model), n_ctx=JUDGED_AT + 512, verbose=False, **whole.settings.to_kwargs())
     (n_continued, n_copied), cuts, probes = ANSWER, (JUDGED_AT * 7 // 8, JUDGED_AT), list[Probe]()
