@@ -51,7 +51,7 @@ _ROOM = 256  # tokens of a context beyond the longest prompt whose sublayers are
 _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
 _SEARCHED_AT = 640  # tokens of the prompts of the search
 _N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
-_SEARCHED = 96, 64  # tokens of answers in the search, continuing and copying
+_SEARCHED = 80, 64  # tokens of answers in the search, continuing and copying
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
 # The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
 # the tokens of the prompt. For the first two, the default promise, nearly any plan is enough at first.

@@ -31,6 +31,7 @@ from oracles.tiny_families import N_LAYER, N_VOCAB
 
 from adaskip_cpp import AdaSkipLlama, Edits, SkipPlan
 from adaskip_cpp.errors import PlanError
+from adaskip_cpp.model import plan as plan_module
 from adaskip_cpp.model.edits import APART, WIDE, Reuse, edits_of
 
 N_CTX = 512
@@ -436,7 +437,10 @@ class Calls(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_calls_give_the_right_logits(kind: str, tiny: Tiny, explore: Callable[[Callable[[], Any]], None]) -> None:
+def test_any_calls_give_the_right_logits(
+    kind: str, tiny: Tiny, explore: Callable[[Callable[[], Any]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "REFIT_EVERY", 24)  # so that short texts have several fits
     path = tiny(KINDS[kind].family)
     explore(partial(Calls, path, ReferenceModel(path), KINDS[kind]))
 

@@ -65,7 +65,7 @@ def counts(candidate: Candidate | None) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("promise", [0.001 * 1.3**i for i in range(20)])
 def test_the_first_set_is_the_fastest_that_is_expected_to_keep_the_promise_in_both_kinds(promise: float) -> None:
-    every, lost = all_last(4, 4, 2), adding(0.011, 0.005, attention=(0.004, 0.03), windowed=(0.001, 0.002))
+    every, lost = all_last(3, 3, 2), adding(0.011, 0.005, attention=(0.004, 0.03), windowed=(0.001, 0.002))
     keeping = [each for each in prefixes(every) if FIRST * max(lost(each)) <= promise * (1 + 1e-9)]
     found = aim(sets_of(every, lost), {}, promise * (1 + 1e-9))
     fastest = min(map(seconds, keeping))
@@ -130,7 +130,7 @@ def test_layers_that_lose_far_more_than_their_neighbours_are_skipped_last() -> N
         )
 
     losses = measure(all_last(16, 16, end=24), lost)
-    groups = [tuple(range(20, 24)), (18, 19), (16, 17), (15,), (14,), (13,), (12,), (8, 9, 10, 11)]
+    groups = [tuple(range(20, 24)), (18, 19), (16, 17), (15,), (14,), (13,), (12,)]
     base, *others = [{*each.attention} for each in seen if len(each.ffn) == 8]
     assert [tuple(sorted(base ^ other)) for other in others] == groups, "each is taken from the base, or added to it"
     base, *others = [{*each.ffn} for each in seen if len(each.attention) == 8]
@@ -138,7 +138,7 @@ def test_layers_that_lose_far_more_than_their_neighbours_are_skipped_last() -> N
     assert changed[:5] == [(22, 23), (21,), (20,), (19,), (18,)] and base == {*range(16, 24)}
     assert losses.parts(Candidate((14, 15), (18, 19)))[0] == pytest.approx([0.021, 0.021, 0.0])
     found = aim(losses.sets(seconds), {}, FIRST * 0.0251)
-    assert found and counts(found) == (11, 14, 0), "all others that are not measured together with a losing one"
+    assert found and counts(found) == (11, 10, 0), "all others that are measured"
     assert not {15} & {*found.attention} and not {19, 20} & {*found.ffn}
 
 
@@ -180,10 +180,10 @@ def test_of_layers_that_lose_equally_those_that_save_most_time_are_skipped_first
     losses = measure(all_last(8, 0), adding(0.001, 0.001))
 
     def slower(candidate: Candidate) -> float:
-        return seconds(candidate) - 3 * len({5, 7} & {*candidate.attention})
+        return seconds(candidate) - 3 * len({7, 9} & {*candidate.attention})
 
     found = aim(losses.sets(slower), {}, FIRST * 0.0021)
-    assert found is not None and found.attention == (5, 7)
+    assert found is not None and found.attention == (7, 9)
 
 
 def test_times_and_losses_of_all_combinations_follow_from_those_of_a_few() -> None:
@@ -220,7 +220,7 @@ def test_after_longer_prompts_skipped_sublayers_lose_more_and_windows_as_much() 
 
 @pytest.mark.parametrize(
     ("sizes", "n"),
-    [((0, 0, 0), 0), ((1, 0, 0), 1), ((1, 1, 1), 4), ((2, 1, 0), 4), ((3, 5, 4), 13), ((20, 20, 30), 27)],
+    [((0, 0, 0), 0), ((1, 0, 0), 1), ((1, 1, 1), 4), ((2, 1, 0), 4), ((3, 5, 4), 12), ((20, 20, 30), 25)],
 )
 def test_the_base_and_every_group_are_measured_once(sizes: tuple[int, int, int], n: int) -> None:
     seen, told = list[Candidate](), list[float]()
