@@ -9,7 +9,7 @@
 // Activations are rounded to F16 too. ggml would make larger ones than 65,504 infinite, so they become 65,504 here.
 
 // least tokens of a ubatch that pay for unpacking
-static constexpr int64_t ADASKIP_UNPACK_LEAST = 96;
+static constexpr int64_t ADASKIP_UNPACK_LEAST = 64;
 
 // most products of a layer whose weights are unpacked
 static constexpr uint32_t ADASKIP_MOST_UNPACKED = 16;
