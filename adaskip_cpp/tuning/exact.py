@@ -24,7 +24,8 @@ _READ_DEPTH = 1280  # tokens before a piece is timed again, if these must be rea
 _PIECE, _SHORT_PIECE = 512, 256  # timed tokens of a prompt: a ubatch if depth matters; half to compare matrix products
 _N_DECODE = 12  # timed tokens of an answer, after an untimed one that builds the graph
 _WARM_UP = 2, 1  # untimed tokens of prompt and answer: they read the weights into memory and wake the threads
-_CLEARLY_SLOWER = 1.5  # a candidate that takes so many times as long in the first round gets no second one
+# A candidate that takes so many times as long in the first round gets no second one. Times of one setting vary by 20%.
+_CLEARLY_SLOWER = 1.2
 _MARGIN, _MARGIN_OF_ONE = 0.03, 0.10  # share of the time that must be saved in several rounds, or in a single one
 _LEAST_SHARE = 0.1  # of the weights that can be unpacked: types with less are not tried
 _NOT_QUANTIZED = {"0", "1", "32"}  # general.file_type of F32, F16 and BF16: llama.cpp repacks quantized weights only

@@ -157,6 +157,14 @@ def test_the_largest_batches_are_tried_where_larger_ones_were_faster(search: Sea
     assert 256 not in [each.settings.n_batch for each in found.tried]
 
 
+def test_what_is_a_fifth_slower_is_timed_once(search: Search) -> None:
+    def n_read(factor: float) -> int:
+        machine = Machine(faster(1 / factor, n_batch=1024, n_ubatch=1024))
+        return search(machine, n_answer=0, bound=20_000).n_tokens
+
+    assert n_read(1.15) - n_read(1.25) == 1024 + 512 + sum(exact._WARM_UP)  # the other round, and the best settings in it
+
+
 def test_several_settings_add_up(search: Search) -> None:
     def prompt(settings: Settings, depth: int) -> float:
         return (1e-3 + 1e-6 * depth * (0.5 if settings.flash_attn else 1.0)) * (0.8 if settings.repack else 0.6)
