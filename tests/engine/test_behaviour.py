@@ -136,7 +136,7 @@ def test_unpacked_weights_are_stocks_with_f16_weights_in_64_tokens_and_with_thos
 
 @only_x86
 def test_activations_beyond_f16_are_bounded(tmp_path: Path, open_model: Open) -> None:
-    """With weights in F16, stock makes them infinite on some processors. On an Intel Xeon with AVX-512 FP16 it did not."""
+    """With weights in F16, stock makes them infinite on some processors. On one with AVX-512 FP16 it did not."""
     path = write_model(tmp_path / "large.gguf", quantization=GGMLQuantizationType.Q8_0, ffn_gain=1000.0)
     llm = open_model(path, unpack=["Q8_0"], repack=False)
     assert np.isfinite(eval_logits(llm, [tokens(64)])).all()
