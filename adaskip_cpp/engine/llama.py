@@ -390,7 +390,7 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     def _fit_to(self, bulk: Bulk, tokens: list[int], *, is_read: bool) -> None:
         """Evaluate tokens of the bulk as the rest of a prompt, and fit its maps to them if they are enough."""
-        n_threads = int(self.context_params.n_threads_batch)
+        n_threads = max(int(self.context_params.n_threads_batch), 1)  # with less, llama.cpp takes its default
         fit = Refit(bulk, self._refit if self._is_refit(bulk) else None, n_threads)
         with self._observing(fit.add, keep_logits=True, activations=True, of_bulk=True):
             self._evaluate("prefill", tokens, is_last=False, is_read=is_read)

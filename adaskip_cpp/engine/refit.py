@@ -43,10 +43,10 @@ class Refit:
     A map is ``v := s u + up (down u)``. With z = down u and the rest r = v - s u, ridge regression of r on z gives
     ``up``. Its penalty is the distance from the calibration's ``up``, not from 0. ``down`` stays. On Qwen2.5-Coder and
     unseen text, the calibration's maps leave 63% of the variance. With 256 tokens, a fit of both matrices leaves 46%,
-    and this one 48%. ``n_threads`` fit maps side by side.
+    and this one 48%. ``n_threads``, 1 or more, fit maps side by side.
     """
 
-    def __init__(self, bulk: Bulk, earlier: "Refit | None" = None, n_threads: int = 1) -> None:
+    def __init__(self, bulk: Bulk, earlier: "Refit | None", n_threads: int) -> None:
         self.skip, self._head, self._n_threads = bulk.skip, bulk.head, n_threads
         self.tokens: npt.NDArray[np.int32] = np.empty(0, np.int32)  # the text up to the last one
         self.is_put = False  # whether native code has these maps

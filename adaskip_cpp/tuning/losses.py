@@ -35,7 +35,7 @@ much as predicted was still trusted."""
 
 _LEAST_LOSS = 0.002  # nats per token: below this, rounding and chance hide a predicted loss
 
-_GROUPS = {"attention": (1, 2, 4, 0), "ffn": (3, 4, 4, 0), "windowed": (1, 1, 2, 2)}
+_GROUPS = {"attention": (1, 2, 4), "ffn": (3, 4, 4), "windowed": (1, 1, 2, 2)}
 """Groups of layers that are measured together, in each quarter of a part's layers, the last layers first. There are
 more where single layers often lose far more than their neighbours. Those of no group run: docs/dev/method.md."""
 
@@ -240,11 +240,8 @@ def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) ->
 
 def _quarters(name: str, layers: Sequence[int]) -> list[list[_Group]]:
     """Return the groups in which the layers of a part are measured, by quarter, the last layers first."""
-    quarters = zip(np.array_split(np.array(layers, int), 4), _GROUPS[name], strict=True)
-    return [
-        [(name, tuple(of.tolist())) for of in np.array_split(quarter, n) if of.size] if n else []
-        for quarter, n in quarters
-    ]
+    quarters = zip(np.array_split(np.array(layers, int), 4), _GROUPS[name], strict=False)
+    return [[(name, tuple(of.tolist())) for of in np.array_split(quarter, n) if of.size] for quarter, n in quarters]
 
 
 def _firsts(order: tuple[int, ...], most: int) -> list[tuple[int, ...]]:

@@ -63,6 +63,15 @@ def test_a_fit_has_one_thread_of_blas(both: Open, monkeypatch: pytest.MonkeyPatc
     assert counts and all(each["num_threads"] == 1 for info in counts for each in info)
 
 
+def test_a_fit_runs_with_any_number_of_threads(both: Open) -> None:
+    """With less than one, llama.cpp takes its default."""
+    for n_threads_batch in (-1, 1, 3):
+        llm, expected = both(plan(SUBLAYERS, refit=16), n_ctx=256, n_threads_batch=n_threads_batch)
+        for each in (llm, expected):
+            each.eval(PROMPT)
+        assert error(llm, expected) < 1e-5
+
+
 def interrupt(llm: Any, text: list[int], at: int) -> None:
     """Evaluate a text up to a position where a batch begins."""
 
