@@ -27,7 +27,8 @@ from .refit import Refit
 from .settings import is_here
 from .statistics import StatisticsSink
 
-Rows: TypeAlias = Callable[[Vectors], object]  # takes the logits after the tokens of a batch, float32 [n, n_vocab]
+# Takes the logits after the tokens of a batch, float32 [n, n_vocab]. They are llama.cpp's own, until the next batch.
+Rows: TypeAlias = Callable[[Vectors], object]
 
 
 @dataclass(frozen=True)
@@ -321,9 +322,15 @@ class AdaSkipLlama(EditedPromptsLlama):
         A StateError as in ``eval``, or while statistics of all tokens are collected: no logits are computed then.
         """
         self._check_logits()
-        rows: list[Vectors] = []
-        self._eval("decode", tokens, rows.append)
-        return np.concatenate([np.empty((0, self.n_vocab()), np.float32), *rows])
+        found, n = np.empty((len(tokens), self.n_vocab()), np.float32), 0
+
+        def keep(rows: Vectors) -> None:
+            nonlocal n
+            found[n : n + len(rows)] = rows
+            n += len(rows)
+
+        self._eval("decode", tokens, keep)
+        return found
 
     def eval_bulk(self, tokens: Sequence[int]) -> None:
         """Evaluate token ids as ``eval``, but as the middle of a prompt: all in the bulk, without head and tail.
@@ -445,7 +452,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         self.input_ids[start:end] = tokens
         self.n_tokens = end
         if every:
-            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self.n_vocab())).copy()
+            logits = np.ctypeslib.as_array(self._ctx.get_logits(), shape=(len(tokens), self.n_vocab()))
             if self.logits_all:
                 self.scores[start:end] = logits
             if rows is not None:

@@ -205,7 +205,8 @@ def _work(llm: AdaSkipLlama, options: EvaluationOptions, n_ctx: int) -> tuple[Wo
         questions += published
     prompt = tuple[int, ...]()
     if options.n_rounds and (n := options.speed_context):
-        prompt = tuple(islice(cycle(corpus.tokens_of(llm, whole, bos=True)), n))
+        tokens = corpus.tokens_of(llm, whole[: corpus.MOST_PER_TOKEN * n], bos=True)
+        prompt = tuple(islice(cycle(tokens), n))
         words["Speed"] = (
             f"{options.n_rounds} rounds of a prompt of {n:,} tokens and {options.n_continuation} more, all contenders "
             "in turn, the order reversed every second round"

@@ -48,6 +48,10 @@ N_REQUESTS, N_TOKENS = 80, 512
 
 SEPARATOR = "\n\n\n"  # between two pages of a text
 
+MOST_PER_TOKEN = 64
+"""Characters of a long text that are tokenized for each token wanted. For all, llama.cpp may take minutes. Measured
+with Gemma 3's tokenizer: 154 s for 2.1 million characters, and 8 s for a quarter of them."""
+
 
 def pages() -> dict[str, str]:
     """Return the pages of ``pydoc_data.topics`` by name, in alphabetical order.
@@ -156,10 +160,15 @@ def cut(tokenizer: Llama, text: str, n_requests: int, n_tokens: int) -> list[lis
     """
     if n_requests < 1 or n_tokens < 2:
         raise RequestError(f"cannot cut {n_requests} requests of {n_tokens} tokens; use at least 1 request of 2 tokens")
-    bos, tokens = tokens_of(tokenizer, "", bos=True)[:1], tokens_of(tokenizer, text)
+    bos = tokens_of(tokenizer, "", bos=True)[:1]
+    length, part, enough = n_tokens - len(bos), len(text) // n_requests, MOST_PER_TOKEN * n_tokens
+    if part > enough:
+        found = [tokens_of(tokenizer, text[i * part : i * part + enough])[:length] for i in range(n_requests)]
+        if all(len(each) == length for each in found):
+            return [bos + each for each in found]
+    tokens = tokens_of(tokenizer, text)
     if not tokens:
         raise RequestError("the calibration text is empty; give a text of at least a few hundred words")
-    length = n_tokens - len(bos)
     n_fit = max(len(tokens) // length, 1)
     n_cut = min(n_requests, n_fit)
     starts = [(i * n_fit // n_cut) * length for i in range(n_cut)]

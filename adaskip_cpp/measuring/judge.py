@@ -133,9 +133,9 @@ class Judge:
                 llm.eval(tokens[begin : probe.n_prompt])
                 n_bulk = begin
             llm.begin_request()
-            logits = np.concatenate([llm.logits_after(each) for each in _pieces(probe.answer[:-1], plan)])
+            logits = [llm.logits_after(each) for each in _pieces(probe.answer[:-1], plan)]
             text, n_prompt = tokens, probe.n_prompt
-            yield logits[probe.n_cue - 1 :]
+            yield (logits[0] if len(logits) == 1 else np.concatenate(logits))[probe.n_cue - 1 :]
 
 
 def _pieces(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[int]]:
@@ -148,16 +148,16 @@ def _pieces(tokens: Sequence[int], plan: SkipPlan | None) -> Iterator[Sequence[i
 
 
 class _Reference:
-    """The whole model's distributions: of each, the likeliest tokens, and all others together."""
+    """The whole model's distributions: of each, the likeliest tokens, and all others together. Changes ``logits``."""
 
     def __init__(self, targets: tuple[int, ...], logits: Logits) -> None:
         log_sums, at, n = _log_sums(logits), np.arange(len(logits)), min(_MOST_KEPT, logits.shape[1] - 1)
         self.targets = np.array(targets, np.int64)  # the answer's tokens
         self.ids = np.argpartition(logits, -n, axis=1)[:, -n:].astype(np.int32)  # [n, kept]
         self.log_p = _log_p(logits, log_sums, self.ids)  # [n, kept + 1]
-        mine, others = logits[at, self.targets].astype(np.float64), logits.copy()
-        others[at, self.targets] = -np.inf
-        self.loss, self.best, self.margin = log_sums - mine, logits.argmax(axis=1), mine - others.max(axis=1)
+        mine, self.best = logits[at, self.targets].astype(np.float64), logits.argmax(axis=1)
+        logits[at, self.targets] = -np.inf
+        self.loss, self.margin = log_sums - mine, mine - logits.max(axis=1)
 
     def scores(self, logits: Logits) -> Scores:
         log_sums = _log_sums(logits)

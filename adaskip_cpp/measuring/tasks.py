@@ -21,7 +21,7 @@ from ..engine.llama import AdaSkipLlama
 from ..errors import DataError, RequestError
 from ..files import StrPath, read_text
 from . import metrics
-from .corpus import SOURCES, cut, descriptions, tokens_of
+from .corpus import MOST_PER_TOKEN, SOURCES, cut, descriptions, tokens_of
 
 READMES = ("tqdm", "llama_cpp_python", "charset-normalizer")
 """Packages that are installed with this one and have descriptions of 10,000 tokens or more."""
@@ -157,8 +157,10 @@ def text_items(
         raise DataError(f"cannot make {n_items} items of {n_tokens} tokens; ask for at least 1 item of 2 tokens")
     n_bos, turns = len(tokens_of(llm, "", bos=True)[:1]), list[tuple[int, str]]()
     for name, text in texts.items():
-        n_text = len(tokens_of(llm, text))
-        room = n_text // (n_tokens - n_bos)
+        enough = n_items * (n_tokens - n_bos)
+        if (n_text := len(tokens_of(llm, text[: MOST_PER_TOKEN * enough]))) < enough:
+            n_text = len(tokens_of(llm, text))
+        room = min(n_text // (n_tokens - n_bos), n_items)
         if room == 0 and not drop_short:
             why = f"text {name!r} has {n_text} tokens, fewer than the {n_tokens} of one item"
             raise DataError(f"{why}; ask for shorter items or give a longer text")

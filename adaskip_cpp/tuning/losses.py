@@ -4,9 +4,9 @@ For ``tune.py``. Start at :func:`measure`, then :func:`aim`. This module knows n
 loss and the time of a set.
 
 Attentions, FFNs and windows are measured in small groups of layers. Of attentions and FFNs it is what the group adds to
-the loss of a *base*, the later half of the layers that may be skipped. The layers that lose least for the time they
-save come first. A set's loss is predicted as the sum of its layers' losses. Judged sets correct the prediction of each
-part.
+the loss of a *base*, the later half of the layers that may be skipped. A set's loss is
+predicted as the sum of its layers' losses. Judged sets correct the losses of each part. Sets have the layers that lose
+least for the time they save.
 """
 
 import math
@@ -30,8 +30,8 @@ _FIRST = 2.5
 Measured: 2.4 to 3.7 for five sets of Qwen2.5-Coder, 1.0 to 1.4 for four of SmolLM2, and 6.8 for a fifth."""
 
 _WEIGHT = 0.1
-"""The weight of the sets' mean factor in that of each part, in judged sets. With 0.25, a part that lost three times as
-much as predicted was still trusted."""
+"""The weight of the sets' mean factor in that of each part, and of a part's in that of each layer, in judged sets. With
+0.25, a part that lost three times as much as predicted was still trusted."""
 
 _LEAST_LOSS = 0.002  # nats per token: below this, rounding and chance hide a predicted loss
 
@@ -67,6 +67,7 @@ class Candidate:
 
 _PARTS = ("attention", "ffn", "windowed")
 _Group: TypeAlias = tuple[str, tuple[int, ...]]  # a part and its layers
+_At: TypeAlias = tuple[str, int]  # a part and a layer
 Layers: TypeAlias = Mapping[str, tuple[int, ...]]  # by part, the layers that may be left out, the last layer first
 
 
@@ -74,9 +75,8 @@ Layers: TypeAlias = Mapping[str, tuple[int, ...]]  # by part, the layers that ma
 class Sets:
     """Combinations of sublayers, the fastest first, for prompts of one length."""
 
-    losses: "Losses"
     candidates: tuple[Candidate, ...]
-    parts: npt.NDArray[np.float64]  # their predicted losses, [n, kinds, 3]: see Losses.parts
+    lost: npt.NDArray[np.float64]  # their predicted losses, [n, kinds]
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,16 @@ class Losses:
         The result is float64 ``[kinds, 3]``, with the kinds of answers of ``Lost``. Windows of skipped attentions lose
         nothing.
         """
+        found = self.of_layers(candidate)
+        parts = (sum((lost for (part, _), lost in found.items() if part == name), np.zeros(1)) for name in _PARTS)
+        return np.stack(np.broadcast_arrays(*parts), axis=1)
+
+    def of_layers(self, candidate: Candidate) -> dict[_At, npt.NDArray[np.float64]]:
+        """Predict the losses of each layer that a set skips or gives a window, ``[kinds]`` each."""
         layers = {*candidate.attention}, {*candidate.ffn}, {*candidate.windowed} - {*candidate.attention}
-        parts = (
-            sum((self.lost[name][layer] for layer in of), np.zeros(1)) for name, of in zip(_PARTS, layers, strict=True)
-        )
-        grown = self.grown, self.grown, candidate.share / _MEASURED_SHARE
-        return np.stack(np.broadcast_arrays(*parts), axis=1) * grown
+        factors = self.grown, self.grown, candidate.share / _MEASURED_SHARE
+        parts = zip(_PARTS, layers, factors, strict=True)
+        return {(name, layer): factor * self.lost[name][layer] for name, of, factor in parts for layer in of}
 
     def sets(self, seconds: Callable[[Candidate], float]) -> Sets:
         """Return combinations that save 1% of the time. ``seconds`` predicts that of a prompt.
@@ -132,7 +136,7 @@ class Losses:
         @cache
         def of(*parts: Any) -> tuple[float, npt.NDArray[np.float64]]:
             candidate = Candidate(*parts)
-            return seconds(candidate), self.parts(candidate)
+            return seconds(candidate), self.parts(candidate).sum(axis=1)
 
         for attention, ffn, windowed in product(attentions, ffns, windows):
             # FFNs change neither the time nor the loss of windows. So few sets need predictions of their own.
@@ -140,9 +144,9 @@ class Losses:
             takes = round(both[0] + narrow[0] - alone[0], 9)  # so that equal times are equal, and the loss decides
             if takes < 0.99 * whole:
                 found.append((takes, Candidate(attention, ffn, *windowed), both[1] + narrow[1] - alone[1]))
-        found.sort(key=lambda each: (each[0], np.max(each[2].sum(axis=1))))
-        parts = np.array([each for *_, each in found]) if found else np.empty((0, 1, len(_PARTS)))
-        return Sets(self, tuple(each for _, each, _ in found), parts)
+        found.sort(key=lambda each: (each[0], np.max(each[2])))
+        lost = np.array([each for *_, each in found]) if found else np.empty((0, 1))
+        return Sets(tuple(each for _, each, _ in found), lost)
 
 
 def measure(
@@ -196,18 +200,20 @@ def measure(
     return Losses(found)
 
 
-def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidate | None:
+def aim(
+    losses: Losses, seconds: Callable[[Candidate], float], needs: Mapping[Candidate, Lost], promise: float
+) -> Candidate | None:
     """Return the fastest set that is expected to keep a promise; None if a judged set keeps it and is faster.
 
-    ``needs`` has the least promises of each judged set, by kind of answers. They are infinite if it loses a pass key.
-    The predicted losses of attentions, FFNs and windows each have a factor, fitted to the judged sets. A set needs at
-    least as much as the sets within it. But a set that contains one that loses a key may keep the key. So only those
-    with the same attentions and FFNs are left out then (docs/dev/method.md).
+    ``seconds`` predicts the time of a prompt. ``needs`` has the least promises of each judged set, by kind of answers.
+    They are infinite if it loses a pass key. The judged sets correct the losses, and so which layers lose least. A set
+    needs at least as much as the sets within it. But a set that contains one that loses a key may keep the key. So only
+    those with the same attentions and FFNs are left out then (docs/dev/method.md).
     """
+    sets = _corrected(losses, needs, promise).sets(seconds)
     lost = {(each.attention, each.ffn) for each, need in needs.items() if math.isinf(max(need))}
     broken = [each for each, need in needs.items() if promise < max(need) < math.inf]
-    at_most = (sets.parts * _factors(sets.losses, needs, promise)).sum(axis=2).max(axis=1) <= promise
-    for candidate, is_expected in zip(sets.candidates, at_most, strict=True):
+    for candidate, is_expected in zip(sets.candidates, sets.lost.max(axis=1) <= promise, strict=True):
         if max(needs.get(candidate, (math.inf,))) <= promise:
             return None
         may_keep = is_expected and (candidate.attention, candidate.ffn) not in lost
@@ -216,31 +222,42 @@ def aim(sets: Sets, needs: Mapping[Candidate, Lost], promise: float) -> Candidat
     return None
 
 
-def _factors(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) -> npt.NDArray[np.float64]:
-    """Return the promise that each part needs over its predicted loss, float64 ``[kinds, 3]`` or ``[1, 3]``.
+def _corrected(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) -> Losses:
+    """Return the promises that layers are expected to need: their losses times factors.
 
-    They are fitted by least squares of relative errors. Each is drawn to the mean factor of whole sets, so a few judged
-    sets suffice. A set that needs more than three times this promise is taken to need three times as much: losses jump
-    where a set is too large, which says little about smaller ones. Qwen2.5-Coder once needed 20 times as much as
-    predicted, and then sets that keep the promise were expected to break it. A lost key says less still.
+    Each part has a factor, and each layer another one that is added to it, in each kind of answers. They are fitted by
+    least squares of relative errors. Each part is drawn to the mean factor of whole sets, and each layer to its part.
+    So a few judged sets suffice. A set that needs more than three times this promise is taken to need three times as
+    much: losses jump where a set is too large, which says little about smaller ones. Qwen2.5-Coder once needed 20 times
+    as much as predicted, and then sets that keep the promise were expected to break it. A lost key says less still.
     """
-    if not needs:
-        return np.full((1, len(_PARTS)), _FIRST)
-    parts = np.array([losses.parts(each) for each in needs])
-    found = np.empty(parts.shape[1:])
+    ats = [(name, layer) for name in _PARTS for layer in losses.lost[name]]
+    is_of = np.array([[part == name for part, _ in ats] for name in _PARTS], float)  # [3, n]
+    factors = np.full((len(next(iter(needs.values()), [0])), len(ats)), _FIRST)
     for kind, need in enumerate(np.maximum(np.array([*needs.values()]).T, _LEAST_LOSS)):
-        predicted = np.maximum(parts[:, kind].sum(axis=1), _LEAST_LOSS)
+        found = [losses.of_layers(each) for each in needs]
+        layers = np.array([[each[at][kind] if at in each else 0.0 for at in ats] for each in found])  # [sets, n]
+        predicted = np.maximum(layers.sum(axis=1), _LEAST_LOSS)
         need = np.minimum(need, np.maximum(np.where(np.isinf(need), 1.5, 3.0) * promise, _FIRST * predicted))
         mean = np.exp(np.log([_FIRST, *(need / predicted)]).mean())
-        shares = np.vstack([parts[:, kind] / need[:, None] * mean, np.sqrt(_WEIGHT) * np.eye(len(_PARTS))])
-        right = np.concatenate([np.ones(len(need)), np.full(len(_PARTS), np.sqrt(_WEIGHT))])
-        found[kind] = mean * np.maximum(np.linalg.lstsq(shares, right, rcond=None)[0], 0.25)
-    return found
+        terms, expected = np.hstack([layers @ is_of.T, layers]), np.repeat([1.0, 0.0], is_of.shape)
+        rows = np.vstack([terms / need[:, None] * mean, np.sqrt(_WEIGHT) * np.eye(len(expected))])
+        fitted = np.linalg.lstsq(rows, np.concatenate([np.ones(len(need)), np.sqrt(_WEIGHT) * expected]), rcond=None)[0]
+        factors[kind] = mean * np.maximum(fitted[: len(_PARTS)] @ is_of + fitted[len(_PARTS) :], 0.25)
+    lost = {name: dict[int, npt.NDArray[np.float64]]() for name in _PARTS}
+    for (name, layer), factor in zip(ats, factors.T, strict=True):
+        lost[name][layer] = losses.lost[name][layer] * factor
+    return replace(losses, lost=lost)
 
 
 def _quarters(name: str, layers: Sequence[int]) -> list[list[_Group]]:
-    """Return the groups in which the layers of a part are measured, by quarter, the last layers first."""
-    quarters = zip(np.array_split(np.array(layers, int), 4), _GROUPS[name], strict=False)
+    """Return the groups in which the layers of a part are measured, by quarter, the last layers first.
+
+    The last ones are smaller, so that the base has at most half of the layers. If there are fewer than four layers,
+    each is a quarter.
+    """
+    split = np.array_split(np.array(layers[::-1], int), max(min(4, len(layers)), 1))
+    quarters = zip([quarter[::-1] for quarter in split[::-1]], _GROUPS[name], strict=False)
     return [[(name, tuple(of.tolist())) for of in np.array_split(quarter, n) if of.size] for quarter, n in quarters]
 
 

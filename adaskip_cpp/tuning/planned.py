@@ -1,6 +1,7 @@
 """Makes plans of sets of sublayers, and predicts their times. Used by ``tune.py``: see :class:`Planned`."""
 
 from dataclasses import replace
+from typing import Any
 
 from ..model.plan import DEFAULT_HEAD, DEFAULT_REFIT, Bulk, SkipPlan
 from ..model.skip_set import SkipSet, late_layers
@@ -13,18 +14,25 @@ from .losses import Candidate
 class Planned:
     """The plans of candidates for a profile, and the ``layers`` whose sublayers may be left out.
 
-    Plans are judged after ``judged_at`` tokens.
+    Plans are judged after ``judged_at`` tokens. A sublayer is not left out if that saves no time in prompts of
+    ``longest`` tokens either, as in the last layer, of which a bulk computes only K and V.
     """
 
-    def __init__(self, profile: Profile, judged_at: int) -> None:
+    def __init__(self, profile: Profile, judged_at: int, longest: int) -> None:
         assert profile.cost is not None
         self.profile, self.cost, self.judged_at = profile, profile.cost, judged_at
-        last = late_layers(profile.n_layer)[::-1]
-        self.layers = {
-            "attention": tuple(layer for layer in last if profile.in_bulk[layer, 0]),
-            "ffn": tuple(layer for layer in last if profile.in_bulk[layer, 1]),
+        last, whole = late_layers(profile.n_layer)[::-1], self.seconds(Candidate(), longest)
+        layers = {
+            "attention": [layer for layer in last if profile.in_bulk[layer, 0]],
+            "ffn": [layer for layer in last if profile.in_bulk[layer, 1]],
             "windowed": profile.windowable[::-1],
         }
+
+        def saves(part: str, layer: int) -> bool:
+            alone: dict[str, Any] = {part: (layer,)}
+            return self.seconds(Candidate(**alone), longest) < (1 - 1e-6) * whole
+
+        self.layers = {part: tuple(layer for layer in of if saves(part, layer)) for part, of in layers.items()}
 
     def plan(self, candidate: Candidate, context: int) -> SkipPlan:
         """Return the plan for prompts of ``context`` tokens."""

@@ -8,10 +8,11 @@ llama-cpp-python (``speed``). A ``memo`` keeps results as they come, so that a r
 import contextlib
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from itertools import product
 from typing import Any
@@ -53,12 +54,13 @@ _SEARCHED_AT = 640  # tokens of the prompts of the search
 _N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
 _SEARCHED = 80, 64  # tokens of answers in the search, continuing and copying
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
-# The fastest plan is sought for these, in order, while tokens last: a promise, whether edits have their part of it, and
-# the tokens of the prompt. For the first two, the default promise, nearly any plan is enough at first.
-_FIRST_AIMS = (0.05, False, _JUDGED_AT), (0.05, False, _LONG)
-_AIMS = *_FIRST_AIMS, *product((0.05, 0.1, 0.02, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG))
+# A set is judged for the first of these aims that expects one: a promise, whether edits have their part of it, tokens
+# of the prompt, and the share of the time of the best plan so far that another one may take.
+_AIMS = (
+    *product((0.05,), (False,), (_JUDGED_AT, _LONG), (0.92,)),
+    *product((0.05, 0.1, 0.02, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG), (0.97,)),
+)
 _NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
-_WORTHWHILE, _AT_FIRST = 0.97, 0.92  # of the time of a plan that keeps a promise: another one must take less
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
@@ -206,7 +208,7 @@ class _Tuning:
         self, llm: AdaSkipLlama, profile: Profile, held: HeldOut, judge: Judge, edits: Sequence[EditPoint]
     ) -> list[Point]:
         """Measure the losses of parts. While tokens last, judge the plans that are expected to keep :data:`_AIMS`."""
-        planned = Planned(profile, _JUDGED_AT)
+        planned = Planned(profile, _JUDGED_AT, _LONG)
         with self.on_stage("Searching") as on_progress:
             search = Judge(llm, text_probes(llm, held.search, (_SEARCHED_AT,), _SEARCHED))
 
@@ -217,10 +219,10 @@ class _Tuning:
 
                 return tuple(self.memo.get(f"search {candidate}", list[float], judge))
 
-            seconds = {length: partial(planned.seconds, context=length) for *_, length in _AIMS}
+            seconds = {length: cache(partial(planned.seconds, context=length)) for _, _, length, _ in _AIMS}
             losses = measure(planned.layers, lost, on_progress)
             doubled = replace(losses, grown=_growth_of(llm))
-            sets = {n: replace(losses, grown=growth(n / _JUDGED_AT, doubled.grown)).sets(s) for n, s in seconds.items()}
+            grown = {n: replace(losses, grown=growth(n / _JUDGED_AT, doubled.grown)) for n in seconds}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
         n_left, longest = 0, max(_JUDGED_AT, min(LONGEST, llm.n_ctx_train or LONGEST))
         found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs: infinite if a key is lost
@@ -246,29 +248,26 @@ class _Tuning:
             factors = {each: growth(length / _JUDGED_AT, doubled.growth(each)) for each in judged}
             return {each: tuple(factors[each] * need for need in needs) for each, needs in judged.items()}
 
+        def sought() -> tuple[Candidate, int, float] | None:
+            """Return the set to judge next, and for which length and promise; None if no aim expects one."""
+            for promise, edited, length, share in _AIMS:
+                wanted, needs, takes = left(length, promise, edited=edited), needs_at(length), seconds[length]
+                best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
+                if best is None or max(needs[best]) < _NEAR * wanted:
+                    safer = _SAFER ** (n_failed[length, wanted] + (n_left < 2 * each_costs))
+                    candidate = aim(grown[length], takes, needs, _NEAR * safer * wanted)
+                    if candidate is not None and (best is None or takes(candidate) <= share * takes(best)):
+                        return candidate, length, wanted
+            return None
+
         with self.on_stage("Judging") as on_progress:
             n_left = MOST_TOKENS - self.memo.get("read before judging", int, count)  # kept for a run that goes on
-            n_begin, of_edits = max(n_left, 1), Frontier((), edits=tuple(edits))
-            for number, (promise, edited, length) in enumerate(_AIMS):
-                wanted = of_edits.left(length, promise, edited=edited)
-                n_failed, takes = 0, seconds[length]
-                while not judged or n_left >= each_costs:
-                    needs = needs_at(length)
-                    best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
-                    is_first = number < len(_FIRST_AIMS)
-                    if best is not None and max(needs[best]) >= _NEAR * wanted:
-                        break
-                    is_last = n_left < 2 * each_costs
-                    candidate = aim(sets[length], needs, _NEAR * _SAFER ** (n_failed + is_last) * wanted)
-                    share = _AT_FIRST if is_first else _WORTHWHILE
-                    if candidate is None or (best and takes(candidate) > share * takes(best)):
-                        break
-                    add(candidate)
-                    on_progress(1 - max(n_left, 0) / n_begin)
-                    if max(needs_at(length)[candidate]) > wanted:
-                        n_failed += 1
-                    elif is_first:
-                        break
+            n_begin, left, n_failed = max(n_left, 1), Frontier((), edits=tuple(edits)).left, Counter[Any]()
+            while (not judged or n_left >= each_costs) and (one := sought()):
+                candidate, length, wanted = one
+                add(candidate)
+                on_progress(1 - max(n_left, 0) / n_begin)
+                n_failed[length, wanted] += max(needs_at(length)[candidate]) > wanted
         useful = (each for each in found.values() if not any(other.beats(each) for other in found.values()))
         return sorted(useful, key=lambda each: each.speedup(_LONG))
 

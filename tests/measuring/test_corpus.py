@@ -11,7 +11,7 @@ from oracles.questions import LLM
 
 from adaskip_cpp.errors import RequestError
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.tasks import licences, python_sources, readmes
+from adaskip_cpp.measuring.tasks import licences, python_sources, readmes, text_items
 
 
 def test_no_paragraph_is_on_two_pages_and_calibration_leaves_out_the_pages_that_it_is_judged_on() -> None:
@@ -32,6 +32,29 @@ def test_a_text_is_cut_into_equal_requests_spread_over_it_and_a_short_one_into_f
     assert [len(request) for request in corpus.cut(LLM, "x" * 5, 9, 11)] == [6]
     with pytest.raises(RequestError, match="empty"):
         corpus.cut(LLM, "", 9, 11)
+
+
+class Words:
+    """A tokenizer whose tokens are the numbers that a text has as words; it counts the characters that it reads."""
+
+    n_read = 0
+
+    def tokenize(self, text: bytes, add_bos: bool, special: bool) -> list[int]:
+        self.n_read += len(text)
+        return [1] * add_bos + [int(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(("width", "n_read"), [(9, 3 * 64 * 11), (99, 3 * 64 * 11 + 300_000)])
+def test_of_a_long_text_no_more_is_tokenized_than_is_needed(width: int, n_read: int) -> None:
+    """llama.cpp takes minutes for two million characters. All is read where tokens have more than 64 characters."""
+    words, text = Words(), "".join(f"{n:{width}} " for n in range(300_000 // (width + 1)))
+    requests = corpus.cut(words, text, 3, 11)  # type: ignore[arg-type]
+    third = 100_000 // (width + 1)
+    assert requests == [[1, *range(start, start + 10)] for start in (0, third, 2 * third)]
+    assert words.n_read == n_read
+    words.n_read = 0
+    items = text_items(words, {"a": text}, n_items=3, n_tokens=11)  # type: ignore[arg-type]
+    assert [[*item.tokens] for item in items] == requests and words.n_read <= 2 * n_read
 
 
 def test_requests_are_of_each_kind_in_turn_and_have_no_text_that_what_is_learned_is_judged_on() -> None:

@@ -41,7 +41,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_SEARCHED_AT": 128,
         "LONGEST": 2 * N_CTX_TRAIN,
         "load_average": lambda: None,
-        "_AIMS": ((0.001, False, JUDGED_AT), (100.0, False, JUDGED_AT)),  # what adds nothing, and then all
+        "_AIMS": ((0.001, False, JUDGED_AT, 0.97), (100.0, False, JUDGED_AT, 0.97)),  # what adds nothing, and then all
     }.items():
         monkeypatch.setattr(tuning, name, value)
     monkeypatch.setattr(adaskip_cpp.model.frontier, "LEAST_CONTEXT", 64)

@@ -22,15 +22,23 @@ def test_the_time_of_a_long_prompt_counts_its_longer_windows_and_tail(
     candidate = Candidate(ffn=(1,), windowed=(1,), share=share)
     around = Bulk(SkipSet.none(3), windowed=(1,), window_size=size, tail=tail, refit=DEFAULT_REFIT)
     expected = cost.seconds(candidate.skip(3), context, "bulk", around=around)
-    assert Planned(profile(np.full((3, 2), 0.9), cost=cost), 2048).seconds(candidate, context) == expected
+    assert Planned(profile(np.full((3, 2), 0.9), cost=cost), 2048, 8192).seconds(candidate, context) == expected
 
 
 @pytest.mark.parametrize(("share", "size"), [(4, 508), (8, 252), (16, 124)])
 def test_a_judged_window_is_its_share_of_the_prompt_even_where_a_wider_one_takes_no_longer(
     share: int, size: int
 ) -> None:
-    planned = Planned(profile(np.full((3, 2), 0.9), cost=cost_model(0.1, [1.0] * 3, [2.0] * 3)), 2048)
+    planned = Planned(profile(np.full((3, 2), 0.9), cost=cost_model(0.1, [1.0] * 3, [2.0] * 3)), 2048, 8192)
     bulk = planned.plan(Candidate(windowed=(1, 2), share=share), 2048).bulk
     assert bulk and bulk.window_size == size
     assert bulk.scaled(2048, 2048).window_size == max(size, 252), "prompts of this length then lose less"
     assert bulk.scaled(8192, 2048).window_size == 8192 // share - 4
+
+
+def test_sublayers_that_save_no_time_are_never_left_out() -> None:
+    """Of the last layer a bulk computes only K and V. Layer 2's attention sees 256 tokens, fewer than any window."""
+    limit = np.where(np.arange(5) == 2, 256, np.inf)
+    cost = cost_model(0.1, [1.0] * 5, [2.0] * 5, growth=[0.01] * 5, kept=[0.5] * 5, limit=limit)
+    layers = Planned(profile(np.full((5, 2), 0.9), cost=cost, windowable=tuple(range(5))), 2048, 8192).layers
+    assert layers == {"attention": (3, 2, 1), "ffn": (3, 2, 1), "windowed": (3, 1, 0)}

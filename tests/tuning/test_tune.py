@@ -33,11 +33,11 @@ from adaskip_cpp.tuning import figures
 from adaskip_cpp.tuning import tune as tuning
 from adaskip_cpp.tuning.figures import passkeys_of, quality_of
 from adaskip_cpp.tuning.hold_out import hold_out
-from adaskip_cpp.tuning.losses import Candidate, Losses
+from adaskip_cpp.tuning.losses import Candidate
 from adaskip_cpp.tuning.memo import Memo
 
-AIMS, FIRST_AIMS = tuning._AIMS, tuning._FIRST_AIMS
-IDLE_SET, EVERY_SET = Candidate(ffn=(1, 2)), Candidate((1, 2), (1, 2))
+AIMS = tuning._AIMS
+IDLE_SET, EVERY_SET = Candidate(ffn=(1,)), Candidate((1,), (1,))
 DATA = {"manual": " ".join(TEXTS.values())[::-1]}
 GIVEN = vars(Settings(n_threads=1, n_threads_batch=1))
 """All settings: which one is faster here, chance would decide."""
@@ -213,29 +213,23 @@ def test_each_judged_plan_leaves_fewer_tokens_and_one_is_judged_anyway(
     assert len(found.points) == 1 and found.n_read < n_read - 500
 
 
-def test_plans_are_sought_for_what_edits_leave(monkeypatch: pytest.MonkeyPatch, tune: Tune, put: Put) -> None:
-    edits, find, found = edited_frontier(0.01).edits, Losses.sets, dict[int, Any]()
-    used, aimed, grown = list[Any](), list[float](), dict[int, float]()
+def test_plans_are_sought_for_what_edits_leave(tune: Tune, put: Put) -> None:
+    edits = edited_frontier(0.01).edits
+    lengths, aimed, grown = list[int](), list[float](), dict[int, float]()
 
-    def finding(losses: Any, seconds: Any) -> Any:
-        length = seconds.keywords["context"]
-        grown[length] = losses.grown
-        return found.setdefault(length, find(losses, seconds))
-
-    def aim(sets: Any, needs: Any, promise: float) -> None:
-        used.append(sets)
+    def aim(losses: Any, seconds: Any, needs: Any, promise: float) -> None:
+        lengths.append(seconds.__wrapped__.keywords["context"])
         aimed.append(promise)
+        grown[lengths[-1]] = losses.grown
 
-    monkeypatch.setattr(Losses, "sets", finding)
     put(edit_points=lambda *_: [*edits], _AIMS=AIMS, aim=aim)
     tune()
-    assert sorted(found) == [2048, 8192]
-    assert all(sets is found[n] for sets, (_, _, n) in zip(used, AIMS, strict=True))
+    assert lengths == [n for _, _, n, _ in AIMS] and {*lengths} == {2048, 8192}
     # In prompts twice as long skipped sublayers are expected to lose 1.3 times as much. Here they are measured after
     # 192 tokens. Nine tenths of the promise are near enough.
     left = Frontier((), edits=edits).left
     assert grown == pytest.approx({n: 1.3 ** math.log2(n / JUDGED_AT) for n in (2048, 8192)})
-    assert aimed == pytest.approx([0.9 * left(n, promise, edited=edited) for promise, edited, n in AIMS])
+    assert aimed == pytest.approx([0.9 * left(n, promise, edited=edited) for promise, edited, n, _ in AIMS])
     assert aimed[0] == aimed[1] == pytest.approx(0.9 * 0.05) and AIMS[0][2] < AIMS[1][2], "the short ones first"
     assert aimed[4] < aimed[0] and AIMS[4][1], "what edits leave"
 
@@ -259,7 +253,7 @@ def test_plans_need_more_after_long_prompts(one_promise: OnePromise, tune: Tune,
     promise = 1.5 * max(each.needs(JUDGED_AT) for each in tune().points)
     for doubled, after_failure in ((1.0, 1.0), (2.0, 0.85)):
         aimed = one_promise(promise, EVERY_SET, IDLE_SET)
-        put(_AIMS=[(promise, False, 2 * JUDGED_AT)], _growth_of=lambda llm, doubled=doubled: doubled)
+        put(_AIMS=[(promise, False, 2 * JUDGED_AT, 0.97)], _growth_of=lambda llm, doubled=doubled: doubled)
         assert {each.growth for each in tune().points} == {doubled}
         assert aimed[1] == pytest.approx(after_failure * aimed[0])
 
@@ -277,11 +271,11 @@ def one_promise(put: Put) -> OnePromise:
     def one(promise: float, *judged: Candidate) -> list[float]:
         aimed = list[float]()
 
-        def aim(sets: Any, needs: Any, wanted: float) -> Any:
+        def aim(losses: Any, seconds: Any, needs: Any, wanted: float) -> Any:
             aimed.append(wanted)
             return next((each for each in judged or (IDLE_SET, EVERY_SET) if each not in needs), None)
 
-        put(edit_points=lambda *_: [], aim=aim, _AIMS=[(promise, False, JUDGED_AT)], _FIRST_AIMS=())
+        put(edit_points=lambda *_: [], aim=aim, _AIMS=[(promise, False, JUDGED_AT, 0.97)])
         return aimed
 
     return one
@@ -291,7 +285,7 @@ def test_a_plan_that_is_hardly_faster_is_not_judged(one_promise: OnePromise, tun
     """Here the fast plan is judged first."""
     for share, n_judged in ((0.0, 1), (9.0, 2)):
         one_promise(9.0, EVERY_SET, IDLE_SET)
-        put(_WORTHWHILE=share)
+        put(_AIMS=[(9.0, False, JUDGED_AT, share)])
         points = tune().points
         assert len(points) == n_judged
     slow, fast = points
@@ -325,19 +319,30 @@ def test_a_plan_that_nearly_needs_the_promise_is_the_last_and_failures_make_the_
     assert len(aimed) == len(every) + 1  # in vain at the end
     aimed = one_promise(max(each.needs(JUDGED_AT) for each in every) / 0.95)
     assert tune().points == every and len(aimed) == len(every)
-    aimed = one_promise(1e-9, EVERY_SET, Candidate((1, 2)))
+    aimed = one_promise(1e-9, EVERY_SET, Candidate((1,)))
     tune()
     assert aimed == pytest.approx([0.9e-9, 0.9e-9 * 0.85, 0.9e-9 * 0.85**2])
 
 
-def test_the_first_promises_take_any_plan_at_first_unless_another_one_is_much_faster(
-    one_promise: OnePromise, tune: Tune, put: Put
-) -> None:
-    for share, n_judged in ((0.0, 1), (9.0, 2)):
-        one_promise(9.0, IDLE_SET, EVERY_SET)
-        put(_AIMS=2 * tuning._AIMS, _FIRST_AIMS=2 * tuning._AIMS, _AT_FIRST=share)
-        assert len(tune().points) == n_judged
-    assert AIMS[: len(FIRST_AIMS)] == FIRST_AIMS and {*FIRST_AIMS} <= {*AIMS[len(FIRST_AIMS) :]}
+def test_after_each_set_the_first_aims_come_first_again(tune: Tune, put: Put) -> None:
+    """A set that was judged for a later aim may show that another one keeps the first promise."""
+    asked = list[float]()
+
+    def aim(losses: Any, seconds: Any, needs: Any, wanted: float) -> Any:
+        asked.append(wanted)
+        is_first = wanted > 1
+        return EVERY_SET if is_first and IDLE_SET in needs else None if is_first or needs else IDLE_SET
+
+    aims = [(9.0, False, JUDGED_AT, 9.0), (0.5, False, JUDGED_AT, 9.0)]
+    put(edit_points=lambda *_: [], aim=aim, _AIMS=aims)
+    assert len(tune().points) == 2
+    assert [wanted > 1 for wanted in asked[:3]] == [True, False, True]
+
+
+def test_short_prompts_and_the_default_promise_come_first_and_take_any_plan_at_first() -> None:
+    first, rest = AIMS[:2], AIMS[2:]
+    assert [aim[:3] for aim in first] == [(0.05, False, 2048), (0.05, False, 8192)] == [aim[:3] for aim in rest[:2]]
+    assert {aim[3] for aim in first} == {0.92} and {aim[3] for aim in rest} == {0.97}
 
 
 STAGES = "Trying settings", "Calibrating", "Timing sublayers", "Searching", "Judging"
