@@ -4,9 +4,8 @@ For ``tune.py``. Start at :func:`measure`, then :func:`aim`. This module knows n
 loss and the time of a set.
 
 Attentions, FFNs and windows are measured in small groups of layers. Of attentions and FFNs it is what the group adds to
-the loss of a *base*, the later half of the layers that may be skipped. A set's loss is
-predicted as the sum of its layers' losses. Judged sets correct the losses of each part. Sets have the layers that lose
-least for the time they save.
+the loss of a *base*, the later half of the layers that may be skipped. A set's loss is predicted as the sum of its
+layers' losses, and judged sets correct these. Sets have the layers that lose least for the time they save.
 """
 
 import math
