@@ -243,7 +243,8 @@ def test_what_a_judged_set_lost_beyond_its_prediction_is_expected_of_others() ->
     first = aim(losses, seconds, {}, FIRST * 0.041)
     assert first is not None and counts(first) == (4, 0, 0)
     assert counts(aim(losses, seconds, {first: both(0.12)}, 0.061)) == (2, 0, 0), "it lost three times its prediction"
-    assert counts(aim(losses, seconds, {first: both(0.024)}, 0.05)) == (7, 0, 0), "it needs 0.6 times its prediction"
+    # It needs 0.6 times its prediction. Other layers are expected to need 0.6 to 1.2 times theirs, the mean with FIRST.
+    assert 6 <= counts(aim(losses, seconds, {first: both(0.024)}, 0.05))[0] <= 8
     # Losses jump where a set is too large, which says little about smaller ones: as after a smaller jump.
     assert len({aim(losses, seconds, {first: both(need)}, 0.06) for need in (0.18, 0.3, 1.0)}) == 1
     fastest = losses.sets(seconds).candidates[0]
@@ -264,7 +265,7 @@ def test_judged_sets_change_which_layers_lose_least() -> None:
 
 
 def test_what_a_few_layers_lose_beyond_their_prediction_is_expected_of_them() -> None:
-    """As with SmolLM2: windows in layers 4 to 7 lose far more after 2,048 tokens than after the search's 640."""
+    """As with SmolLM2: sets with windows in layer 7 needed 2.2 and 2.7 times their prediction, others 1.1 times."""
 
     def needs(*layers: int) -> dict[Candidate, Lost]:
         return {Candidate(windowed=layers): both(sum(0.01 if layer in (0, 1, 2) else 0.001 for layer in layers))}
@@ -336,4 +337,4 @@ def test_a_lost_pass_key_rules_out_the_same_attentions_and_ffns_and_no_larger_se
     while (each := aim(losses, seconds, needs, 1.0)) is not None:
         cores.append((each.attention, each.ffn))
         needs[each] = both(math.inf)
-    assert len(cores) == len({*cores}) == 14 and ((10, 11), (10, 11)) in cores
+    assert len(cores) == len({*cores}) >= 9 and ((10, 11), (10, 11)) in cores, "none, one and both of each part"
