@@ -66,12 +66,13 @@ def probes_of(
 ) -> list[Probe]:
     """Return the probes of a text: for each prompt length in ``cuts`` a continuation and, if it fits, a copy.
 
-    A copy repeats the prompt from a quarter of its length on. If pass keys stand there, it begins after them, where the
-    prompt is long enough: models copy these more easily than text. ``key`` hides the pass keys of that number at three
-    places of the longest prompt, and asks for them after that prompt. The first place is at a depth, 0 to 1; the others
-    follow after a third each, from the beginning again after the end. Half-way from the first place to the end, a line
-    speaks of the ship without its name. Raises DataError if the text is too short: it must have ``n_continued`` tokens
-    after the last cut.
+    A copy repeats the prompt from a quarter of its length on, after every second prompt from half of it on. If pass
+    keys stand there, it begins after them, where the prompt is long enough: models copy these more easily than text.
+
+    ``key`` hides the pass keys of that number at three places of the longest prompt, and asks for them after that
+    prompt. The first place is at a depth, 0 to 1; the others follow after a third each, from the beginning again after
+    the end. Half-way from the first place to the end, a line speaks of the ship without its name. Raises DataError if
+    the text is too short: it must have ``n_continued`` tokens after the last cut.
     """
     longest = max(cuts, default=0)
     if not cuts or len(tokens) < longest + n_continued:
@@ -85,9 +86,9 @@ def probes_of(
         given, hidden = _with_lines(given, [*zip(places, lines, strict=True), ((places[0] + room) // 2, later)])
         questions = [*zip(chain(*_HIDDEN), chain(*passkeys(key[0])), strict=True)]
     whole, found = tuple(given), list[Probe]()
-    for cut in sorted(cuts):
+    for i, cut in enumerate(sorted(cuts)):
         found.append(Probe(text, "continuation", whole, cut, whole[cut : cut + n_continued]))
-        begin = cut // 4
+        begin = cut // (4, 2)[i % 2]
         for each in hidden:
             if begin < each.stop and each.start < begin + n_copied and each.stop + n_copied <= cut:
                 begin = each.stop

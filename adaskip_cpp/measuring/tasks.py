@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
+from importlib import resources
 from itertools import product
 from operator import itemgetter
-from pathlib import Path
 from typing import TypeAlias
 
 from llama_cpp import Llama
@@ -205,15 +204,6 @@ def readmes() -> dict[str, str]:
     return descriptions(READMES)
 
 
-def licences() -> dict[str, str]:
-    """Return the licences that come with numpy and Python: legal prose. {} if there are none."""
-    files = {"numpy": list[Path](), "Python": [Path(sysconfig.get_path("stdlib"), "LICENSE.txt")]}
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        paths = metadata.files("numpy") or ()
-        files["numpy"] = sorted(Path(str(path.locate())) for path in paths if path.name.startswith("LICENSE"))
-    found = {}
-    for name, each in files.items():
-        with contextlib.suppress(DataError):
-            if text := "\n\n".join(map(read_text, each)):
-                found[name] = text
-    return found
+def prose(name: str) -> dict[str, str]:
+    """Return a text that was written for this package, by name: "story" or "lecture"."""
+    return {name: resources.files(__package__).joinpath("texts", f"{name}.txt").read_text("utf-8")}

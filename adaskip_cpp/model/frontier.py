@@ -73,13 +73,14 @@ class Figures:
 
     def needs(self, context: int) -> float:
         """Return the smallest promise that is kept, in nats per token, as ``harm``; infinite if a clear key is lost."""
-        return max(self.needs_by_kind) * self._growth(context)
+        most = max(*self.needs_by_divergence, *(each.loss.value for each in self._promised))
+        return most * self._growth(context)
 
     @property
-    def needs_by_kind(self) -> tuple[float, ...]:
-        """The smallest promises kept in each kind of answers after ``judged_at`` tokens, as ``needs``."""
+    def needs_by_divergence(self) -> tuple[float, ...]:
+        """What ``needs`` is without mean added losses, in each kind of answers after ``judged_at`` tokens."""
         loses_key = self.passkeys.plan < self.passkeys.whole
-        return tuple(math.inf if loses_key else each.needs for each in self._promised)
+        return tuple(math.inf if loses_key else each.needs_by_divergence for each in self._promised)
 
     @property
     def _promised(self) -> tuple[Quality, ...]:
@@ -112,7 +113,7 @@ class Point(Figures):
     def beats(self, other: "Point") -> bool:
         """Whether this plan keeps every promise that the other one keeps, is nowhere slower, and somewhere faster."""
         is_faster = self.speedups != other.speedups and all(self.speedup(n) >= speed for n, speed in other.speedups)
-        return is_faster and max(self.needs_by_kind) <= max(other.needs_by_kind)
+        return is_faster and self.needs(self.judged_at) <= other.needs(other.judged_at)
 
     def plan_for(self, context: int) -> SkipPlan:
         """Return the plan scaled to prompts of ``context`` tokens (``Bulk.scaled``): one object for equal plans."""

@@ -1,20 +1,21 @@
 """Provides text that calibration did not see, in two parts: one to search plans with, one to judge them.
 
 A search favours its own text. So the loss of a plan is measured on text that had no part in choosing it. Plans lose
-less on kinds of text that calibration has read (docs/dev/results.md). So descriptions of packages come first. Models
-know some licences by heart, and lose little there. So the search has none, if there are sources.
+less on kinds of text that calibration has read (docs/dev/results.md). So the judge has prose too, a story and a
+lecture: what keeps copies of descriptions and sources can lose those of prose (docs/dev/method.md).
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from llama_cpp import Llama
 
 from ..engine.llama import AdaSkipLlama
 from ..errors import DataError
 from ..measuring.probes import Probe, probes_of
-from ..measuring.tasks import TextItem, licences, python_sources, readmes, text_items
+from ..measuring.tasks import TextItem, prose, python_sources, readmes, text_items
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class HeldOut:
 def unseen_texts() -> list[dict[str, str]]:
     """Return, for each kind of text that this Python has, the texts by name that calibration leaves out."""
     kinds = []
-    for kind in (readmes, python_sources, licences):
+    for kind in (readmes, partial(prose, "story"), python_sources, partial(prose, "lecture")):
         with suppress(DataError):
             kinds.append(kind())
     return [kind for kind in kinds if kind]
@@ -62,9 +63,10 @@ def hold_out(tokenizer: Llama, kinds: Sequence[Mapping[str, str]], n_texts: tupl
 def _two_parts(
     tokenizer: Llama, texts: Mapping[str, str], n_texts: tuple[int, ...], n_tokens: int
 ) -> list[tuple[TextItem, ...]]:
+    parts = _halves(texts) if all(n_texts) else [texts for _ in n_texts]
     return [
         tuple(text_items(tokenizer, part, n_items=n, n_tokens=n_tokens, drop_short=True)) if n else ()
-        for part, n in zip(_halves(texts), n_texts, strict=True)
+        for part, n in zip(parts, n_texts, strict=True)
     ]
 
 

@@ -64,6 +64,17 @@ class Candidate:
         return narrower and all({*getattr(self, part)} >= {*getattr(other, part)} for part in _PARTS)
 
 
+@dataclass(frozen=True)
+class Need:
+    """The smallest promises that a judged set keeps; infinite if it loses a pass key."""
+
+    by_divergence: Lost  # in each kind of answers: what losses of parts predict
+    most: float  # of all, and of mean added losses, which they do not predict
+
+    def times(self, factor: float) -> "Need":
+        return Need(tuple(factor * each for each in self.by_divergence), factor * self.most)
+
+
 _PARTS = ("attention", "ffn", "windowed")
 _Group: TypeAlias = tuple[str, tuple[int, ...]]  # a part and its layers
 _At: TypeAlias = tuple[str, int]  # a part and a layer
@@ -122,7 +133,7 @@ class Losses:
             def price(layer: int) -> float:
                 alone: dict[str, Any] = {name: (layer,)}
                 saved = max(whole - seconds(Candidate(**alone)), 1e-9 * whole)
-                return round(float(self.lost[name][layer].max()) / saved, 9)  # so that equal prices are equal
+                return round(float(self.lost[name][layer].mean()) / saved, 9)  # so that equal prices are equal
 
             return tuple(sorted(self.lost[name], key=price))
 
@@ -200,20 +211,20 @@ def measure(
 
 
 def aim(
-    losses: Losses, seconds: Callable[[Candidate], float], needs: Mapping[Candidate, Lost], promise: float
+    losses: Losses, seconds: Callable[[Candidate], float], needs: Mapping[Candidate, Need], promise: float
 ) -> Candidate | None:
     """Return the fastest set that is expected to keep a promise; None if a judged set keeps it and is faster.
 
-    ``seconds`` predicts the time of a prompt. ``needs`` has the least promises of each judged set, by kind of answers.
-    They are infinite if it loses a pass key. The judged sets correct the losses, and so which layers lose least. A set
-    needs at least as much as the sets within it. But a set that contains one that loses a key may keep the key. So only
-    those with the same attentions and FFNs are left out then (docs/dev/method.md).
+    ``seconds`` predicts the time of a prompt. ``needs`` are those of the judged sets. They correct the losses, and so
+    which layers lose least. A set needs at least as much as the sets within it. But a set that contains one that loses
+    a key may keep the key, and one that adds too much loss by chance says little about others. So only those with the
+    same attentions and FFNs are left out then (docs/dev/method.md).
     """
     sets = _corrected(losses, needs, promise).sets(seconds)
-    lost = {(each.attention, each.ffn) for each, need in needs.items() if math.isinf(max(need))}
-    broken = [each for each, need in needs.items() if promise < max(need) < math.inf]
+    broken = [each for each, need in needs.items() if promise < max(need.by_divergence) < math.inf]
+    lost = {(each.attention, each.ffn) for each, need in needs.items() if need.most > promise and each not in broken}
     for candidate, is_expected in zip(sets.candidates, sets.lost.max(axis=1) <= promise, strict=True):
-        if max(needs.get(candidate, (math.inf,))) <= promise:
+        if candidate in needs and needs[candidate].most <= promise:
             return None
         may_keep = is_expected and (candidate.attention, candidate.ffn) not in lost
         if may_keep and not any(candidate.contains(each) for each in broken):
@@ -221,7 +232,7 @@ def aim(
     return None
 
 
-def _corrected(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) -> Losses:
+def _corrected(losses: Losses, needs: Mapping[Candidate, Need], promise: float) -> Losses:
     """Return the promises that layers are expected to need: their losses times factors.
 
     Each part has a factor, and each layer another one that is added to it, in each kind of answers. They are fitted by
@@ -232,8 +243,9 @@ def _corrected(losses: Losses, needs: Mapping[Candidate, Lost], promise: float) 
     """
     ats = [(name, layer) for name in _PARTS for layer in losses.lost[name]]
     is_of = np.array([[part == name for part, _ in ats] for name in _PARTS], float)  # [3, n]
-    factors = np.full((len(next(iter(needs.values()), [0])), len(ats)), _FIRST)
-    for kind, need in enumerate(np.maximum(np.array([*needs.values()]).T, _LEAST_LOSS)):
+    needed = np.maximum(np.array([need.by_divergence for need in needs.values()]).T, _LEAST_LOSS)
+    factors = np.full((max(len(needed), 1), len(ats)), _FIRST)
+    for kind, need in enumerate(needed):
         found = [losses.of_layers(each) for each in needs]
         layers = np.array([[each[at][kind] if at in each else 0.0 for at in ats] for each in found])  # [sets, n]
         predicted = np.maximum(layers.sum(axis=1), _LEAST_LOSS)

@@ -35,7 +35,7 @@ from .edited import edit_points
 from .exact import FoundSettings, fastest_settings
 from .figures import Judged, judged_plan, quality_of
 from .hold_out import HeldOut, hold_out, text_probes, unseen_texts
-from .losses import Candidate, Lost, aim, measure
+from .losses import Candidate, Lost, Need, aim, measure
 from .memo import Memo
 from .planned import Planned
 from .speed import measure_speed
@@ -60,7 +60,7 @@ _AIMS = (
     *product((0.05,), (False,), (_JUDGED_AT, _LONG), (0.92,)),
     *product((0.05, 0.1, 0.02, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG), (0.97,)),
 )
-_NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at and is enough; its factor after each failure
+_NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at, and its factor after each failure
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
@@ -225,7 +225,7 @@ class _Tuning:
             grown = {n: replace(losses, grown=growth(n / _JUDGED_AT, doubled.grown)) for n in seconds}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
         n_left, longest = 0, max(_JUDGED_AT, min(LONGEST, llm.n_ctx_train or LONGEST))
-        found, judged = dict[Candidate, Point](), dict[Candidate, Lost]()  # needs: infinite if a key is lost
+        found, judged = dict[Candidate, Point](), dict[Candidate, Need]()
 
         def count() -> int:
             judge.read_whole()  # its tokens count, also in a run that was stopped after the edits
@@ -236,28 +236,28 @@ class _Tuning:
             plan = planned.plan(candidate, _JUDGED_AT)
             judge_it = partial(judged_plan, judge, plan)
             one, n_tokens = self.memo.get(f"judged {candidate}", tuple[Judged | str, int], judge_it)
-            n_left, judged[candidate] = n_left - n_tokens, (math.inf,) * len(KINDS)
+            n_left, judged[candidate] = n_left - n_tokens, Need((math.inf,) * len(KINDS), math.inf)
             if isinstance(one, str):
                 judge.put_first(one)  # other plans often lose the same key, so they are found out sooner
                 return
             speedups = tuple((length, planned.speedup(candidate, length)) for length in contexts(longest))
             point = Point(_JUDGED_AT, *one.kinds, one.passkeys, speedups, plan, doubled.growth(candidate))
-            found[candidate], judged[candidate] = point, point.needs_by_kind
+            needs = Need(point.needs_by_divergence, point.needs(_JUDGED_AT))
+            found[candidate], judged[candidate] = point, needs
 
-        def needs_at(length: int) -> dict[Candidate, Lost]:
+        def needs_at(length: int) -> dict[Candidate, Need]:
             factors = {each: growth(length / _JUDGED_AT, doubled.growth(each)) for each in judged}
-            return {each: tuple(factors[each] * need for need in needs) for each, needs in judged.items()}
+            return {each: need.times(factors[each]) for each, need in judged.items()}
 
         def sought() -> tuple[Candidate, int, float] | None:
             """Return the set to judge next, and for which length and promise; None if no aim expects one."""
             for promise, edited, length, share in _AIMS:
                 wanted, needs, takes = left(length, promise, edited=edited), needs_at(length), seconds[length]
-                best = min((each for each, need in needs.items() if max(need) <= wanted), key=takes, default=None)
-                if best is None or max(needs[best]) < _NEAR * wanted:
-                    safer = _SAFER ** (n_failed[length, wanted] + (n_left < 2 * each_costs))
-                    candidate = aim(grown[length], takes, needs, _NEAR * safer * wanted)
-                    if candidate is not None and (best is None or takes(candidate) <= share * takes(best)):
-                        return candidate, length, wanted
+                best = min((each for each, need in needs.items() if need.most <= wanted), key=takes, default=None)
+                safer = _SAFER ** (n_failed[length, wanted] + (n_left < 2 * each_costs))
+                candidate = aim(grown[length], takes, needs, _NEAR * safer * wanted)
+                if candidate is not None and (best is None or takes(candidate) <= share * takes(best)):
+                    return candidate, length, wanted
             return None
 
         with self.on_stage("Judging") as on_progress:
@@ -267,7 +267,7 @@ class _Tuning:
                 candidate, length, wanted = one
                 add(candidate)
                 on_progress(1 - max(n_left, 0) / n_begin)
-                n_failed[length, wanted] += max(needs_at(length)[candidate]) > wanted
+                n_failed[length, wanted] += needs_at(length)[candidate].most > wanted
         useful = (each for each in found.values() if not any(other.beats(each) for other in found.values()))
         return sorted(useful, key=lambda each: each.speedup(_LONG))
 

@@ -2,6 +2,7 @@
 
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from oracles.questions import LLM
 
 from adaskip_cpp.errors import RequestError
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.tasks import licences, python_sources, readmes, text_items
+from adaskip_cpp.measuring.tasks import prose, python_sources, readmes, text_items
 
 
 def test_no_paragraph_is_on_two_pages_and_calibration_leaves_out_the_pages_that_it_is_judged_on() -> None:
@@ -78,7 +79,8 @@ def test_requests_are_of_each_kind_in_turn_and_have_no_text_that_what_is_learned
     described = corpus.descriptions(corpus._DESCRIBED)
     assert {*described} == {*corpus._DESCRIBED}
     assert all(each in corpus.SEPARATOR.join(described.values()) for each in built_in[5::6])
-    judged = [text for kind in (corpus.held_out, python_sources, readmes, licences) for text in kind().values()]
+    written = partial(prose, "story"), partial(prose, "lecture")
+    judged = [text for kind in (corpus.held_out, python_sources, readmes, *written) for text in kind().values()]
     for request in built_in:
         assert not any(request[50:150] in text for text in judged)
 

@@ -8,7 +8,7 @@ from oracles.questions import LLM
 
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.measuring import corpus, tasks
-from adaskip_cpp.measuring.tasks import READMES, licences, python_sources, read_texts, readmes, text_items
+from adaskip_cpp.measuring.tasks import READMES, prose, python_sources, read_texts, readmes, text_items
 
 
 def test_items_are_dealt_out_over_the_texts_in_turn_and_ids_tell_them_apart() -> None:
@@ -61,17 +61,18 @@ def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_required_packages_bring_prose_and_licences_if_they_are_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    prose, legal = readmes(), licences()
-    assert prose.keys() == {*READMES} and all(len(text) > 20_000 for text in prose.values())
-    assert "Redistributions in binary form" in legal["numpy"] and "PYTHON SOFTWARE FOUNDATION" in legal["Python"]
-    assert all(len(text) > 10_000 for text in legal.values())
+def test_required_packages_bring_descriptions_if_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = readmes()
+    assert described.keys() == {*READMES} and all(len(text) > 20_000 for text in described.values())
     monkeypatch.setattr(tasks, "READMES", ("no such package",))
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(tasks.metadata, "files", lambda package: None)
-    assert readmes() == licences() == {}
+    assert readmes() == {}
+
+
+@pytest.mark.parametrize("name", ["story", "lecture"])
+def test_prose_is_long_enough_for_every_tokenizer(name: str) -> None:
+    """It is judged after 2,048 tokens, with 128 more. A token of Gemma 3's large vocabulary has 4.1 characters here."""
+    [(key, text)] = prose(name).items()
+    assert key == name and len(text) > 4.5 * (2048 + 128) and text.isascii()
 
 
 def test_python_brings_sources_and_those_that_it_lacks_are_left_out(

@@ -24,11 +24,11 @@ def letters(part: Sequence[TextItem]) -> set[str]:
 
 def test_descriptions_come_first_and_a_kind_that_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = unseen_texts()
-    assert [*kinds[0]] == [*READMES] and [*kinds[2]] == ["numpy", "Python"] and len(kinds) == 3
-    monkeypatch.setattr(module, "licences", dict)
-    assert unseen_texts() == kinds[:2]
+    assert [*kinds[0]] == [*READMES] and [[*kinds[1]], [*kinds[3]]] == [["story"], ["lecture"]] and len(kinds) == 4
     monkeypatch.setattr(module, "python_sources", Mock(side_effect=DataError("this Python has no sources")))
-    assert unseen_texts() == kinds[:1]
+    assert unseen_texts() == [kinds[0], kinds[1], kinds[3]]
+    monkeypatch.setattr(module, "readmes", dict)
+    assert unseen_texts() == [kinds[1], kinds[3]]
 
 
 def test_texts_are_dealt_to_two_parts_and_few_texts_or_kinds_too_small_for_their_share_are_cut_in_two() -> None:
@@ -41,6 +41,8 @@ def test_texts_are_dealt_to_two_parts_and_few_texts_or_kinds_too_small_for_their
     held_out = hold_out(Bytes(), [{"a": "x" * 300 + "y" * 300}], (3, 3), 50)  # type: ignore[arg-type]
     assert (letters(held_out.search), letters(held_out.judge)) == ({"x"}, {"y"})
     assert held_out.names() == {"searched_on": "a (part 1 of 2)", "judged_on": "a (part 2 of 2)"}
+    held_out = hold_out(Bytes(), [{"a": "x" * 300 + "y" * 300}], (0, 3), 50)  # type: ignore[arg-type]
+    assert held_out.names() == {"searched_on": "", "judged_on": "a"}, "a kind that one part alone has is not cut"
     held_out = hold_out(Bytes(), [{"a": "x" * 9}, {"b": "y" * 900}], (5, 5), 50)  # type: ignore[arg-type]
     assert letters(held_out.search) == letters(held_out.judge) == {"y"} and len(held_out.judge) == 5
 

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from adaskip_cpp.tuning.losses import Candidate, Layers, Lost, aim, measure
+from adaskip_cpp.tuning.losses import Candidate, Layers, Lost, Need, aim, measure
 
 Losses = Callable[..., Lost]
 PARTS = ("attention", "ffn", "windowed")
@@ -238,17 +238,21 @@ def both(need: float) -> Lost:
     return need, need
 
 
+def needing(need: float) -> Need:
+    return Need(both(need), need)
+
+
 def test_what_a_judged_set_lost_beyond_its_prediction_is_expected_of_others() -> None:
     losses = measure(all_last(12, 0), adding(0.01, 0.01))
     first = aim(losses, seconds, {}, FIRST * 0.041)
     assert first is not None and counts(first) == (4, 0, 0)
-    assert counts(aim(losses, seconds, {first: both(0.12)}, 0.061)) == (2, 0, 0), "it lost three times its prediction"
+    assert counts(aim(losses, seconds, {first: needing(0.12)}, 0.061)) == (2, 0, 0), "it lost three times its prediction"
     # It needs 0.6 times its prediction. Other layers are expected to need 0.6 to 1.2 times theirs, the mean with FIRST.
-    assert 6 <= counts(aim(losses, seconds, {first: both(0.024)}, 0.05))[0] <= 8
+    assert 6 <= counts(aim(losses, seconds, {first: needing(0.024)}, 0.05))[0] <= 8
     # Losses jump where a set is too large, which says little about smaller ones: as after a smaller jump.
-    assert len({aim(losses, seconds, {first: both(need)}, 0.06) for need in (0.18, 0.3, 1.0)}) == 1
+    assert len({aim(losses, seconds, {first: needing(need)}, 0.06) for need in (0.18, 0.3, 1.0)}) == 1
     fastest = losses.sets(seconds).candidates[0]
-    assert aim(losses, seconds, {fastest: both(0.05)}, 0.05) is None, "it keeps the promise"
+    assert aim(losses, seconds, {fastest: needing(0.05)}, 0.05) is None, "it keeps the promise"
 
 
 def test_judged_sets_change_which_layers_lose_least() -> None:
@@ -260,15 +264,15 @@ def test_judged_sets_change_which_layers_lose_least() -> None:
 
     losses = measure({"attention": (), "ffn": (11, 10, 9), "windowed": ()}, lost)
     assert aim(losses, seconds, {}, FIRST * 0.012) == Candidate(ffn=(10, 11))
-    judged = {Candidate(ffn=(10, 11)): (0.05, 0.002), Candidate(ffn=(11,)): (0.005, 0.002)}
+    judged = {Candidate(ffn=(10, 11)): Need((0.05, 0.002), 0.05), Candidate(ffn=(11,)): Need((0.005, 0.002), 0.005)}
     assert aim(losses, seconds, judged, 0.04) == Candidate(ffn=(9, 11))
 
 
 def test_what_a_few_layers_lose_beyond_their_prediction_is_expected_of_them() -> None:
     """As with SmolLM2: sets with windows in layer 7 needed 2.2 and 2.7 times their prediction, others 1.1 times."""
 
-    def needs(*layers: int) -> dict[Candidate, Lost]:
-        return {Candidate(windowed=layers): both(sum(0.01 if layer in (0, 1, 2) else 0.001 for layer in layers))}
+    def needs(*layers: int) -> dict[Candidate, Need]:
+        return {Candidate(windowed=layers): needing(sum(0.01 if layer in (0, 1, 2) else 0.001 for layer in layers))}
 
     losses = measure(all_last(0, 0, 12), adding(9.0, 9.0, windowed=(0.001, 0.001)))
     judged = needs(3, 4, 5, 6, 7, 8) | needs(0, 1, 2, 9, 10, 11) | needs(9, 10, 11)
@@ -289,7 +293,7 @@ def test_several_judged_sets_tell_the_factor_of_each_part(factors: tuple[float, 
 
     judged = (2, 2, 0), (4, 1, 8), (1, 5, 4), (6, 6, 8), (0, 3, 6)
     known = [Candidate(last(a), last(f), last(w)) for a, f, w in judged]
-    found = aim(losses, seconds, {each: needs(each) for each in known}, promise)
+    found = aim(losses, seconds, {each: Need(needs(each), max(needs(each))) for each in known}, promise)
     if found is None:  # the fastest is one of those
         found = min((each for each in known if max(needs(each)) <= promise), key=seconds)
     assert max(needs(found)) <= 1.25 * promise
@@ -300,7 +304,7 @@ def test_several_judged_sets_tell_the_factor_of_each_part(factors: tuple[float, 
 def test_no_part_is_expected_to_make_up_for_the_loss_of_another() -> None:
     """Half as much was lost with FFNs as without them. That is chance, and FFNs alone still lose something."""
     losses = measure(all_last(8, 8), adding(0.01, 0.01))
-    judged = {Candidate(last(4)): both(0.055), Candidate(last(4), last(4)): both(0.0275)}
+    judged = {Candidate(last(4)): needing(0.055), Candidate(last(4), last(4)): needing(0.0275)}
     found = aim(losses, seconds, judged, 0.014)
     assert found is not None and len(found.ffn) < 8
     assert aim(losses, seconds, judged, 1e-4) is None
@@ -309,32 +313,45 @@ def test_no_part_is_expected_to_make_up_for_the_loss_of_another() -> None:
 def test_no_set_is_judged_that_contains_one_that_breaks_the_promise() -> None:
     losses = measure(all_last(8, 8), adding(0.001, 0.001))
     one = Candidate(last(2), last(2))
-    found = aim(losses, seconds, {one: both(0.5)}, 0.4)
+    found = aim(losses, seconds, {one: needing(0.5)}, 0.4)
     assert found is not None and not found.contains(one)
-    found = aim(losses, seconds, {one: both(0.3)}, 0.4)
+    found = aim(losses, seconds, {one: needing(0.3)}, 0.4)
     assert found is not None and found.contains(one) and found.contains(Candidate())
     wide, narrow, other = (Candidate(windowed=layers, share=n) for layers, n in (((3,), 4), ((2, 3), 8), ((2, 3), 4)))
     assert narrow.contains(wide) and not wide.contains(narrow) and not other.contains(narrow), "a window is wider"
     assert wide.contains(Candidate(share=8))
 
 
+def test_mean_added_losses_predict_nothing_of_other_sets() -> None:
+    """As with SmolLM2: 9 attentions and 4 FFNs added 0.057 in copies, at a divergence of 0.028, and 9 and 6 added 0.025."""
+    losses = measure(all_last(12, 12), adding(0.002, 0.002))
+    first = aim(losses, seconds, {}, FIRST * 0.02)
+    assert first is not None
+    needs = {first: Need(both(FIRST * 0.01), FIRST * 0.03)}
+    found = aim(losses, seconds, needs, FIRST * 0.02)
+    assert found is not None and found != first and seconds(found) < seconds(first)
+    assert aim(losses, seconds, {first: Need(both(FIRST * 0.01), FIRST * 0.01)}, FIRST * 0.02) == found
+    by_divergence = aim(losses, seconds, {first: needing(FIRST * 0.03)}, FIRST * 0.02)
+    assert by_divergence is not None and seconds(by_divergence) > seconds(first)
+
+
 def test_after_a_set_that_loses_a_pass_key_the_next_one_is_not_much_like_it() -> None:
     losses = measure(all_last(12, 12, 12), adding(0.001, 0.001))
     first = aim(losses, seconds, {}, 0.04)
     assert first is not None
-    found = aim(losses, seconds, {first: both(math.inf)}, 0.04)
+    found = aim(losses, seconds, {first: needing(math.inf)}, 0.04)
     assert found is not None
     # Nor is it far smaller: a lost key says little about the size of losses.
     assert 0.5 < max(losses.parts(found).sum(axis=1)) / max(losses.parts(first).sum(axis=1)) < 0.8
     # A smaller promise asks for a set that loses less, of which the lost pass key tells nothing.
-    assert aim(losses, seconds, {first: both(math.inf)}, 0.0101) == aim(losses, seconds, {}, 0.0101)
+    assert aim(losses, seconds, {first: needing(math.inf)}, 0.0101) == aim(losses, seconds, {}, 0.0101)
 
 
 def test_a_lost_pass_key_rules_out_the_same_attentions_and_ffns_and_no_larger_set() -> None:
     """With Qwen2.5-Coder, 8 attentions and 7 FFNs lost a key with any windows. 7 and 6 lost it, and 7 and 8 kept it."""
     losses, lost = measure(all_last(2, 2, 2), adding(0.001, 0.001)), ((10, 11), (11,))
-    needs, cores = {Candidate(*lost): both(math.inf)}, [lost]
+    needs, cores = {Candidate(*lost): needing(math.inf)}, [lost]
     while (each := aim(losses, seconds, needs, 1.0)) is not None:
         cores.append((each.attention, each.ffn))
-        needs[each] = both(math.inf)
+        needs[each] = needing(math.inf)
     assert len(cores) == len({*cores}) >= 9 and ((10, 11), (10, 11)) in cores, "none, one and both of each part"
