@@ -27,7 +27,7 @@ from .tune_report import minutes, print_frontier
 @option("--data", "files", multiple=True, metavar="FILE", help="UTF-8 text to calibrate on, - for stdin; may be "
         "repeated.  [default: documentation and code of Python and of packages]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE", help="Other UTF-8 text, to judge answers; may be "
-        "repeated.  [default: descriptions, code and licences of packages]")  # fmt: skip
+        "repeated.  [default: a story, a lecture, descriptions and code of packages]")  # fmt: skip
 @model_options_with("the fastest number", "the fastest")
 @output_option("-o", "--output", metavar="PLAN",
                help="Plan file to write.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip

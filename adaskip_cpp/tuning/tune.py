@@ -87,8 +87,8 @@ def tune(
         context: tokens of the prompt for which settings are chosen.
         n_answer: tokens of the answer for which settings are chosen.
         data: texts by name for the calibration; None for text that every installation has.
-        texts: other texts by name, by which plans are found and judged; None for descriptions and licences of installed
-            packages, and sources of Python, all left out of the calibration.
+        texts: other texts by name, by which plans are found and judged; None for descriptions of installed packages,
+            a story, sources of Python and a lecture, all left out of the calibration.
         given: settings that are not varied, by the names of ``Settings``.
         memo: keeps findings in a file, so that a later call continues; None for none.
         on_stage: shows progress, as for ``calibrate``.

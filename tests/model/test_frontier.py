@@ -8,6 +8,7 @@ from oracles.frontiers import quality
 
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.errors import PlanError
+from adaskip_cpp.intervals import Interval
 from adaskip_cpp.model.edits import FEW, MANY, Edits
 from adaskip_cpp.model.frontier import DEFAULT_LOSS, EditPoint, Point, context_for, contexts
 from adaskip_cpp.model.plan import Bulk
@@ -77,6 +78,10 @@ def test_the_worse_kind_of_answer_keeps_the_promise_or_not() -> None:
         worse = point(0.01, 1.5, 3, **{kind: 0.06})
         assert worse.needs(AT) == worse.harm(AT) == 0.06
         assert worse.needs(2 * AT) == worse.harm(2 * AT) == pytest.approx(0.06 * 1.3)
+        losing = replace(worse, **{kind: replace(quality(0.06), loss=Interval(0.08, -0.1, 0.2, 4))})
+        assert losing.needs(AT) == 0.08 and max(losing.needs_by_divergence) == 0.06, "the mean added loss"
+        faster = replace(worse, speedups=tuple((n, 2 * speed) for n, speed in worse.speedups))
+        assert faster.beats(losing) and not replace(losing, speedups=faster.speedups).beats(worse)
 
 
 def test_a_plan_that_loses_a_pass_key_keeps_no_promise() -> None:

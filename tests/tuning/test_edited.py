@@ -1,5 +1,6 @@
 """adaskip_cpp.tuning.edited: what edited prompts are measured on, and when nothing is measured."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from oracles.tiny_models import write_model
 from adaskip_cpp.measuring.judge import Judge
 from adaskip_cpp.measuring.probes import passkey_lines, probes_of
 from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, WIDE
+from adaskip_cpp.model.quality import Passkeys
 from adaskip_cpp.tuning import edited
 from adaskip_cpp.tuning.edited import edit_points
+from adaskip_cpp.tuning.figures import Judged
 from adaskip_cpp.tuning.memo import Memo
 
 N_PROMPT = 1600
@@ -130,3 +133,20 @@ def test_a_kind_of_edits_is_measured_if_half_the_default_promise_may_allow_it(
     for promise, n in ((2.9 * small, 1), (3.1 * small, 2), (9.9 * order, 2), (10.1 * order, 3)):
         monkeypatch.setattr(edited, "DEFAULT_LOSS", promise)
         assert [each.edits.most_moves for each in measured(llm, judge, memo)] == [FEW, MANY, TOGETHER][:n]
+
+
+def test_more_of_each_run_is_read_again_where_small_edits_lose_a_clear_key(open_tiny: Open) -> None:
+    """As with SmolLM2, which lost a number that stood 20 tokens after a dropped message."""
+    llm, memo = open_tiny(**OPTIONS), Memo()
+    judge = judge_of(llm)
+    kept = measured(llm, judge)
+    losing = Judged((kept[0].continuation, kept[0].copying, kept[0].retrieval), Passkeys(6, 2, 1))
+    assert {each.edits.mend for each in kept} == {16}
+    memo.get(f"edits {FEW}, mend 16", Judged, lambda: losing)
+    found = measured(llm, judge, memo)
+    assert {each.edits.mend for each in found} == {32} and found[0].passkeys.plan == found[0].passkeys.whole
+    memo = Memo()
+    for mend in (16, 32):
+        memo.get(f"edits {FEW}, mend {mend}", Judged, lambda: losing)
+    [one] = measured(llm, judge, memo)
+    assert one.needs(N_PROMPT) == math.inf, "no promise allows it"
