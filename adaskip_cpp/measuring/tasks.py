@@ -206,4 +206,4 @@ def readmes() -> dict[str, str]:
 
 def prose(name: str) -> dict[str, str]:
     """Return a text that was written for this package, by name: "story" or "lecture"."""
-    return {name: resources.files(__package__).joinpath("texts", f"{name}.txt").read_text("utf-8")}
+    return {name: resources.files(__package__).joinpath("texts").joinpath(f"{name}.txt").read_text("utf-8")}
