@@ -88,7 +88,7 @@ def probes_of(
     whole, found = tuple(given), list[Probe]()
     for i, cut in enumerate(sorted(cuts)):
         found.append(Probe(text, "continuation", whole, cut, whole[cut : cut + n_continued]))
-        begin = cut // (4, 2)[i % 2]
+        begin = cut // (2 if i % 2 else 4)
         for each in hidden:
             if begin < each.stop and each.start < begin + n_copied and each.stop + n_copied <= cut:
                 begin = each.stop

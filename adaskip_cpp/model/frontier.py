@@ -73,14 +73,14 @@ class Figures:
 
     def needs(self, context: int) -> float:
         """Return the smallest promise that is kept, in nats per token, as ``harm``; infinite if a clear key is lost."""
-        most = max(*self.needs_by_divergence, *(each.loss.value for each in self._promised))
-        return most * self._growth(context)
+        if self.passkeys.plan < self.passkeys.whole:
+            return math.inf
+        return max(each.needs for each in self._promised) * self._growth(context)
 
     @property
     def needs_by_divergence(self) -> tuple[float, ...]:
-        """What ``needs`` is without mean added losses, in each kind of answers after ``judged_at`` tokens."""
-        loses_key = self.passkeys.plan < self.passkeys.whole
-        return tuple(math.inf if loses_key else each.needs_by_divergence for each in self._promised)
+        """What each kind of answers needs after ``judged_at`` tokens, without mean added losses and lost keys."""
+        return tuple(each.needs_by_divergence for each in self._promised)
 
     @property
     def _promised(self) -> tuple[Quality, ...]:

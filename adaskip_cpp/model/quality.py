@@ -63,7 +63,7 @@ class Quality:
 
     @property
     def needs_by_divergence(self) -> float:
-        """The smallest promise that harm and 1.6 standard errors keep; infinite for one text.
+        """``needs`` without the mean added loss: harm plus 1.6 standard errors. It is infinite for one text.
 
         On four texts, the mean divergence alone would break a promise in 4 of 20 choices, with one error in 1.5, with
         1.6 in 1.

@@ -33,15 +33,17 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
     and one drops a message, which is the continuation of another text. A kind is measured if the default promise
-    allows its expected loss, by that of the kind before. If small edits lose a clear key, they are measured again, with
-    more tokens read of each run. The last edit changes the pass keys of one place. Before it
-    the i-th text has those of number -1 - i there, and in the judge's prompt those of number i. Return [] if the model
-    or the prompts allow no moves.
+    allows its expected loss, by that of the kind before. If small edits lose a clear key, they are measured again, and
+    more tokens of each run are read.
+
+    The last edit changes the pass keys of one place. Before it the i-th text has those of number -1 - i there, and in
+    the judge's prompt those of number i. Return [] if the model or the prompts allow no moves.
     """
     prompts = list({each.text: each.tokens[: each.n_prompt] for each in judge.probes}.items())  # the longest of each
     # Other prompts would bring pass keys with the same names.
     messages = {each.text: list(each.answer) for each in judge.probes if each.kind == "continuation"}
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
+    mends: tuple[int, ...] = _MENDS
     if not llm.can_move or judged_at < _HEAD + _TAIL + 2 * _N_DOCUMENTS * Edits.least:
         return []
 
@@ -97,11 +99,12 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         for most_moves in (FEW, MANY, TOGETHER):
             if found and _FACTORS[most_moves] * found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
                 break
-            for mend in _MENDS if most_moves == FEW else (found[-1].edits.mend,):
+            for mend in mends:
                 edits = Edits(mend=mend, most_moves=most_moves)
                 one = memo.get(f"edits {most_moves}, mend {mend}", Judged, partial(judged, edits))
                 if one.passkeys.plan >= one.passkeys.whole:
                     break
+            mends = (edits.mend,)
             found.append(EditPoint(judged_at, *one.kinds, one.passkeys, (), edits))
             on_progress(len(found) / 3)
     return found

@@ -217,8 +217,8 @@ def aim(
 
     ``seconds`` predicts the time of a prompt. ``needs`` are those of the judged sets. They correct the losses, and so
     which layers lose least. A set needs at least as much as the sets within it. But a set that contains one that loses
-    a key may keep the key, and one that adds too much loss by chance says little about others. So only those with the
-    same attentions and FFNs are left out then (docs/dev/method.md).
+    a key may keep the key. Mean added losses are not predicted either. So if one of the two breaks the promise, only
+    sets with the same attentions and FFNs are left out (docs/dev/method.md).
     """
     sets = _corrected(losses, needs, promise).sets(seconds)
     broken = [each for each, need in needs.items() if promise < max(need.by_divergence) < math.inf]

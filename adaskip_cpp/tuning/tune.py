@@ -60,7 +60,7 @@ _AIMS = (
     *product((0.05,), (False,), (_JUDGED_AT, _LONG), (0.92,)),
     *product((0.05, 0.1, 0.02, 0.035, 0.07, 0.2), (False, True), (_JUDGED_AT, _LONG), (0.97,)),
 )
-_NEAR, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at, and its factor after each failure
+_AIMED, _SAFER = 0.9, 0.85  # the share of a promise that is aimed at, and its factor after each failure
 _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
@@ -255,7 +255,7 @@ class _Tuning:
                 wanted, needs, takes = left(length, promise, edited=edited), needs_at(length), seconds[length]
                 best = min((each for each, need in needs.items() if need.most <= wanted), key=takes, default=None)
                 safer = _SAFER ** (n_failed[length, wanted] + (n_left < 2 * each_costs))
-                candidate = aim(grown[length], takes, needs, _NEAR * safer * wanted)
+                candidate = aim(grown[length], takes, needs, _AIMED * safer * wanted)
                 if candidate is not None and (best is None or takes(candidate) <= share * takes(best)):
                     return candidate, length, wanted
             return None
