@@ -55,7 +55,7 @@ public:
     }
 
     uint32_t n_flash_least = 0; // ubatches of fewer tokens do without flash attention
-    uint64_t unpacked      = 0; // bits of ggml_type: weights that products with many tokens read as F16
+    uint64_t unpacked      = 0; // bits of ggml_type: weights that products with many tokens read as F32
 
     const adaskip_plan_sets & get_plan() const { return plan; }
 

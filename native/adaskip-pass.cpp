@@ -20,7 +20,7 @@ static constexpr int64_t ADASKIP_MOST_ROWS = 8;
 
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
     return n_layer * (2 * ADASKIP_NODES_PER_SUBLAYER + adaskip_window::N_TENSORS + ADASKIP_NODES_OF_V +
-                             2 * ADASKIP_MOST_UNPACKED) +
+                             ADASKIP_MOST_UNPACKED) +
            ADASKIP_NODES_PER_SUBLAYER;
 }
 
@@ -180,20 +180,13 @@ void adaskip_pass::keep_rows_of_v() {
 void adaskip_pass::unpack_weights(uint64_t types, uint32_t n_layer) {
     uint32_t n_left = n_layer * ADASKIP_MOST_UNPACKED;
 
-    std::unordered_map<const ggml_tensor *, ggml_tensor *> rounded; // activations
     for (auto * node : nodes) {
         auto * const weight = node->op == GGML_OP_MUL_MAT && n_left > 0 ? node->src[0] : nullptr;
-        if (!weight || (types >> weight->type & 1) == 0 || !adaskip_can_unpack(weight) ||
-                node->src[1]->type != GGML_TYPE_F32 || node->src[1]->nb[0] != sizeof(float) ||
-                !ggml_is_matrix(node->src[1]) || node->ne[1] < ADASKIP_UNPACK_LEAST ||
-                node->op_params[0] != GGML_PREC_DEFAULT) {
-            continue;
+        if (weight && (types >> weight->type & 1) != 0 && adaskip_can_unpack(weight) && ggml_is_matrix(node->src[1]) &&
+                node->ne[1] >= ADASKIP_UNPACK_LEAST) {
+            node->src[0] = adaskip_unpacked(ctx, weight);
+            --n_left;
         }
-        auto & activations = rounded[node->src[1]];
-        activations        = activations ? activations : adaskip_to_f16(ctx, node->src[1]);
-        node->src[0]       = adaskip_to_f16(ctx, weight);
-        node->src[1]       = activations;
-        --n_left;
     }
 }
 

@@ -286,8 +286,8 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
         for (int32_t i = 0; i < n; ++i) {
             has_map[i] = has_map[i] && !std::all_of(set->up + i * n_map, set->up + (i + 1) * n_map, is_zero);
         }
-        res.down = adaskip_vectors_init(model, has_map, set->down, set->n_embd, set->n_rank, true);
-        res.up   = adaskip_vectors_init(model, has_map, set->up, set->n_rank, set->n_embd, true);
+        res.down = adaskip_vectors_init(model, has_map, set->down, set->n_embd, set->n_rank, !keeps_kv);
+        res.up   = adaskip_vectors_init(model, has_map, set->up, set->n_rank, set->n_embd, !keeps_kv);
     }
     return res;
 }

@@ -11,7 +11,7 @@
 // Every decoded token reads all maps, and BF16 halves their bytes. Channels of the stream differ by many orders of
 // magnitude, for which F16 and Q8_0 have too little range. ggml computes BF16 fast on x86. On arm64 it has no NEON code
 // for it: a product of BF16 vectors would take five times the instructions of F32 for each number.
-static ggml_type map_type(const llama_model & model, ggml_backend_buffer_type_t buft) {
+static ggml_type decoded_type(const llama_model & model, ggml_backend_buffer_type_t buft) {
 #if defined(__x86_64__) || defined(_M_X64)
     const auto & weights = model.tensors_by_name;
     const auto   device  = ggml_backend_buft_get_device(buft); // null for ggml's plain host buffers
@@ -35,7 +35,7 @@ adaskip_tensors::adaskip_tensors(size_t n) : mem(new uint8_t[n * ggml_tensor_ove
 }
 
 adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::vector<uint8_t> & skip,
-        const float * data, int64_t ne0, int64_t ne1, bool is_map) {
+        const float * data, int64_t ne0, int64_t ne1, bool is_decoded) {
     const size_t n   = ne0 * ne1;
     auto         res = std::make_shared<adaskip_vectors>();
     res->tensors.assign(skip.size(), nullptr);
@@ -50,7 +50,7 @@ adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::v
         if (!ctx) {
             ctx = res->ctxs.emplace_back(skip.size()).ctx.get();
         }
-        res->tensors[i] = ggml_new_tensor_2d(ctx, is_map ? map_type(model, buft) : GGML_TYPE_F32, ne0, ne1);
+        res->tensors[i] = ggml_new_tensor_2d(ctx, is_decoded ? decoded_type(model, buft) : GGML_TYPE_F32, ne0, ne1);
     }
     for (const auto & [buft, ctx] : ctx_map) {
         ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx, buft);

@@ -36,10 +36,10 @@ struct adaskip_vectors {
 
 using adaskip_vectors_ptr = std::shared_ptr<adaskip_vectors>;
 
-// Uploads data[n_layer][2][ne1][ne0] where skip is 1. Maps are BF16 if that is faster, unless all weights of the model
-// are F32. Throws if a device has no room.
+// Uploads data[n_layer][2][ne1][ne0] where skip is 1, as F32. Matrices that decoded tokens read are BF16 if they read
+// that faster, unless all weights of the model are F32. Throws if a device has no room.
 adaskip_vectors_ptr adaskip_vectors_init(const llama_model & model, const std::vector<uint8_t> & skip,
-        const float * data, int64_t ne0, int64_t ne1, bool is_map);
+        const float * data, int64_t ne0, int64_t ne1, bool is_decoded);
 
 // replaces the values of one of its tensors by as many others
 void adaskip_vector_set(ggml_tensor * t, const float * data);

@@ -238,10 +238,9 @@ int32_t adaskip_get_elided_kv(const struct llama_context * ctx, uint8_t * elided
 // prompts faster with it, but few tokens after many slower. Fails if the cache has quantized V.
 int32_t adaskip_set_flash_least(struct llama_context * ctx, int32_t n_tokens);
 
-// Quantized weights can be unpacked on x86: products with 64 and more tokens read them as F16. They must lie in the
-// CPU's memory as in the file, not repacked. Each ubatch unpacks a matrix just before its product. ggml's CPU backend
-// multiplies F16 faster than some quantized types. Results differ by rounding: of activations to F16 instead of 8 bits.
-// Larger activations than F16 has, 65,504, become that.
+// Quantized weights can be unpacked: products with 64 and more tokens read them as F32. They must lie in the CPU's
+// memory as in the file, not repacked. Each ubatch unpacks a matrix just before its product. ggml's CPU backend
+// multiplies F32 faster than some quantized types. Results differ by rounding: activations are not rounded to 8 bits.
 
 // fills out[ADASKIP_N_TYPES]: by ggml_type, the number of values of the layers' matrices that can be unpacked
 int32_t adaskip_unpackable(const struct llama_context * ctx, int64_t * out, int32_t n_out);

@@ -67,10 +67,10 @@ class AdaSkipLlama(EditedPromptsLlama):
             once, as in answers. On many CPUs these are slow with it. None for the setting of ``tune``, or False.
         repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). Logits differ by
             rounding. None for the setting of ``tune``, or True.
-        unpack: types of weights, such as ``["Q4_1"]``, that prompts read as F16, in products with 64 and more tokens.
-            It concerns the layers' weights in the memory of the CPU that llama.cpp did not repack (``unpackable``), on
-            x86. SmolLM2 in Q4_1 then reads 1.7 times as fast (docs/dev/method.md). Logits differ by rounding. None for
-            the setting of ``tune``, or no type.
+        unpack: types of weights, such as ``["Q5_0"]``, that prompts read as F32, in products with 64 and more tokens.
+            It concerns the layers' weights in the memory of the CPU that llama.cpp did not repack (``unpackable``). On
+            one Xeon Qwen2.5-Coder then reads 1.4 times as fast (docs/dev/method.md). Logits differ by rounding. None
+            for the setting of ``tune``, or no type.
         reuse: the part of an earlier prompt that is used again. ``"prefix"`` is the common beginning, as in
             ``llama_cpp.Llama``. ``"edits"`` or an ``Edits`` also moves each run of tokens that both prompts share.
             Moved tokens were computed after other text, which costs some quality. ``"auto"`` moves runs if a frontier

@@ -18,7 +18,7 @@ class Settings:
         n_ubatch: tokens that llama.cpp computes at once.
         n_threads: threads for answers; None for the default of ``llama_cpp.Llama``.
         n_threads_batch: threads for prompts; None for the default of ``llama_cpp.Llama``.
-        unpack: types of weights, such as ``"Q4_1"``, that prompts read as F16 (``native/adaskip-unpack.h``).
+        unpack: types of weights, such as ``"Q4_1"``, that prompts read as F32 (``native/adaskip-unpack.h``).
     """
 
     flash_attn: FlashAttention = False

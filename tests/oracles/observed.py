@@ -1,5 +1,6 @@
 """Statistics as the native layer delivers them, put together."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,15 @@ def copied(batch: Any) -> Any:
     return [[None if pair is None else tuple(np.array(x) for x in pair) for pair in row] for row in batch.activations]
 
 
-def activations_of(llm: Any, prompt: list[int], **options: Any) -> list[tuple[Any, list[int]]]:
-    """Activations and positions of every ubatch of a prompt."""
+def activations_of(
+    llm: Any, prompt: list[int], evaluate: Callable[[list[int]], object] | None = None, **options: Any
+) -> list[tuple[Any, list[int]]]:
+    """Activations and positions of every ubatch of a prompt that ``evaluate`` reads; None for ``eval``."""
     seen: list[tuple[Any, list[int]]] = []
 
     def sink(batch: Any) -> None:
         seen.append((copied(batch), batch.positions.tolist()))
 
     with llm.collect_statistics(sink, activations=True, **options):
-        llm.eval(prompt)
+        (evaluate or llm.eval)(prompt)
     return seen

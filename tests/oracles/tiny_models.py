@@ -38,16 +38,14 @@ def write_model(
     split: int = 0,
     quantization: GGMLQuantizationType = GGMLQuantizationType.F32,
     unpacked: bool = False,
-    ffn_gain: float = 1.0,
     pre: str = "",
 ) -> Path:
     """Write a tiny random model; returns its path, or that of the first of several files.
 
     ``name`` is a key of FAMILIES or ENCODERS, or a family; ``seed`` fixes a tensor together with its name; sublayers of
     ``zero`` add nothing to the residual stream; ``split`` is how many tensors a file has, for several; ``quantization``
-    is of all matrices; if ``unpacked``, those of layers are F16 then, with the same values. What FFNs read is
-    ``ffn_gain`` times as large. With ``pre``, what splits texts into words, the vocabulary is of byte pairs, else
-    SentencePiece.
+    is of all matrices; if ``unpacked``, those of layers are F32 then, with the same values. With ``pre``, what splits
+    texts into words, the vocabulary is of byte pairs, else SentencePiece.
     """
     family = {**FAMILIES, **ENCODERS}[name] if isinstance(name, str) else name
     layers = n_layer or family.n_layer
@@ -57,12 +55,12 @@ def write_model(
     _write_byte_pairs(writer, pre) if pre else _write_tokenizer(writer)
     silenced = 0
     for tensor, shape in family.tensors(layers):
-        values = _values(tensor, shape, seed) * (ffn_gain if tensor.endswith(".ffn_norm.weight") else 1.0)
+        values = _values(tensor, shape, seed)
         if tensor.startswith(ends):
             values, silenced = np.zeros_like(values), silenced + tensor.endswith(".weight")
         kind = quantization if len(shape) == 2 else GGMLQuantizationType.F32
         if unpacked and len(shape) == 2 and tensor.startswith("blk."):
-            values, kind = dequantize(quantize(values, kind), kind), GGMLQuantizationType.F16
+            values, kind = dequantize(quantize(values, kind), kind), GGMLQuantizationType.F32
         writer.add_tensor(tensor, quantize(values, kind), raw_dtype=kind)
     assert silenced == len(zero), f"{name} has not all of {zero}"
     write(writer)
