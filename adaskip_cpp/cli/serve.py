@@ -58,7 +58,7 @@ def _size(text: str) -> int:
 @_kept("--keep-alive", type=click.FloatRange(0, min_open=True), metavar="MINUTES",
        help="Unload a model after this many minutes without a request.  [default: never]")  # fmt: skip
 @_kept("--reuse", type=click.Choice(REUSES), default="auto", help="Tokens of an earlier prompt that are not read "
-       "again. prefix: those at its beginning. edits: also equal runs of 80 tokens at other places. auto: edits, if "
+       "again. prefix: those at its beginning. edits: also equal runs of 96 tokens at other places. auto: edits, if "
        "`tune` measured that they keep the promise. Requests may choose.")  # fmt: skip
 @_kept("--cache-dir", metavar="FOLDER", help="Also save read prompts here, for a restart.  [default: only in memory]")
 @_kept("--cache-size", metavar="SIZE", type=_size, default="2G",

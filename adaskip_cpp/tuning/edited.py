@@ -21,7 +21,6 @@ from .memo import Memo
 
 _HEAD, _TAIL = 64, 128  # tokens at the two ends of a prompt that stay, like a system prompt and a question
 _N_DOCUMENTS = 5
-_MENDS = 16, 32  # tokens of each run that are read again; the second number if the first one loses a clear key
 _FACTORS = {MANY: 3.0, TOGETHER: 2.0}  # the expected loss over that of the kind before: docs/dev/method.md
 _LINE = "\nThe limit was raised to 4096 in March, as the notes of the maintainers say.\n"
 
@@ -33,8 +32,7 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
 
     Each kind is measured after as many moves as its ``most_moves`` allows. Small edits change, insert and delete lines,
     and one drops a message, which is the continuation of another text. A kind is measured if the default promise
-    allows its expected loss, by that of the kind before. If small edits lose a clear key, they are measured again, and
-    more tokens of each run are read.
+    allows its expected loss, by that of the kind before.
 
     The last edit changes the pass keys of one place. Before it the i-th text has those of number -1 - i there, and in
     the judge's prompt those of number i. Return [] if the model or the prompts allow no moves.
@@ -43,7 +41,6 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
     # Other prompts would bring pass keys with the same names.
     messages = {each.text: list(each.answer) for each in judge.probes if each.kind == "continuation"}
     judged_at, line, found = len(prompts[0][1]), tokens_of(llm, _LINE), list[EditPoint]()
-    mends: tuple[int, ...] = _MENDS
     if not llm.can_move or judged_at < _HEAD + _TAIL + 2 * _N_DOCUMENTS * Edits.least:
         return []
 
@@ -99,12 +96,8 @@ def edit_points(llm: AdaSkipLlama, judge: Judge, memo: Memo, on_progress: Callab
         for most_moves in (FEW, MANY, TOGETHER):
             if found and _FACTORS[most_moves] * found[-1].needs(judged_at) > EDITS_SHARE * DEFAULT_LOSS:
                 break
-            for mend in mends:
-                edits = Edits(mend=mend, most_moves=most_moves)
-                one = memo.get(f"edits {most_moves}, mend {mend}", Judged, partial(judged, edits))
-                if one.passkeys.plan >= one.passkeys.whole:
-                    break
-            mends = (edits.mend,)
+            edits = Edits(most_moves=most_moves)
+            one = memo.get(f"edits {most_moves}", Judged, partial(judged, edits))
             found.append(EditPoint(judged_at, *one.kinds, one.passkeys, (), edits))
             on_progress(len(found) / 3)
     return found

@@ -68,7 +68,7 @@ class Candidate:
 class Need:
     """The smallest promises that a judged set keeps; infinite if it loses a pass key."""
 
-    by_divergence: Lost  # in each kind of answers: what losses of parts predict
+    by_divergence: Lost  # in each kind of answers, NaN if it was not measured: what losses of parts predict
     most: float  # of all, and of mean added losses, which they do not predict
 
     def times(self, factor: float) -> "Need":
@@ -239,16 +239,19 @@ def _corrected(losses: Losses, needs: Mapping[Candidate, Need], promise: float) 
     least squares of relative errors. Each part is drawn to the mean factor of whole sets, and each layer to its part.
     So a few judged sets suffice. A set that needs more than three times this promise is taken to need three times as
     much: losses jump where a set is too large, which says little about smaller ones. Qwen2.5-Coder once needed 20 times
-    as much as predicted, and then sets that keep the promise were expected to break it. A lost key says less still.
+    as much as predicted, and then sets that keep the promise were expected to break it. A lost key says less still, and
+    nothing of continuations and copies.
     """
     ats = [(name, layer) for name in _PARTS for layer in losses.lost[name]]
     is_of = np.array([[part == name for part, _ in ats] for name in _PARTS], float)  # [3, n]
     needed = np.maximum(np.array([need.by_divergence for need in needs.values()]).T, _LEAST_LOSS)
     factors = np.full((max(len(needed), 1), len(ats)), _FIRST)
-    for kind, need in enumerate(needed):
-        found = [losses.of_layers(each) for each in needs]
-        layers = np.array([[each[at][kind] if at in each else 0.0 for at in ats] for each in found])  # [sets, n]
+    found = [losses.of_layers(each) for each in needs]
+    for kind, each_need in enumerate(needed):
+        known = ~np.isnan(each_need)
+        layers = np.array([[each[at][kind] if at in each else 0.0 for at in ats] for each in found])[known]  # [sets, n]
         predicted = np.maximum(layers.sum(axis=1), _LEAST_LOSS)
+        need = each_need[known]
         need = np.minimum(need, np.maximum(np.where(np.isinf(need), 1.5, 3.0) * promise, _FIRST * predicted))
         mean = np.exp(np.log([_FIRST, *(need / predicted)]).mean())
         terms, expected = np.hstack([layers @ is_of.T, layers]), np.repeat([1.0, 0.0], is_of.shape)

@@ -34,16 +34,16 @@ class Planned:
 
         self.layers = {part: tuple(layer for layer in of if saves(part, layer)) for part, of in layers.items()}
 
-    def plan(self, candidate: Candidate, context: int) -> SkipPlan:
-        """Return the plan for prompts of ``context`` tokens."""
-        request = PlanRequest(mode="prompt", window_size=_window_size(candidate, context))
+    def plan(self, candidate: Candidate) -> SkipPlan:
+        """Return the plan for prompts of ``judged_at`` tokens. Its windows have as many tokens in shorter prompts."""
+        request = PlanRequest(mode="prompt", window_size=self._window_size(candidate))
         plan = compensated_plan(self.profile, candidate.skip(self.profile.n_layer), request, "tuned")
         assert plan.bulk is not None
         # Without maps too, so that the judge cuts the prompts of all plans alike.
         return replace(plan, bulk=replace(plan.bulk, windowed=candidate.windowed, refit=DEFAULT_REFIT))
 
     def seconds(self, candidate: Candidate, context: int) -> float:
-        none, size = SkipSet.none(self.profile.n_layer), _window_size(candidate, self.judged_at)
+        none, size = SkipSet.none(self.profile.n_layer), self._window_size(candidate)
         judged = Bulk(none, windowed=candidate.windowed, window_size=size, refit=DEFAULT_REFIT)
         around = judged.scaled(context, self.judged_at)
         return self.cost.seconds(candidate.skip(self.profile.n_layer), context, "bulk", around=around)
@@ -51,7 +51,6 @@ class Planned:
     def speedup(self, candidate: Candidate, context: int) -> float:
         return self.cost.seconds(None, context, "prefill") / self.seconds(candidate, context)
 
-
-def _window_size(candidate: Candidate, context: int) -> int:
-    """Return the window that is the set's share of a prompt together with the head."""
-    return context // candidate.share - DEFAULT_HEAD
+    def _window_size(self, candidate: Candidate) -> int:
+        """Return the window that is the set's share of a judged prompt together with the head."""
+        return self.judged_at // candidate.share - DEFAULT_HEAD

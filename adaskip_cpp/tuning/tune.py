@@ -43,14 +43,14 @@ from .speed import measure_speed
 MOST_TOKENS = 120_000  # that calibration and tuning together read through a model, whatever its size
 LONGEST = 32_768  # tokens of the longest prompts that speeds are predicted for, if the model was trained on them
 
-_N_REQUESTS, _N_DECODE = 16, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
+_N_REQUESTS, _N_DECODE = 14, 4  # requests of 512 tokens; tokens decoded after each, which plans of prompts do not use
 _RANK = 256  # of maps that only the bulk of prompts reads, where a whole ubatch shares their cost: docs/dev/method.md
 _COST_CONTEXTS, _COST_S = (512, 2048, 8192), 6.0
 _JUDGED_AT = 2048  # tokens of the prompts that plans are judged on
 _LEAST_CTX = _JUDGED_AT + 512  # tokens of a context in which plans can be judged
 _ROOM = 256  # tokens of a context beyond the longest prompt whose sublayers are timed
 _LONG = 8192  # tokens of longer prompts, which have plans of their own: they lose more, so they may skip less
-_SEARCHED_AT = 640  # tokens of the prompts of the search
+_SEARCHED_AT = 576, 896  # tokens of the prompts of the search, for skipped sublayers and for windows
 _N_TEXTS, _N_SEARCHED = 4, 1  # held-out texts to judge plans, and to search sets
 _SEARCHED = 80, 64  # tokens of answers in the search, continuing and copying
 _ANSWER = 128, 136  # tokens of judged answers, continuing and copying: many, as one may lose as much as fifty others
@@ -210,11 +210,13 @@ class _Tuning:
         """Measure the losses of parts. While tokens last, judge the plans that are expected to keep :data:`_AIMS`."""
         planned = Planned(profile, _JUDGED_AT, _LONG)
         with self.on_stage("Searching") as on_progress:
-            search = Judge(llm, text_probes(llm, held.search, (_SEARCHED_AT,), _SEARCHED))
+            searches = [Judge(llm, text_probes(llm, held.search, (length,), _SEARCHED)) for length in _SEARCHED_AT]
 
             def lost(candidate: Candidate) -> Lost:
+                search = searches[bool(candidate.windowed)]
+
                 def judge() -> list[float]:
-                    scores = search(planned.plan(candidate, _SEARCHED_AT))
+                    scores = search(planned.plan(candidate))
                     return [quality_of(search.probes, scores, kind).harm for kind in KINDS]
 
                 return tuple(self.memo.get(f"search {candidate}", list[float], judge))
@@ -233,11 +235,12 @@ class _Tuning:
 
         def add(candidate: Candidate) -> None:
             nonlocal n_left
-            plan = planned.plan(candidate, _JUDGED_AT)
+            plan = planned.plan(candidate)
             judge_it = partial(judged_plan, judge, plan)
             one, n_tokens = self.memo.get(f"judged {candidate}", tuple[Judged | str, int], judge_it)
-            n_left, judged[candidate] = n_left - n_tokens, Need((math.inf,) * len(KINDS), math.inf)
+            n_left -= n_tokens
             if isinstance(one, str):
+                judged[candidate] = Need((math.nan, math.nan, math.inf), math.inf)  # of keys alone
                 judge.put_first(one)  # other plans often lose the same key, so they are found out sooner
                 return
             speedups = tuple((length, planned.speedup(candidate, length)) for length in contexts(longest))

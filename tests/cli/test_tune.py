@@ -129,7 +129,7 @@ def test_a_real_model_is_tuned_with_the_built_in_text(
     smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A tenth of the layers and of the tokens.
-    small = {"_N_REQUESTS": 3, "_JUDGED_AT": 512, "_SEARCHED_AT": 256, "_COST_CONTEXTS": (512,), "_COST_S": 1.0}
+    small = {"_N_REQUESTS": 3, "_JUDGED_AT": 512, "_SEARCHED_AT": (256, 320), "_COST_CONTEXTS": (512,), "_COST_S": 1.0}
     small |= {"_N_TEXTS": 2, "_N_SEARCHED": 1, "_N_ROUNDS": 1, "MOST_TOKENS": 10_000, "_ANSWER": (64, 72)}
     for name, value in small.items():
         monkeypatch.setattr(tuning, name, value)

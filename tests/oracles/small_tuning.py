@@ -38,7 +38,7 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         "_N_DECODE": 2,
         "_JUDGED_AT": JUDGED_AT,
         "_ANSWER": ANSWER,
-        "_SEARCHED_AT": 128,
+        "_SEARCHED_AT": (128, 160),
         "LONGEST": 2 * N_CTX_TRAIN,
         "load_average": lambda: None,
         "_AIMS": ((0.001, False, JUDGED_AT, 0.97), (100.0, False, JUDGED_AT, 0.97)),  # what adds nothing, and then all

@@ -73,11 +73,11 @@ def test_three_kinds_of_edits_are_measured(monkeypatch: pytest.MonkeyPatch, open
     assert all(each in before_last for each in others), "the edit changes the first place alone"
     alien = str(passkey_lines(llm, 1)[2][:100])[1:-1]
     assert alien in str(second) and all(alien not in str(prompt) for prompt in prompts[: FEW + 1]), "of another text"
-    # Of documents that were read alone all move but the first, a prefix. The first 16 tokens of each are read again.
+    # Of documents that were read alone all move but the first, a prefix. The first 32 tokens of each are read again.
     prompt, saved, n_moved = together[0]
     assert len(saved) == 5 and all(each[:64] == prompt[:64] for each in saved)
     assert [token for each in saved for token in each[64:]] == prompt[64:-128]
-    assert n_moved == sum(len(each) - 64 - 16 for each in saved[1:])
+    assert n_moved == sum(len(each) - 64 - 32 for each in saved[1:])
 
 
 def test_earlier_prompts_need_not_read_their_tail(monkeypatch: pytest.MonkeyPatch, open_tiny: Open) -> None:
@@ -135,18 +135,11 @@ def test_a_kind_of_edits_is_measured_if_half_the_default_promise_may_allow_it(
         assert [each.edits.most_moves for each in measured(llm, judge, memo)] == [FEW, MANY, TOGETHER][:n]
 
 
-def test_more_of_each_run_is_read_again_where_small_edits_lose_a_clear_key(open_tiny: Open) -> None:
-    """As with SmolLM2, which lost a number that stood 20 tokens after a dropped message."""
+def test_no_promise_allows_edits_that_lose_a_clear_key(open_tiny: Open) -> None:
     llm, memo = open_tiny(**OPTIONS), Memo()
     judge = judge_of(llm)
-    kept = measured(llm, judge)
-    losing = Judged((kept[0].continuation, kept[0].copying, kept[0].retrieval), Passkeys(6, 2, 1))
-    assert {each.edits.mend for each in kept} == {16}
-    memo.get(f"edits {FEW}, mend 16", Judged, lambda: losing)
-    found = measured(llm, judge, memo)
-    assert {each.edits.mend for each in found} == {32} and found[0].passkeys.plan == found[0].passkeys.whole
-    memo = Memo()
-    for mend in (16, 32):
-        memo.get(f"edits {FEW}, mend {mend}", Judged, lambda: losing)
+    kept = measured(llm, judge)[0]
+    losing = Judged((kept.continuation, kept.copying, kept.retrieval), Passkeys(6, 2, 1))
+    memo.get(f"edits {FEW}", Judged, lambda: losing)
     [one] = measured(llm, judge, memo)
-    assert one.needs(N_PROMPT) == math.inf, "no promise allows it"
+    assert one.needs(N_PROMPT) == math.inf

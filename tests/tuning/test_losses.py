@@ -347,6 +347,19 @@ def test_after_a_set_that_loses_a_pass_key_the_next_one_is_not_much_like_it() ->
     assert aim(losses, seconds, {first: needing(math.inf)}, 0.0101) == aim(losses, seconds, {}, 0.0101)
 
 
+def test_a_lost_pass_key_tells_nothing_of_other_answers() -> None:
+    """Attentions and FFNs lose in continuations, windows in pass keys. So windows become fewer, and no others."""
+    losses = measure(all_last(8, 8, 12), adding(0.001, 0.0, windowed=(0.0, 0.001)))
+    first = aim(losses, eighths, {}, 0.02)
+    assert first is not None
+    found = aim(losses, eighths, {first: Need((math.nan, math.inf), math.inf)}, 0.02)
+    skipped, windowed = (np.array([[*counts(each)] for each in (first, found)]) @ [[1, 0], [1, 0], [0, 1]]).T
+    assert skipped[1] >= skipped[0] - 1, "another number of attentions, as those of the first set are left out"
+    assert windowed[1] < windowed[0]
+    found = aim(losses, eighths, {first: needing(math.inf)}, 0.02)
+    assert sum(counts(found)[:2]) < skipped[0] - 1
+
+
 def test_a_lost_pass_key_rules_out_the_same_attentions_and_ffns_and_no_larger_set() -> None:
     """With Qwen2.5-Coder, 8 attentions and 7 FFNs lost a key with any windows. 7 and 6 lost it, and 7 and 8 kept it."""
     losses, lost = measure(all_last(2, 2, 2), adding(0.001, 0.001)), ((10, 11), (11,))

@@ -30,7 +30,7 @@ def test_a_judged_window_is_its_share_of_the_prompt_even_where_a_wider_one_takes
     share: int, size: int
 ) -> None:
     planned = Planned(profile(np.full((3, 2), 0.9), cost=cost_model(0.1, [1.0] * 3, [2.0] * 3)), 2048, 8192)
-    bulk = planned.plan(Candidate(windowed=(1, 2), share=share), 2048).bulk
+    bulk = planned.plan(Candidate(windowed=(1, 2), share=share)).bulk
     assert bulk and bulk.window_size == size
     assert bulk.scaled(2048, 2048).window_size == max(size, 252), "prompts of this length then lose less"
     assert bulk.scaled(8192, 2048).window_size == 8192 // share - 4
