@@ -129,7 +129,7 @@ def test_edits_are_used_as_promised_and_documents_put_together(open_served: Open
     for order, wish in (([1, 2, 0], "auto"), ([2, 0, 1], "none")):
         together = [token for each in order for token in documents[each]]
         _, request = run(again, [*head, *together, *tokens(9, 8)], wish, reuse="edits")
-        assert request.reuse == "edits" and request.n_moved > 500 and request.n_read < 200
+        assert request.reuse == "edits" and request.n_moved > 450 and request.n_read < 200
 
 
 @pytest.mark.parametrize(("wish", "plan"), [({"max_loss": 0.05}, CAREFUL), ("none", None)], ids=["tighter", "none"])
