@@ -359,9 +359,26 @@ int32_t adaskip_unpackable(const llama_context * ctx, int64_t * out, int32_t n_o
         std::fill(out, out + n_out, 0);
         for (const auto & [name, tensor] : llama_internal_get_tensor_map(&ctx->get_model())) {
             GGML_UNUSED(name);
-            if (adaskip_can_unpack(tensor)) {
+            if (adaskip_can_unpack(tensor) && !ctx->adaskip.repacked.find(tensor)) {
                 out[tensor->type] += ggml_nelements(tensor);
             }
+        }
+    });
+}
+
+int32_t adaskip_repackable(const llama_context * ctx, int64_t * n_values) {
+    return guarded(ctx, [&] {
+        require(n_values, "the number of values is null");
+        *n_values = adaskip_repacked::n_values(ctx->get_model());
+    });
+}
+
+int32_t adaskip_repack(llama_context * ctx) {
+    return guarded(ctx, [&] {
+        if (ctx->adaskip.repacked.empty()) { // graphs read these copies
+            adaskip_repacked repacked;
+            repacked.add(ctx->get_model());
+            ctx->adaskip.repacked = std::move(repacked);
         }
     });
 }

@@ -68,7 +68,8 @@ bool adaskip_context::observes_online() const {
 adaskip_context::graph_key adaskip_context::key() const {
     return { active_set().graph_id,
         statistics_flags != 0 || !observes_online() ? statistics_flags : ADASKIP_STATISTICS_ONLINE,
-        statistics_flags & ADASKIP_STATISTICS_OF_BULK ? plan.bulk.graph_id : 0, has_outputs, unpacked };
+        statistics_flags & ADASKIP_STATISTICS_OF_BULK ? plan.bulk.graph_id : 0, has_outputs, unpacked,
+        !repacked.empty() };
 }
 
 bool adaskip_context::can_reuse() const {
@@ -143,6 +144,7 @@ void adaskip_context::rewrite(
     if (n_flash_least > 0) {
         pass.keep_rows_of_v();
     }
+    pass.repack_weights(repacked);
     pass.unpack_weights(unpacked, n_layer);
 
     if (end && has_stat) {

@@ -6,6 +6,7 @@
 #include "adaskip-online.h"
 #include "adaskip-pass.h"
 #include "adaskip-plan.h"
+#include "adaskip-repack.h"
 #include "adaskip-statistics.h"
 
 #include "llama-graph.h"
@@ -56,6 +57,8 @@ public:
 
     uint32_t n_flash_least = 0; // ubatches of fewer tokens do without flash attention
     uint64_t unpacked      = 0; // bits of ggml_type: weights that products with many tokens read as F32
+
+    adaskip_repacked repacked; // weights whose copies all products read
 
     const adaskip_plan_sets & get_plan() const { return plan; }
 
@@ -118,10 +121,11 @@ private:
         uint64_t observed_id = 0; // graph_id of the bulk set, if its sublayers alone are observed
         bool     has_outputs = true;
         uint64_t unpacked    = 0;
+        bool     is_repacked = false;
 
         bool operator==(const graph_key & other) const {
             return graph_id == other.graph_id && statistics == other.statistics && observed_id == other.observed_id &&
-                   has_outputs == other.has_outputs && unpacked == other.unpacked;
+                   has_outputs == other.has_outputs && unpacked == other.unpacked && is_repacked == other.is_repacked;
         }
     };
 

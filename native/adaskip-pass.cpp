@@ -177,6 +177,15 @@ void adaskip_pass::keep_rows_of_v() {
     }
 }
 
+void adaskip_pass::repack_weights(const adaskip_repacked & repacked) {
+    for (auto * node : nodes) {
+        auto * const copy = node->op == GGML_OP_MUL_MAT ? repacked.find(node->src[0]) : nullptr;
+        if (copy && ggml_is_contiguous(node->src[1])) { // other products cannot read the copy's layout
+            node->src[0] = copy;
+        }
+    }
+}
+
 void adaskip_pass::unpack_weights(uint64_t types, uint32_t n_layer) {
     uint32_t n_left = n_layer * ADASKIP_MOST_UNPACKED;
 

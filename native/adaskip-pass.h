@@ -1,6 +1,7 @@
 #pragma once
 
 #include "adaskip-plan.h"
+#include "adaskip-repack.h"
 #include "adaskip-topology.h"
 #include "adaskip-window.h"
 
@@ -35,7 +36,10 @@ public:
     // few tokens multiply by V as it is: on CPUs, answers after 7,600 tokens come 1.3 to 1.5 times as fast.
     void keep_rows_of_v();
 
-    // lets products with many tokens read weights of these types as F16; types: bits of ggml_type
+    // lets products read the copies of their weights
+    void repack_weights(const adaskip_repacked & repacked);
+
+    // lets products with many tokens read weights of these types as F32; types: bits of ggml_type
     void unpack_weights(uint64_t types, uint32_t n_layer);
 
     // marks a result without a reader as dead; null has no effect

@@ -18,14 +18,14 @@
 // ids
 //
 
-// FNV-1a in words
+// FNV-1a in words of 64 bits
 class adaskip_hash {
 public:
     template <typename T> void add(const T * data, size_t n) {
-        static_assert(sizeof(T) % sizeof(uint32_t) == 0);
-        for (size_t i = 0; i < n * sizeof(T) / sizeof(uint32_t); ++i) {
-            uint32_t word;
-            std::memcpy(&word, (const char *) data + i * sizeof(word), sizeof(word));
+        const char * bytes = (const char *) data;
+        for (size_t i = 0; i < n * sizeof(T); i += sizeof(uint64_t)) {
+            uint64_t word = 0;
+            std::memcpy(&word, bytes + i, std::min(sizeof(word), n * sizeof(T) - i));
             value = (value ^ word) * 0x100000001b3ULL;
             value ^= value >> 32;
         }

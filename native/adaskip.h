@@ -248,6 +248,15 @@ int32_t adaskip_unpackable(const struct llama_context * ctx, int64_t * out, int3
 // types: bit i is 1 if weights of ggml_type i are unpacked where they can be
 int32_t adaskip_set_unpacked(struct llama_context * ctx, uint64_t types);
 
+// Q5_0 weights can be repacked, where the CPU backend has a layout for Q8_0, which holds the same values. All products
+// then read copies in this layout. Results differ by rounding.
+
+// fills n_values with the number of values in weights that can be repacked
+int32_t adaskip_repackable(const struct llama_context * ctx, int64_t * n_values);
+
+// repacks these weights; a further call does nothing
+int32_t adaskip_repack(struct llama_context * ctx);
+
 // flags: 0 to stop, and callback may be NULL; else ADASKIP_STATISTICS_ON with other enum adaskip_statistics_flags
 int32_t adaskip_set_statistics(
         struct llama_context * ctx, int32_t flags, adaskip_statistics_callback callback, void * user_data);

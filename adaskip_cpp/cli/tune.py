@@ -37,9 +37,9 @@ def tune(
 ) -> None:  # fmt: skip
     """Find the settings and plans that make MODEL, a GGUF file, fastest on this machine. Write them to a plan file.
 
-    First it tries settings that change only speed and rounding: flash attention, repacked weights, threads, batch
-    sizes. --threads and --flash-attn fix theirs. Then it finds plans of growing speed, which skip sublayers while a
-    long prompt is read. It measures how much worse answers become, on text that was not used to find the plans. Some
+    First it tries settings that change only speed and rounding: flash attention, other layouts of weights, threads,
+    batch sizes. --threads and --flash-attn fix theirs. Then it finds plans of growing speed, which skip sublayers while
+    a long prompt is read. It measures how much worse answers become, on text that was not used to find the plans. Some
     answers continue a prompt, others copy from it. A plan is rejected if it loses a pass key: a number or a name hidden
     in a prompt that the whole model finds.
 

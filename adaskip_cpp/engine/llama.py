@@ -19,7 +19,7 @@ from ..model.frontier import DEFAULT_LOSS, Frontier, Point, check_max_loss
 from ..model.identity import check_gguf
 from ..model.plan import Bulk, Phase, SkipPlan
 from ..model.plan_file import plan_beside
-from ..model.settings import FlashAttention
+from ..model.settings import FlashAttention, Repack
 from .edited_prompts import EditedPromptsLlama
 from .grammar import check_grammar
 from .native import OnlineResult, elide_kv
@@ -65,8 +65,10 @@ class AdaSkipLlama(EditedPromptsLlama):
             for no other token. Logits differ by the rounding of another batch size.
         flash_attn: True, False or ``"prompts"``: without flash attention where fewer than 64 tokens are computed at
             once, as in answers. On many CPUs these are slow with it. None for the setting of ``tune``, or False.
-        repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). Logits differ by
-            rounding. None for the setting of ``tune``, or True.
+        repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). With ``"all"``,
+            products also read copies of Q5_0 weights as Q8_0, which holds the same values, if ggml has a layout for
+            Q8_0 here (``repackable``). On a Xeon with AMX, Qwen2.5-Coder reads 1.7 times as fast as with ``unpack``
+            (docs/dev/method.md). Logits differ by rounding. None for the setting of ``tune``, or True.
         unpack: types of weights, such as ``["Q5_0"]``, that prompts read as F32, in products with 64 and more tokens.
             It concerns the layers' weights in the memory of the CPU that llama.cpp did not repack (``unpackable``). On
             one Xeon Qwen2.5-Coder then reads 1.4 times as fast (docs/dev/method.md). Logits differ by rounding. None
@@ -111,7 +113,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         max_loss: float | None = None,
         exact_batches: bool = False,
         flash_attn: FlashAttention | None = None,
-        repack: bool | None = None,
+        repack: Repack | None = None,
         unpack: Sequence[str] | None = None,
         reuse: Reuse = "auto",
         **kwargs: Any,
@@ -133,7 +135,7 @@ class AdaSkipLlama(EditedPromptsLlama):
             self.max_loss = DEFAULT_LOSS if max_loss is None else max_loss
             if is_here(self.frontier.machine):
                 kwargs = {**self.frontier.settings.to_kwargs(), **kwargs}
-        self._exact_batches, self._repack = exact_batches, bool(kwargs.pop("repack", True))
+        self._exact_batches = exact_batches
         self._plans: dict[int, _InForce] = {0: _InForce()}  # by tag; native code knows the tag in force
         self._plan_opened = plan  # decides the KV layout
         self._refit: Refit | None = None  # the maps of the last bulk that were fitted to its prompt
@@ -149,17 +151,6 @@ class AdaSkipLlama(EditedPromptsLlama):
             except BaseException:
                 self.close()
                 raise
-
-    @property
-    def model_params(self) -> Any:
-        """The ``llama_model_params`` that the model was loaded with."""
-        return self._model_params
-
-    @model_params.setter
-    def model_params(self, params: Any) -> None:
-        # llama_cpp.Llama makes them in its constructor, which has no argument for use_extra_bufts.
-        params.use_extra_bufts = self._repack
-        self._model_params = params
 
     @property
     def plan(self) -> SkipPlan | None:
@@ -601,7 +592,7 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()  # type: ignore[no-untyped-call]
-        state |= {"plan": self._plan_opened, "exact_batches": self._exact_batches, "repack": self._repack}
+        state |= {"plan": self._plan_opened, "exact_batches": self._exact_batches, "repack": self.repack}
         state |= {"flash_attn": self.flash_attn, "unpack": self.unpack, "reuse": self._reuse}
         return {**state, "plan_in_force": (self.plan, self.readable, self.frontier, self.max_loss)}
 

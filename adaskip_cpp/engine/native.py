@@ -250,6 +250,14 @@ class NativeContext:
         self._check(lib.adaskip_unpackable(self._ctx, found, len(found)))
         return {GGMLQuantizationType(type_id).name: n for type_id, n in enumerate(found) if n}
 
+    def repackable(self) -> int:
+        found = ffi.new("int64_t *")
+        self._check(lib.adaskip_repackable(self._ctx, found))
+        return int(found[0])
+
+    def repack(self) -> None:
+        self._check(lib.adaskip_repack(self._ctx))
+
     def set_unpacked(self, types: int) -> None:
         self._check(lib.adaskip_set_unpacked(self._ctx, types))
 

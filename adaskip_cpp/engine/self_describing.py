@@ -16,7 +16,7 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 from ..errors import ModelFileError, NativeError, RequestError, StateError
 from ..files import StrPath
 from ..model.identity import ModelInfo, fingerprint
-from ..model.settings import FlashAttention
+from ..model.settings import FlashAttention, Repack
 from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
 
@@ -37,7 +37,13 @@ class SelfDescribingLlama(llama_cpp.Llama):
     """A model with its native side. :class:`AdaSkipLlama` adds the plan."""
 
     def __init__(
-        self, model_path: StrPath, *, flash_attn: FlashAttention = False, unpack: Sequence[str] = (), **kwargs: Any
+        self,
+        model_path: StrPath,
+        *,
+        flash_attn: FlashAttention = False,
+        repack: Repack = True,
+        unpack: Sequence[str] = (),
+        **kwargs: Any,
     ) -> None:
         if isinstance(flash_attn, str) and flash_attn != "prompts":
             raise RequestError(f'flash_attn is {flash_attn!r}; use True, False or "prompts".')
@@ -46,6 +52,9 @@ class SelfDescribingLlama(llama_cpp.Llama):
             if is_split or kwargs.get("type_v") not in _V_TYPES:
                 needs = "a quantized V (type_v), or tensors split between GPUs, need flash attention everywhere"
                 raise RequestError(f"{needs}; use flash_attn=True.")
+        if isinstance(repack, str) and repack != "all":
+            raise RequestError(f'repack is {repack!r}; use True, False or "all".')
+        self.repack: Repack = "all" if repack == "all" else bool(repack)
         self.unpack, unpacked = tuple(unpack), _type_bits(unpack)
         self.flash_attn: FlashAttention = "prompts" if flash_attn == "prompts" else bool(flash_attn)
         try:
@@ -61,6 +70,8 @@ class SelfDescribingLlama(llama_cpp.Llama):
             ) from error
         if flash_attn == "prompts":
             self._adaskip.set_flash_least(_FLASH_TILE)
+        if repack == "all":
+            self._adaskip.repack()
         if unpacked:
             self._adaskip.set_unpacked(unpacked)
         self._n_ctx = self.context_size  # that by which llama_cpp.Llama bounds prompts and answers
@@ -77,6 +88,17 @@ class SelfDescribingLlama(llama_cpp.Llama):
         self.__dict__.pop("_adaskip", None)
         if hasattr(self, "_stack"):  # absent where the constructor refused its arguments
             super().close()
+
+    @property
+    def model_params(self) -> Any:
+        """The ``llama_model_params`` that the model was loaded with."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        # llama_cpp.Llama makes them in its constructor, which has no argument for use_extra_bufts.
+        params.use_extra_bufts = bool(self.repack)
+        self._model_params = params
 
     @property
     def context_size(self) -> int:
@@ -125,6 +147,11 @@ class SelfDescribingLlama(llama_cpp.Llama):
     def unpackable(self) -> dict[str, int]:
         """Number of weights by type that lie in the CPU's memory as in the file: ``unpack`` can name these types."""
         return self._adaskip.unpackable()
+
+    @cached_property
+    def repackable(self) -> int:
+        """Number of Q5_0 weights that ``repack="all"`` copies; 0 where ggml's CPU backend has no layout for Q8_0."""
+        return self._adaskip.repackable()
 
     @property
     def logits_all(self) -> bool:

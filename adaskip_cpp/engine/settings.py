@@ -45,6 +45,6 @@ def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
         type_v=str(GGMLQuantizationType(parameters.type_v).name),
         swa_full=bool(parameters.swa_full),
         llama_cpp_python=metadata.version("llama-cpp-python"),
-        repack=bool(model.use_extra_bufts),
+        repack=llm.repack,
         unpack=llm.unpack,
     )

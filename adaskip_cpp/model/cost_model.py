@@ -8,7 +8,7 @@ import numpy.typing as npt
 from ..errors import PlanError, ProfileError
 from .arrays import Count, Flags, Floats, LayerArrays, checked, freeze
 from .plan import CELLS, PHASES, Bulk, Phase, SkipPlan
-from .settings import FlashAttention
+from .settings import FlashAttention, Repack
 from .skip_set import SkipSet, marked
 
 _MOST_SECONDS = 1e9  # no time is longer, so sums and ratios of times are finite
@@ -42,7 +42,7 @@ class CostSettings:
     type_v: str
     swa_full: bool
     llama_cpp_python: str
-    repack: bool = True  # missing in older profiles, which were measured with it
+    repack: Repack = True  # missing in older profiles, which were measured with it
     unpack: tuple[str, ...] = ()  # missing in older profiles, which were measured without it
 
     @property
@@ -53,11 +53,12 @@ class CostSettings:
         devices = ", ".join(each for each in self.devices if each not in ("CPU", self.cpu))
         offloaded = f", {layers} layers offloaded to: {devices}" if devices else ""
         flash = "in prompts alone" if self.flash_attention == "prompts" else "on" if self.flash_attention else "off"
+        repacked = {True: "repacked", "all": "repacked, Q5_0 too"}.get(self.repack, "as in the file")
         unpacked = f", {' and '.join(self.unpack)} unpacked" if self.unpack else ""
         return (
             f"{self.cpu}, {threads} thread{'' if threads == '1' else 's'}{offloaded}, batches of {self.n_batch}, "
             f"ubatches of {self.n_ubatch}, KV in {self.type_k} and {self.type_v}, flash attention "
-            f"{flash}, weights {'repacked' if self.repack else 'as in the file'}{unpacked}"
+            f"{flash}, weights {repacked}{unpacked}"
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 FlashAttention: TypeAlias = bool | Literal["prompts"]
+Repack: TypeAlias = bool | Literal["all"]
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Settings:
 
     Attributes:
         flash_attn: whether flash attention is used. ``"prompts"``: only where many tokens are computed at once.
-        repack: whether llama.cpp may keep weights on the CPU in its own layout.
+        repack: whether llama.cpp may keep weights on the CPU in its own layout. ``"all"``: products also read copies of
+            Q5_0 weights (``native/adaskip-repack.h``).
         n_batch: tokens that llama.cpp is given at once.
         n_ubatch: tokens that llama.cpp computes at once.
         n_threads: threads for answers; None for the default of ``llama_cpp.Llama``.
@@ -22,7 +24,7 @@ class Settings:
     """
 
     flash_attn: FlashAttention = False
-    repack: bool = True
+    repack: Repack = True
     n_batch: int = 512
     n_ubatch: int = 512
     n_threads: int | None = None

@@ -14,7 +14,7 @@ from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError, RequestError
 from ..measuring.cores import logical_cores, physical_cores
 from ..measuring.timing import SecondsByDepth
-from ..model.settings import Settings, Tried, in_words
+from ..model.settings import Repack, Settings, Tried, in_words
 from ..progress import OnProgress
 
 MOST_TOKENS = 14_000  # that all trials together read through the model
@@ -51,13 +51,13 @@ def fastest_settings(
 ) -> FoundSettings:
     """Find the settings under which the whole model answers a request fastest on this machine.
 
-    Settings are varied one at a time: threads for answers, flash attention, repacking, unpacking of one type of weights
-    after the other, threads for prompts, batch size.
-    If flash attention makes answers slower, it is also tried in prompts alone. Each candidate is timed in turn with the
-    best settings so far (best, candidate, candidate, best), in newly opened models. It replaces them if it is faster in
-    both rounds and saves 3% of the request's time on average. If two rounds disagree, the median of three decides. For
-    threads, the time of their own phase counts. A candidate that fails is not chosen. All trials together read at most
-    ``MOST_TOKENS`` tokens. Settings that are not reached keep their defaults.
+    Settings are varied one at a time: threads for answers, flash attention, repacking, repacking of Q5_0 too, unpacking
+    of one type of weights after the other, threads for prompts, batch size. If flash attention makes answers slower, it
+    is also tried in prompts alone. Each candidate is timed in turn with the best settings so far (best, candidate,
+    candidate, best), in newly opened models. It replaces them if it is faster in both rounds and saves 3% of the
+    request's time on average. If two rounds disagree, the median of three decides. For threads, the time of their own
+    phase counts. A candidate that fails is not chosen. All trials together read at most ``MOST_TOKENS`` tokens.
+    Settings that are not reached keep their defaults.
 
     First and last tokens of a prompt of up to 8,192 tokens are timed. Those between skip every sublayer, so they cost
     little, and are not counted. If a sublayer cannot be skipped, times are extrapolated from a shorter prompt.
@@ -184,7 +184,7 @@ class _Search:
         self._best, self._words, self._left = Settings(**self.given), "", MOST_TOKENS
         self._rates = _Rates(SecondsByDepth(0.0, 0.0), SecondsByDepth(0.0, 0.0))  # of the best settings
         self._tried: list[Tried] = []
-        self._unpackable: dict[bool, dict[str, int]] = {}  # without repacking, and with it
+        self._unpackable: dict[Repack, dict[str, int]] = {}
 
     def run(self) -> FoundSettings:
         piece, n_decode = min(_PIECE, self.context), _N_DECODE if self.n_answer else 0
@@ -203,6 +203,8 @@ class _Search:
             self._try(replace(self._deep, piece=0), base=flash, flash_attn="prompts")
         if self._file_type not in _NOT_QUANTIZED:
             self._try(short, repack=not self._best.repack)
+            if self._repackable:
+                self._try(short, repack="all")
         unpackable = self._unpackable[self._best.repack]
         for name in sorted(unpackable, key=lambda each: -unpackable[each]):
             if unpackable[name] >= _LEAST_SHARE * sum(unpackable.values()):
@@ -296,6 +298,7 @@ class _Search:
         with contextlib.closing(self.open_model(settings, size)) as llm:
             if not self._tried:
                 shape = self._deep = shape.fitted(llm)
+                self._repackable = llm.repackable
                 self._file_type = str(llm.metadata.get("general.file_type", ""))
                 parameters: Any = llm.context_params
                 self._threads = {name: int(getattr(parameters, name)) for name in ("n_threads", "n_threads_batch")}

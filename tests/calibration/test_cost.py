@@ -41,7 +41,7 @@ class TimedLlama:
         self.fixed, self.kept, self.head, self.noise, self.now = 2e-4, 2e-5, 5e-4, 0.0, 0.0
         self.n_layer, self.n_layer_kv, self.n_batch = n_layer, n_layer_kv or n_layer, size
         self.ctx = self.draft_model = self.max_loss = None
-        self.readable, self.context_size, self.flash_attn, self.unpack = (), n_ctx, False, ()
+        self.readable, self.context_size, self.flash_attn, self.repack, self.unpack = (), n_ctx, False, True, ()
         self.context_params = SimpleNamespace(
             n_ubatch=size, n_threads=2, n_threads_batch=2, flash_attn_type=0, type_k=1, type_v=1, swa_full=swa_full
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from oracles.fixtures import Open, Tiny
 from oracles.reference import relative_error
 from oracles.stock import EXACT, OPTIONS, Job, eval_logits, run_stock
@@ -19,6 +19,7 @@ from oracles.tiny_models import write_model
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.engine.binding import ffi, lib
+from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import RequestError
 
 PROGRAM = Path(__file__).parents[1] / "oracles" / "behaviour.py"
@@ -111,7 +112,8 @@ def test_unpacked_weights_are_stocks_with_f32_weights_in_64_tokens_and_with_thos
 ) -> None:
     """The oracle is a file that has the unpacked values as F32."""
     of = GGMLQuantizationType[quantization]
-    packed, f32 = (write_model(tmp_path / f"{i}.gguf", family, quantization=of, unpacked=i == 1) for i in range(2))
+    stored = (None, GGMLQuantizationType.F32)
+    packed, f32 = (write_model(tmp_path / f"{x}.gguf", family, quantization=of, stored_as=x) for x in stored)
     unrepacked: dict[str, Any] = {"repack": False, "logits_all": True}
     llm, other = open_model(packed, unpack=[quantization], **unrepacked), open_model(f32, **unrepacked)
     assert llm.unpackable.keys() == {quantization} and other.unpackable == {}
@@ -152,3 +154,34 @@ def test_repacking_is_stocks_and_stays_when_pickled(quantization: str, tmp_path:
             for each in (llm, other):
                 np.testing.assert_array_equal(eval_logits(each, PIECES), expected)
                 assert each.model_params.use_extra_bufts == (repack is not False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon"])
+def test_repacked_q5_0_is_stocks_with_the_same_values_as_q8_0(family: str, tmp_path: Path, open_model: Open) -> None:
+    """The oracle is a file of Q8_0, which stock repacks itself. Where ggml has no such layout, nothing changes."""
+    kinds, of = (None, GGMLQuantizationType.Q8_0), GGMLQuantizationType.Q5_0
+    q5_0, q8_0 = (write_model(tmp_path / f"{x}.gguf", family, quantization=of, stored_as=x) for x in kinds)
+    llm = open_model(q5_0, repack="all", unpack=["Q5_0"])
+    n_weights = sum(each.n_elements for each in GGUFReader(q8_0).tensors if each.tensor_type.name == "Q8_0")
+    assert llm.repackable in (0, n_weights) and llm.unpackable == ({} if llm.repackable else {"Q5_0": n_weights})
+    expected = stock(q8_0 if llm.repackable else q5_0)
+    with closing(pickle.loads(pickle.dumps(llm))) as other:
+        for each in (llm, other):
+            assert each.repack == cost_settings(each).repack == "all"
+            np.testing.assert_array_equal(eval_logits(each, PIECES), expected)
+    assert lib.adaskip_repack(llm._adaskip._ctx) == lib.ADASKIP_OK  # its graphs read the first copies
+    plan = SkipPlan.manual(llm.n_layer, [1], [0], 0.9)
+    planned = open_model(q8_0 if llm.repackable else q5_0, plan=plan), llm
+    llm.set_plan(plan)
+    np.testing.assert_array_equal(*(eval_logits(each, PIECES) for each in planned))
+    llm.set_plan(None)
+    llm.reset()
+    np.testing.assert_array_equal(eval_logits(llm, PIECES), expected)
+
+
+def test_wrong_repacking_is_refused_and_other_types_are_left_alone(open_tiny: Open, tiny: Tiny) -> None:
+    with pytest.raises(RequestError, match="use True, False or"):
+        open_tiny(repack="Q8_0")
+    llm = open_tiny(repack="all")
+    assert llm.repackable == 0 and lib.adaskip_repackable(llm._adaskip._ctx, ffi.NULL) == lib.ADASKIP_ERROR_ARGUMENT
+    np.testing.assert_array_equal(eval_logits(llm, PIECES), stock(tiny()))

@@ -37,15 +37,15 @@ def write_model(
     zero: Collection[tuple[int, str]] = (),
     split: int = 0,
     quantization: GGMLQuantizationType = GGMLQuantizationType.F32,
-    unpacked: bool = False,
+    stored_as: GGMLQuantizationType | None = None,
     pre: str = "",
 ) -> Path:
     """Write a tiny random model; returns its path, or that of the first of several files.
 
     ``name`` is a key of FAMILIES or ENCODERS, or a family; ``seed`` fixes a tensor together with its name; sublayers of
     ``zero`` add nothing to the residual stream; ``split`` is how many tensors a file has, for several; ``quantization``
-    is of all matrices; if ``unpacked``, those of layers are F32 then, with the same values. With ``pre``, what splits
-    texts into words, the vocabulary is of byte pairs, else SentencePiece.
+    is of all matrices; those of layers are stored as F32 or Q8_0 then if ``stored_as`` says so, with the same values.
+    With ``pre``, what splits texts into words, the vocabulary is of byte pairs, else SentencePiece.
     """
     family = {**FAMILIES, **ENCODERS}[name] if isinstance(name, str) else name
     layers = n_layer or family.n_layer
@@ -59,9 +59,11 @@ def write_model(
         if tensor.startswith(ends):
             values, silenced = np.zeros_like(values), silenced + tensor.endswith(".weight")
         kind = quantization if len(shape) == 2 else GGMLQuantizationType.F32
-        if unpacked and len(shape) == 2 and tensor.startswith("blk."):
-            values, kind = dequantize(quantize(values, kind), kind), GGMLQuantizationType.F32
-        writer.add_tensor(tensor, quantize(values, kind), raw_dtype=kind)
+        data = quantize(values, kind)
+        if stored_as is not None and len(shape) == 2 and tensor.startswith("blk."):
+            data = dequantize(data, kind) if stored_as == GGMLQuantizationType.F32 else _q8_0_of_q5_0(data)
+            kind = stored_as
+        writer.add_tensor(tensor, data, raw_dtype=kind)
     assert silenced == len(zero), f"{name} has not all of {zero}"
     write(writer)
     return min(Path(path).parent.glob(f"{Path(path).stem}-00001-of-*.gguf")) if split else Path(path)
@@ -102,6 +104,15 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.floa
     others = {"bias": 0.3 * noise, "token_embd": 0.5 * noise, "rope_freqs": 1 + np.abs(noise)}
     others["ssm_a"] = -np.exp(0.5 * noise)  # the state decays
     return np.asarray(others.get(stem, values), np.float32)
+
+
+def _q8_0_of_q5_0(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return the blocks of Q8_0 that hold the values of these blocks of Q5_0. Both have a factor and 32 integers."""
+    blocks = data.reshape(-1, 22)
+    factors = np.ascontiguousarray(blocks[:, :2])
+    values = dequantize(blocks, GGMLQuantizationType.Q5_0).reshape(-1, 32)
+    integers = np.rint(values / factors.view(np.float16).astype(np.float32)).astype(np.int8)
+    return np.hstack([factors, integers.view(np.uint8)]).reshape(len(data), -1)
 
 
 def _write_metadata(writer: GGUFWriter, family: Family, n_layer: int) -> None:

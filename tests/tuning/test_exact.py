@@ -31,6 +31,7 @@ class Machine:
     fails: Callable[[Settings, int], None] = lambda settings, depth: None  # may raise, at depth 0 when it is opened
     file_type: str = "2"
     unpackable: Mapping[str, int] = field(default_factory=dict)
+    repackable: int = 0
     can_fill: bool = True  # whether the bulk can skip every sublayer
     n_positions: int = 0  # tokens that the model has learned positions for, 0 for any number
     opened: list[Settings] = field(default_factory=list)  # of every model
@@ -330,6 +331,14 @@ def test_types_of_weights_are_unpacked_one_after_the_other_where_prompts_are_fas
         ("Q5_0", "Q4_1"),
     ]
     assert found.settings.to_kwargs()["unpack"] == ("Q5_0",)
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.9])
+def test_q5_0_is_repacked_where_requests_are_faster(factor: float, search: Search) -> None:
+    found = search(Machine(faster(factor, repack="all"), repackable=7))
+    assert found.settings.repack == ("all" if factor > 1 else True)
+    assert [each.settings.repack for each in found.tried].count("all") >= 1
+    assert all(each.settings.repack != "all" for each in search(Machine()).tried)
 
 
 def test_what_cannot_matter_is_not_tried(search: Search) -> None:
