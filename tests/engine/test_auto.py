@@ -144,18 +144,19 @@ def test_auto_reads_the_file_beside_the_model_and_nothing_else(tiny: Tiny, tmp_p
         open_model(model, plan="auto")
 
 
-TUNED = Settings(True, repack=False, n_batch=64, n_ubatch=32, n_threads=1, n_threads_batch=2, unpack=("Q4_1", "Q5_0"))
+TUNED = Settings(True, repack="all", n_batch=64, n_ubatch=32, n_threads=1, n_threads_batch=2, unpack=("Q4_1", "Q5_0"))
 
 
 def settings_of(path: Path, plan: Frontier | None, **arguments: Any) -> Settings:
     """The settings of a model that is opened with a frontier."""
     with closing(AdaSkipLlama(str(path), plan=plan, n_ctx=128, verbose=False, **arguments)) as llm:
-        found, repack = cost_settings(llm), bool(llm.model_params.use_extra_bufts)
+        found = cost_settings(llm)
+        assert llm.model_params.use_extra_bufts == bool(found.repack)
         threads = found.n_threads, found.n_threads_batch
-        return Settings(found.flash_attention, repack, found.n_batch, found.n_ubatch, *threads, found.unpack)
+        return Settings(found.flash_attention, found.repack, found.n_batch, found.n_ubatch, *threads, found.unpack)
 
 
-@pytest.mark.parametrize("given", [{}, {"flash_attn": False, "repack": True, "n_threads": 3}, {"unpack": ()}], ids=str)
+@pytest.mark.parametrize("given", [{}, {"flash_attn": False, "repack": False, "n_threads": 3}, {"unpack": ()}], ids=str)
 def test_arguments_win_over_found_settings(given: dict[str, Any], tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     found, without = replace(FOUND, settings=TUNED), settings_of(tiny(), None, **given)
     for machine in (None, SETTINGS):  # none, and another one

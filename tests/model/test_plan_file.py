@@ -63,7 +63,7 @@ PLAN = SkipPlan(
 
 def make_frontier() -> Frontier:
     """A frontier of two points, for that model."""
-    settings, points = Settings(flash_attn=True, n_threads=2), []
+    settings, points = Settings(flash_attn="prompts", repack="all", n_threads=2), []
     for i, (of, windowed) in enumerate(((skip_set(**MAPS), ()), (one_map(), (0, 1))), start=1):
         plan = SkipPlan(NONE, NONE, bulk=Bulk(of, windowed=windowed), mode="prompt", model=OTHER_MODEL)
         points.append(point(plan, i / 32, {512: 1.125, 2048: 1.25 * i}))
