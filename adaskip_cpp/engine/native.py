@@ -21,7 +21,7 @@ _WAYS_OUT = {
     "COMPENSATION": (errors.PlanError, "give finite numbers, and scales above 0 (1 for no compensation)."),
     "KV_ELIDED": (errors.PlanError, "open the model without plan=, then set_plan() takes any plan."),
     "KV_STALE": (errors.StateError, "evaluate the tokens from there on again, or call reset()."),
-    "MEMORY": (errors.NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of the maps, or repack=True."),
+    "MEMORY": (errors.NativeError, "free memory, or use a smaller n_ctx, n_ubatch or rank of maps, or repack=True."),
     "SAMPLER": (errors.RequestError, "change the grammar, or settings such as temperature and repeat_penalty."),
     "SEQUENCES": (errors.PlanError, "leave it out of the plan, or open the model without embedding=True."),
 }
