@@ -66,8 +66,8 @@ class AdaSkipLlama(EditedPromptsLlama):
         flash_attn: True, False or ``"prompts"``: without flash attention where fewer than 64 tokens are computed at
             once, as in answers. On many CPUs these are slow with it. None for the setting of ``tune``, or False.
         repack: whether llama.cpp may keep weights on the CPU in its own layout (``use_extra_bufts``). With ``"all"``,
-            products also read copies of Q5_0 weights as Q8_0, which holds the same values, if ggml has a layout for
-            Q8_0 here (``repackable``). On a Xeon with AMX, Qwen2.5-Coder reads 1.7 times as fast as with ``unpack``
+            products also read copies of Q5_0 weights as Q8_0, which holds the same values. This needs a layout of ggml
+            for Q8_0 (``repackable``). On a Xeon with AMX, Qwen2.5-Coder reads 1.7 times as fast as with ``unpack``
             (docs/dev/method.md). Logits differ by rounding. None for the setting of ``tune``, or True.
         unpack: types of weights, such as ``["Q5_0"]``, that prompts read as F32, in products with 64 and more tokens.
             It concerns the layers' weights in the memory of the CPU that llama.cpp did not repack (``unpackable``). On

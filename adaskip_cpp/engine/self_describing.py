@@ -45,15 +45,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
         unpack: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        if isinstance(flash_attn, str) and flash_attn != "prompts":
-            raise RequestError(f'flash_attn is {flash_attn!r}; use True, False or "prompts".')
+        for name, value, word in (("flash_attn", flash_attn, "prompts"), ("repack", repack, "all")):
+            if isinstance(value, str) and value != word:
+                raise RequestError(f'{name} is {value!r}; use True, False or "{word}".')
         if flash_attn == "prompts":
             is_split = kwargs.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR
             if is_split or kwargs.get("type_v") not in _V_TYPES:
                 needs = "a quantized V (type_v), or tensors split between GPUs, need flash attention everywhere"
                 raise RequestError(f"{needs}; use flash_attn=True.")
-        if isinstance(repack, str) and repack != "all":
-            raise RequestError(f'repack is {repack!r}; use True, False or "all".')
         self.repack: Repack = "all" if repack == "all" else bool(repack)
         self.unpack, unpacked = tuple(unpack), _type_bits(unpack)
         self.flash_attn: FlashAttention = "prompts" if flash_attn == "prompts" else bool(flash_attn)

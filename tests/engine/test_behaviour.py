@@ -158,20 +158,22 @@ def test_repacking_is_stocks_and_stays_when_pickled(quantization: str, tmp_path:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "falcon"])
 def test_repacked_q5_0_is_stocks_with_the_same_values_as_q8_0(family: str, tmp_path: Path, open_model: Open) -> None:
-    """The oracle is a file of Q8_0, which stock repacks itself. Where ggml has no such layout, nothing changes."""
+    """The oracle is a file of Q8_0, which llama.cpp repacks where ggml has a layout. Elsewhere nothing changes."""
     kinds, of = (None, GGMLQuantizationType.Q8_0), GGMLQuantizationType.Q5_0
     q5_0, q8_0 = (write_model(tmp_path / f"{x}.gguf", family, quantization=of, stored_as=x) for x in kinds)
     llm = open_model(q5_0, repack="all", unpack=["Q5_0"])
     n_weights = sum(each.n_elements for each in GGUFReader(q8_0).tensors if each.tensor_type.name == "Q8_0")
-    assert llm.repackable in (0, n_weights) and llm.unpackable == ({} if llm.repackable else {"Q5_0": n_weights})
-    expected = stock(q8_0 if llm.repackable else q5_0)
+    has_layout = open_model(q8_0).unpackable == {}
+    assert llm.repackable == (n_weights if has_layout else 0)
+    assert llm.unpackable == ({} if has_layout else {"Q5_0": n_weights})
+    expected = stock(q8_0 if has_layout else q5_0)
     with closing(pickle.loads(pickle.dumps(llm))) as other:
         for each in (llm, other):
             assert each.repack == cost_settings(each).repack == "all"
             np.testing.assert_array_equal(eval_logits(each, PIECES), expected)
     assert lib.adaskip_repack(llm._adaskip._ctx) == lib.ADASKIP_OK  # its graphs read the first copies
     plan = SkipPlan.manual(llm.n_layer, [1], [0], 0.9)
-    planned = open_model(q8_0 if llm.repackable else q5_0, plan=plan), llm
+    planned = open_model(q8_0 if has_layout else q5_0, plan=plan), llm
     llm.set_plan(plan)
     np.testing.assert_array_equal(*(eval_logits(each, PIECES) for each in planned))
     llm.set_plan(None)
