@@ -172,8 +172,14 @@ def test_repacked_q5_0_is_stocks_with_the_same_values_as_q8_0(family: str, tmp_p
             assert each.repack == cost_settings(each).repack == "all"
             np.testing.assert_array_equal(eval_logits(each, PIECES), expected)
     assert lib.adaskip_repack(llm._adaskip._ctx) == lib.ADASKIP_OK  # its graphs read the first copies
+    # Tiny models have the same logits with both types. But 64 tokens read Q5_0 as F32 if they do not read the copies.
+    llm.reset()
+    long, (repacked,) = eval_logits(llm, [tokens(64)]), run_stock([Job(str(q8_0), [tokens(64)], OPTIONS)])
+    unpacked = eval_logits(open_model(q5_0, repack=False, unpack=["Q5_0"]), [tokens(64)])
+    assert (np.array_equal(long, repacked), np.array_equal(long, unpacked)) == (has_layout, not has_layout)
     plan = SkipPlan.manual(llm.n_layer, [1], [0], 0.9)
     planned = open_model(q8_0 if has_layout else q5_0, plan=plan), llm
+    llm.reset()
     llm.set_plan(plan)
     np.testing.assert_array_equal(*(eval_logits(each, PIECES) for each in planned))
     llm.set_plan(None)
