@@ -206,10 +206,11 @@ int32_t adaskip_set_plan(llama_context * ctx, const adaskip_plan * plan) {
     });
 }
 
-int32_t adaskip_bulk_set_id(llama_context * ctx, const adaskip_plan * plan, uint64_t * id) {
+int32_t adaskip_bulk_set_ids(llama_context * ctx, const adaskip_plan * plans, uint64_t * ids, int32_t n) {
     return guarded(ctx, [&] {
-        require(plan && id, !plan ? "the plan is null" : "the id is null");
-        *id = adaskip_plan_bulk_id(ctx->get_model(), sublayers_of(*ctx), ctx->adaskip.kv_elided(), *plan);
+        require(n >= 0, format("%d plans", n));
+        require(n == 0 || (plans && ids), "there are no plans, or there is no room for ids");
+        adaskip_plan_bulk_ids(ctx->get_model(), sublayers_of(*ctx), ctx->adaskip.kv_elided(), plans, n, ids);
     });
 }
 

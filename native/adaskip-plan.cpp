@@ -26,14 +26,67 @@ public:
         for (size_t i = 0; i < n * sizeof(T); i += sizeof(uint64_t)) {
             uint64_t word = 0;
             std::memcpy(&word, bytes + i, std::min(sizeof(word), n * sizeof(T) - i));
-            value = (value ^ word) * 0x100000001b3ULL;
-            value ^= value >> 32;
+            add(word);
         }
+    }
+    void add(uint64_t word) {
+        value = (value ^ word) * 0x100000001b3ULL;
+        value ^= value >> 32;
     }
     uint64_t id() const { return adaskip_set_of(value) | ADASKIP_MOVED_WHOLE; }
 
-private:
     uint64_t value = 0xcbf29ce484222325ULL;
+};
+
+// Hashes and checks of the vectors and maps of plans, each read once. A frontier's plans share their maps. Vectors must
+// stay as they are meanwhile.
+class adaskip_vectors_read {
+public:
+    struct found {
+        uint64_t hash;
+        bool     is_finite;
+    };
+
+    const found & of(const float * data, size_t n) {
+        const auto [it, is_new] = known.try_emplace({ data, n });
+        if (is_new) {
+            it->second = read(data, n);
+        }
+        return it->second;
+    }
+
+private:
+    static found read(const float * data, size_t n) {
+        // the CPU multiplies in these lanes at the same time
+        constexpr size_t N_LANES = 4;
+        constexpr size_t N_STEP  = N_LANES * sizeof(uint64_t) / sizeof(float);
+
+        adaskip_hash lanes[N_LANES];
+        size_t       i = 0;
+        for (; i + N_STEP <= n; i += N_STEP) {
+            uint64_t words[N_LANES];
+            std::memcpy(words, data + i, sizeof(words));
+            for (size_t k = 0; k < N_LANES; ++k) {
+                lanes[k].add(words[k]);
+            }
+        }
+        adaskip_hash hash;
+        for (const auto & lane : lanes) {
+            hash.add(lane.value);
+        }
+        hash.add(data + i, n - i);
+
+        constexpr uint32_t infinite = 0x7f800000;
+        uint32_t           most     = 0;
+        for (i = 0; i < n; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, data + i, sizeof(bits));
+            most = std::max(most, bits & 0x7fffffff);
+        }
+        return { hash.value, most < infinite };
+    }
+
+    std::map<std::pair<const float *, size_t>, found> known;
 };
 
 // what a bulk has besides its set: attentions that look back at a window, and whether maps may be replaced
@@ -46,6 +99,10 @@ struct adaskip_around {
     bool has(int32_t il) const { return windowed && windowed[il]; }
 };
 
+static adaskip_around around_of(const adaskip_plan & plan) {
+    return { plan.windowed, plan.window, plan.n_sinks, plan.refits };
+}
+
 // whether the set skips nothing and no attention looks back at a window
 static bool is_whole(const adaskip_set & set, const adaskip_around & around) {
     for (int32_t i = 0; i < 2 * set.n_layer; ++i) {
@@ -56,7 +113,8 @@ static bool is_whole(const adaskip_set & set, const adaskip_around & around) {
     return true;
 }
 
-static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaskip_around & around) {
+static uint64_t make_set_id(
+        const adaskip_set & set, bool keeps_kv, const adaskip_around & around, adaskip_vectors_read & vectors) {
     if (is_whole(set, around)) {
         return 0;
     }
@@ -86,11 +144,11 @@ static uint64_t make_set_id(const adaskip_set & set, bool keeps_kv, const adaski
         hash.add(parts, 3);
         hash.add(set.scale + i, 1);
         if (set.bias) {
-            hash.add(set.bias + i * set.n_embd, set.n_embd);
+            hash.add(vectors.of(set.bias + i * set.n_embd, set.n_embd).hash);
         }
         if (set.down) {
-            hash.add(set.down + i * n_map, n_map);
-            hash.add(set.up + i * n_map, n_map);
+            hash.add(vectors.of(set.down + i * n_map, n_map).hash);
+            hash.add(vectors.of(set.up + i * n_map, n_map).hash);
         }
     }
     return hash.id();
@@ -137,7 +195,7 @@ template <typename... Args> [[noreturn]] static void refuse(int32_t code, const 
 
 // set: null to run everything
 static void check_set(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
-        const std::vector<bool> & elided, const adaskip_set * set, bool keeps_kv) {
+        const std::vector<bool> & elided, const adaskip_set * set, bool keeps_kv, adaskip_vectors_read & vectors) {
     const int32_t n_layer = llama_model_n_layer(&model);
     const int32_t n_embd  = llama_model_n_embd(&model);
 
@@ -172,8 +230,8 @@ static void check_set(const llama_model & model, const std::vector<adaskip_subla
             refuse(ADASKIP_ERROR_COMPENSATION, "layer %d: the scale of the %s is %g, not a positive number", i / 2,
                     kind, set->scale[i]);
         }
-        const auto is_finite = [i](const float * data, size_t n) {
-            return !data || std::all_of(data + i * n, data + (i + 1) * n, [](float x) { return std::isfinite(x); });
+        const auto is_finite = [&](const float * data, size_t n) {
+            return !data || vectors.of(data + i * n, n).is_finite;
         };
         const size_t n_map = set->down ? (size_t) set->n_rank * n_embd : 0;
         if (!is_finite(set->bias, n_embd) || !is_finite(set->down, n_map) || !is_finite(set->up, n_map)) {
@@ -240,7 +298,8 @@ static void check_decode(const adaskip_plan & plan) {
 
 // uploads the set, or returns the known one of the same id
 static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * set, bool keeps_kv,
-        const adaskip_around & around, const std::map<uint64_t, const adaskip_skip_set *> & known) {
+        const adaskip_around & around, const std::map<uint64_t, const adaskip_skip_set *> & known,
+        adaskip_vectors_read & vectors) {
     adaskip_skip_set res;
     const int32_t    n = set ? 2 * set->n_layer : 0;
 
@@ -248,7 +307,7 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
     for (int32_t il = 0; il < n / 2; ++il) {
         windowed[il] = around.has(il) && !set->skip[2 * il];
     }
-    res.set_id = set ? make_set_id(*set, keeps_kv, around) : 0;
+    res.set_id = set ? make_set_id(*set, keeps_kv, around, vectors) : 0;
     if (res.set_id == 0) {
         return res;
     }
@@ -305,13 +364,14 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
     if (decode.empty()) {
         decode.push_back(nullptr);
     }
+    adaskip_vectors_read vectors;
     if (plan->bulk) {
-        check_set(model, sublayers, elided, plan->bulk, true);
+        check_set(model, sublayers, elided, plan->bulk, true, vectors);
         check_windows(sublayers, *plan);
     }
-    check_set(model, sublayers, elided, plan->prefill, false);
+    check_set(model, sublayers, elided, plan->prefill, false, vectors);
     for (const auto * set : decode) {
-        check_set(model, sublayers, elided, set, false);
+        check_set(model, sublayers, elided, set, false, vectors);
     }
     check_decode(*plan);
     check_readable(elided, *plan);
@@ -326,15 +386,15 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
 
     adaskip_plan_sets res;
     res.tag  = plan->tag;
-    res.bulk = make_set(model, plan->bulk, true, { plan->windowed, plan->window, plan->n_sinks, plan->refits }, known);
+    res.bulk = make_set(model, plan->bulk, true, around_of(*plan), known, vectors);
     remember(res.bulk);
-    res.prefill = make_set(model, plan->prefill, false, {}, known);
+    res.prefill = make_set(model, plan->prefill, false, {}, known, vectors);
     remember(res.prefill);
     res.decode.clear();
     res.decode.reserve(decode.size());
     for (size_t i = 0; i < decode.size(); ++i) {
-        res.decode.push_back(
-                { plan->n_decode > 0 ? plan->decode[i].start : 0, make_set(model, decode[i], false, {}, known) });
+        res.decode.push_back({ plan->n_decode > 0 ? plan->decode[i].start : 0,
+                make_set(model, decode[i], false, {}, known, vectors) });
         remember(res.decode[i].set);
     }
     if (plan->online) {
@@ -363,12 +423,15 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
     return res;
 }
 
-uint64_t adaskip_plan_bulk_id(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
-        const std::vector<bool> & elided, const adaskip_plan & plan) {
-    if (!plan.bulk) {
-        return 0;
+void adaskip_plan_bulk_ids(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
+        const std::vector<bool> & elided, const adaskip_plan * plans, int32_t n, uint64_t * ids) {
+    adaskip_vectors_read vectors;
+    for (int32_t i = 0; i < n; ++i) {
+        const auto & plan = plans[i];
+        if (plan.bulk) {
+            check_set(model, sublayers, elided, plan.bulk, true, vectors);
+            check_windows(sublayers, plan);
+        }
+        ids[i] = plan.bulk ? make_set_id(*plan.bulk, true, around_of(plan), vectors) : 0;
     }
-    check_set(model, sublayers, elided, plan.bulk, true);
-    check_windows(sublayers, plan);
-    return make_set_id(*plan.bulk, true, { plan.windowed, plan.window, plan.n_sinks, plan.refits });
 }

@@ -70,6 +70,6 @@ struct adaskip_plan_sets {
 adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
         const std::vector<bool> & elided, const adaskip_plan * plan, const adaskip_plan_sets & in_force);
 
-// the id of the plan's bulk set, 0 if it skips and windows nothing; throws if the set cannot run
-uint64_t adaskip_plan_bulk_id(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
-        const std::vector<bool> & elided, const adaskip_plan & plan);
+// the ids of these plans' bulk sets, 0 for one that skips and windows nothing; throws if a set cannot run
+void adaskip_plan_bulk_ids(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
+        const std::vector<bool> & elided, const adaskip_plan * plans, int32_t n, uint64_t * ids);

@@ -141,9 +141,9 @@ struct adaskip_plan {
 
     const struct adaskip_online_params * online; // NULL for none
 
-    // Ids of other plans' bulk sets, by adaskip_bulk_set_id: positions computed under them may be read. They keep all K
-    // and V. An id of another set would let the plan read K and V that were never written. A context with elided
-    // KV refuses ids.
+    // Ids of other plans' bulk sets, by adaskip_bulk_set_ids: positions computed under them may be read. They keep all
+    // K and V. An id of another set would let the plan read K and V that were never written. A context with elided KV
+    // refuses ids.
     const uint64_t * readable;   // [n_readable], NULL for none; 0, the whole model, may always be read
     int32_t          n_readable; // >= 0
 };
@@ -207,9 +207,10 @@ int32_t adaskip_sublayers(struct llama_context * ctx, struct adaskip_sublayer * 
 // count the tokens of one request, so a context of several sequences refuses them.
 int32_t adaskip_set_plan(struct llama_context * ctx, const struct adaskip_plan * plan);
 
-// The id of the plan's bulk set with its windows, equal in every context and process. It is 0 if nothing is skipped or
-// windowed. Reads and checks bulk, windowed, window and n_sinks of the plan, as adaskip_set_plan does. Sets nothing.
-int32_t adaskip_bulk_set_id(struct llama_context * ctx, const struct adaskip_plan * plan, uint64_t * id);
+// Fills ids[n] with the ids of n plans' bulk sets with their windows, equal in every context and process. An id is 0 if
+// nothing is skipped or windowed. Reads and checks bulk, windowed, window and n_sinks of each plan, as adaskip_set_plan
+// does. Sets nothing. Vectors and maps that plans share, at one address, are read once.
+int32_t adaskip_bulk_set_ids(struct llama_context * ctx, const struct adaskip_plan * plans, uint64_t * ids, int32_t n);
 
 // Replaces `up` of one map of the bulk in force, whose other half stays. up: [n_embd][n_rank], finite. n: their product
 int32_t adaskip_refit(struct llama_context * ctx, int32_t layer, int32_t kind, const float * up, int32_t n);

@@ -258,17 +258,15 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     def _by_bulk_id(self, plans: Sequence[SkipPlan], current: _InForce) -> dict[int, SkipPlan]:
         """Return plans by the id of their bulk set, without whole-model plans, which may always be read."""
-        # Hashing a large map takes long, and plans of one frontier share their maps.
         known = {_bulk_key(plan): set_id for set_id, plan in current.readable.items()}
-        result = {}
-        for plan in plans:
-            if (key := _bulk_key(plan)) not in known:
-                try:
-                    known[key] = self._adaskip.bulk_set_id(plan)
-                except NativeError:
-                    self._requires_eval = True  # as in set_plan
-                    raise
-            result[known[key]] = plan
+        new = {key: plan for plan in plans if (key := _bulk_key(plan)) not in known}
+        if new:  # their maps are read, which takes long, so it is done once for all
+            try:
+                known |= zip(new, self._adaskip.bulk_set_ids([*new.values()]), strict=True)
+            except NativeError:
+                self._requires_eval = True  # as in set_plan
+                raise
+        result = {known[_bulk_key(plan)]: plan for plan in plans}
         result.pop(0, None)
         return result
 

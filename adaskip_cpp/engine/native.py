@@ -149,7 +149,7 @@ class NativeContext:
     def set_plan(self, plan: SkipPlan | None, tag: int, readable: Sequence[int] = ()) -> None:
         """Put a plan in force, or nothing on an error; :meth:`plan_tag` returns its tag.
 
-        ``readable`` has ids of other plans' bulk sets (:meth:`bulk_set_id`): positions computed under them may be read
+        ``readable`` has ids of other plans' bulk sets (:meth:`bulk_set_ids`): positions computed under them may be read
         too. Tags are above 0; only the whole model (None) without ``readable`` has tag 0.
         """
         target = ffi.new("struct adaskip_plan *")
@@ -159,13 +159,12 @@ class NativeContext:
         is_whole = plan is None and not readable
         self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL if is_whole else target))
 
-    def bulk_set_id(self, plan: SkipPlan) -> int:
-        """Check a plan's bulk set and windows; return their id, 0 if nothing is skipped. Equal ones have equal ids."""
-        target = ffi.new("struct adaskip_plan *")
-        _owners = _fill_bulk(target, plan)
-        found = ffi.new("uint64_t *")
-        self._check(lib.adaskip_bulk_set_id(self._ctx, target, found))
-        return int(found[0])
+    def bulk_set_ids(self, plans: Sequence[SkipPlan]) -> list[int]:
+        """Check bulk sets and windows of plans; return their ids, 0 if nothing is skipped. Equal ones have equal ids."""
+        targets, found = ffi.new("struct adaskip_plan[]", len(plans)), ffi.new("uint64_t[]", len(plans))
+        _owners = [_fill_bulk(target, plan) for target, plan in zip(targets, plans, strict=True)]
+        self._check(lib.adaskip_bulk_set_ids(self._ctx, targets, found, len(plans)))
+        return list(found)
 
     def refit(self, layer: int, kind: int, up: Vectors) -> None:
         self._check(lib.adaskip_refit(self._ctx, layer, kind, ffi.from_buffer("float[]", up), up.size))

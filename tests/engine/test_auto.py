@@ -78,8 +78,8 @@ def test_a_chat_that_grows_through_all_plans_reads_every_token_once(llm: Any) ->
 def test_plans_with_other_tails_share_cells_and_a_hash(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashing the maps of a large model takes long, and each prompt chooses a plan."""
     llm: Any = open_tiny(plan=frontier([point(STRONG, 0.01, {32: 1.2}, judged_at=32)]))
-    hashed, tails, find = list[SkipPlan](), list[int](), llm._adaskip.bulk_set_id
-    monkeypatch.setattr(llm._adaskip, "bulk_set_id", lambda plan: hashed.append(plan) or find(plan))
+    hashed, tails, find = list[SkipPlan](), list[int](), llm._adaskip.bulk_set_ids
+    monkeypatch.setattr(llm._adaskip, "bulk_set_ids", lambda plans: hashed.extend(plans) or find(plans))
     for begin, end in ((0, 40), (40, 100), (100, 110)):
         positions = evaluated(llm, lambda end=end: next(llm.generate(tokens(end), temp=0)))
         assert positions == list(range(begin, end))

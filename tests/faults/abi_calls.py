@@ -142,9 +142,9 @@ class Calls:
         code = self.check(lib.adaskip_set_plan(self._ctx, pointer))
         assert self._tag() == (before if code else pointer.tag if pointer else 0), "a failed call changes nothing"
 
-    def do_bulk_set_id(self, make: Arguments, plan: Any, has_room: Any, *_: Any) -> None:
+    def do_bulk_set_ids(self, make: Arguments, plan: Any, has_room: Any, n: Any, *_: Any) -> None:
         before = self._tag()
-        self.check(lib.adaskip_bulk_set_id(self._ctx, make.plan(plan), _room("uint64_t *", has_room)))
+        self.check(lib.adaskip_bulk_set_ids(self._ctx, make.plan(plan), _room("uint64_t *", has_room), min(_int(n), 1)))
         assert self._tag() == before
 
     def do_decode(self, make: Arguments, n: Any, *_: Any) -> None:

@@ -47,9 +47,9 @@ def set_plan(ctx: Any, plan: dict[str, Any]) -> int:
     return int(lib.adaskip_set_plan(ctx, arguments.plan(plan)))
 
 
-def bulk_set_id(ctx: Any, bulk: dict[str, Any], **more: Any) -> int:
+def bulk_set_ids(ctx: Any, bulk: dict[str, Any], **more: Any) -> int:
     arguments = Arguments(N_LAYER, N_EMBD)
-    return int(lib.adaskip_bulk_set_id(ctx, arguments.plan({"bulk": bulk, **more}), ffi.new("uint64_t *")))
+    return int(lib.adaskip_bulk_set_ids(ctx, arguments.plan({"bulk": bulk, **more}), ffi.new("uint64_t *"), 1))
 
 
 def schedule(*steps: tuple[int, dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -111,8 +111,9 @@ BAD_ARGUMENTS: list[tuple[Any, ...]] = [
     ("get_online", NULL),
     ("sublayers", NULL, 6),
     ("sublayers", ffi.new("struct adaskip_sublayer[5]"), 5),
-    ("bulk_set_id", NULL, ffi.new("uint64_t *")),
-    ("bulk_set_id", ffi.new("struct adaskip_plan *"), NULL),
+    ("bulk_set_ids", NULL, ffi.new("uint64_t *"), 1),
+    ("bulk_set_ids", ffi.new("struct adaskip_plan *"), NULL, 1),
+    ("bulk_set_ids", ffi.new("struct adaskip_plan *"), ffi.new("uint64_t *"), -1),
     ("get_elided_kv", NULL, 3),
     ("get_elided_kv", ROOM, 2),
     *(("set_phase", phase) for phase in (3, -1)),
@@ -126,7 +127,7 @@ BAD_CALLS: dict[str, Callable[[Any], int]] = {
     "elided KV of no layers": lambda ctx: lib.adaskip_elide_kv(ROOM, 0),
     "elided KV of negative layers": lambda ctx: lib.adaskip_elide_kv(NULL, -1),
     **{f"a plan with {what}": lambda ctx, plan=plan: set_plan(ctx, plan) for what, plan in BAD_PLANS.items()},
-    **{f"a bulk with {what}": lambda ctx, plan=plan: bulk_set_id(ctx, **plan) for what, plan in BAD_BULKS.items()},
+    **{f"a bulk with {what}": lambda ctx, plan=plan: bulk_set_ids(ctx, **plan) for what, plan in BAD_BULKS.items()},
     **{
         f"{name} {i}": lambda ctx, name=name, values=values: getattr(lib, f"adaskip_{name}")(ctx, *values)
         for i, (name, *values) in enumerate(BAD_ARGUMENTS)
@@ -135,7 +136,7 @@ BAD_CALLS: dict[str, Callable[[Any], int]] = {
 REFUSED: dict[str, tuple[type[AdaSkipError], Callable[[Any], int]]] = {
     "no attention": (NotSkippableError, lambda ctx: set_plan(ctx, {"prefill": ATTENTION_0})),
     "no attention, later": (NotSkippableError, lambda ctx: set_plan(ctx, schedule((0, NOTHING), (4, ATTENTION_0)))),
-    "no attention, in a bulk": (NotSkippableError, lambda ctx: bulk_set_id(ctx, ATTENTION_0)),
+    "no attention, in a bulk": (NotSkippableError, lambda ctx: bulk_set_ids(ctx, ATTENTION_0)),
     **{
         f"{part} of {value}": (
             PlanError,
@@ -147,7 +148,7 @@ REFUSED: dict[str, tuple[type[AdaSkipError], Callable[[Any], int]]] = {
         }.items()
         for value in values
     },
-    "a scale of 0 in a bulk": (PlanError, lambda ctx: bulk_set_id(ctx, {**FFN_1, "scale": [0]})),
+    "a scale of 0 in a bulk": (PlanError, lambda ctx: bulk_set_ids(ctx, {**FFN_1, "scale": [0]})),
 }
 
 
@@ -179,7 +180,7 @@ def test_without_kv_for_every_attention_no_bulk_set_is_read(open_tiny: Open) -> 
     with elide_kv(np.array([False, True, False])):
         ctx = context(open_tiny())
     both = schedule((0, ATTENTION_1), prefill=ATTENTION_1)
-    assert bulk_set_id(ctx, ATTENTION_1) == KV_ELIDED
+    assert bulk_set_ids(ctx, ATTENTION_1) == KV_ELIDED
     assert set_plan(ctx, {**both, "readable": [1 << 31]}) == KV_ELIDED
     assert set_plan(ctx, {"prefill": ATTENTION_1}) == KV_ELIDED, "decode would run it"
     assert set_plan(ctx, both) == OK
@@ -189,7 +190,7 @@ def test_no_context_is_an_error() -> None:
     for name, values in {
         "n_layer": (),
         "set_plan": (NULL,),
-        "bulk_set_id": (ffi.new("struct adaskip_plan *"), ffi.new("uint64_t *")),
+        "bulk_set_ids": (ffi.new("struct adaskip_plan *"), ffi.new("uint64_t *"), 1),
         "get_counters": (ffi.new("struct adaskip_counters *"),),
         "get_online": (ffi.new("struct adaskip_online_state *"),),
         "begin_request": (),

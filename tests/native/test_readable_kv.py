@@ -136,7 +136,11 @@ def test_equal_plans_change_nothing_also_in_a_pickled_model(open_tiny: Open) -> 
 
 def test_the_id_tells_what_a_position_of_the_bulk_was_computed_with(open_tiny: Open) -> None:
     # The head counts where windows begin with it; the tail never does, nor the window of what is skipped.
-    id_of = open_tiny()._adaskip.bulk_set_id
+    llm: Any = open_tiny()
+
+    def id_of(plan: SkipPlan) -> int:
+        return int(llm._adaskip.bulk_set_ids([plan])[0])
+
     windows, ffn = BULKS["windows"], BULKS["an FFN"]
     assert id_of(prompt_plan(FFN, head=7, tail=9)) == id_of(ffn)
     assert id_of(replace(windows, bulk=replace(windows.bulk, head=7))) != id_of(windows)
