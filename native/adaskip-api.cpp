@@ -130,10 +130,13 @@ static const std::vector<adaskip_sublayer> & sublayers_of(llama_context & ctx) {
         sublayer.skippable        = loc.skippable(false);
         sublayer.in_bulk          = loc.skippable(true);
         sublayer.shape            = -1;
-        if (sublayer.kind == ADASKIP_ATTENTION && hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(i / 2)) {
-            sublayer.window = (int32_t) hparams.n_swa;
+        if (sublayer.kind == ADASKIP_ATTENTION) {
+            sublayer.window = adaskip_sliding_window(hparams, i / 2);
+
+            // other types of windows are chunks, or see later tokens too
+            const bool looks_back = sublayer.window == 0 || hparams.swa_type == LLAMA_SWA_TYPE_STANDARD;
+            sublayer.windowable   = looks_back && windowable[i / 2];
         }
-        sublayer.windowable = sublayer.kind == ADASKIP_ATTENTION && sublayer.window == 0 && windowable[i / 2];
         if (const auto * term = topology.term(loc)) {
             sublayer.shape =
                     shapes.try_emplace({ sublayer.window, term->shape() }, (int32_t) shapes.size()).first->second;

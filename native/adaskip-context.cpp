@@ -140,7 +140,7 @@ void adaskip_context::rewrite(
 
     pass.check();
     pass.skip_sublayers();
-    pass.narrow_attentions(res, *kv);
+    pass.narrow_attentions(res, *kv, model.hparams);
     if (n_flash_least > 0) {
         pass.keep_rows_of_v();
     }

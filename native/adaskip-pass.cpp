@@ -149,7 +149,8 @@ void adaskip_pass::skip_sublayers() {
     }
 }
 
-void adaskip_pass::narrow_attentions(llm_graph_result & res, const adaskip_kv & kv) {
+void adaskip_pass::narrow_attentions(
+        llm_graph_result & res, const adaskip_kv & kv, const llama_hparams & hparams) {
     adaskip_window window(ctx, res, kv, set.window, set.n_sinks);
     for (size_t il = 0; il < topology.layers.size(); ++il) {
         if (!set.is_windowed((int) il)) {
@@ -161,7 +162,7 @@ void adaskip_pass::narrow_attentions(llm_graph_result & res, const adaskip_kv & 
             throw adaskip_exception(ADASKIP_ERROR_NOT_SKIPPABLE,
                     format("layer %zu: the attention cannot look back at a window in this ubatch", il));
         }
-        window.narrow(*reads);
+        window.narrow(*reads, adaskip_sliding_window(hparams, (int32_t) il));
     }
 }
 

@@ -30,7 +30,7 @@ public:
     void skip_sublayers();
 
     // lets attentions of the skip set look back at a window
-    void narrow_attentions(llm_graph_result & res, const adaskip_kv & kv);
+    void narrow_attentions(llm_graph_result & res, const adaskip_kv & kv, const llama_hparams & hparams);
 
     // Without flash attention, llama.cpp makes a transposed copy of V in a cache for flash attention. Lets a ubatch of
     // few tokens multiply by V as it is: on CPUs, answers after 7,600 tokens come 1.3 to 1.5 times as fast.

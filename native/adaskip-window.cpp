@@ -3,6 +3,7 @@
 #include "adaskip-error.h"
 #include "adaskip-llama.h"
 
+#include "llama-hparams.h"
 #include "llama-kv-cache.h"
 
 #include "ggml-backend.h"
@@ -14,6 +15,10 @@
 
 // numbers of cells are multiples of this, as llama_kv_cache::get_n_kv pads them; all backends compute these well
 static constexpr int64_t ADASKIP_CELLS = 256;
+
+int32_t adaskip_sliding_window(const llama_hparams & hparams, int32_t il) {
+    return hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa(il) ? (int32_t) hparams.n_swa : 0;
+}
 
 //
 // adaskip_kv_reads
@@ -94,8 +99,8 @@ std::optional<adaskip_kv_reads> adaskip_kv_reads::find(ggml_cgraph * gf, ggml_te
 class adaskip_window_input : public llm_graph_input_i {
 public:
     adaskip_window_input(ggml_context * ctx, const llama_kv_cache * cache, int64_t n_kv, int64_t n_ubatch,
-            int32_t n_window, int32_t n_sinks, bool is_flash)
-        : cache(cache), n_window(n_window), n_sinks(n_sinks) {
+            int32_t n_tokens, int32_t n_sinks, int32_t n_own, bool is_flash)
+        : cache(cache), n_window(n_own > 0 ? std::min(n_tokens, n_own) : n_tokens), n_sinks(n_sinks), n_own(n_own) {
         const int64_t n_seen  = (int64_t) n_sinks + n_window - 1 + n_ubatch;
         const int64_t n_cells = std::min(GGML_PAD(n_seen, ADASKIP_CELLS), n_kv);
 
@@ -133,7 +138,8 @@ public:
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
             for (size_t j = 0; j < positions.size(); ++j) {
                 const bool is_near = positions[j] > ubatch->pos[i] - n_window || positions[j] < n_sinks;
-                if (positions[j] <= ubatch->pos[i] && is_near) {
+                const bool is_seen = n_own == 0 || positions[j] > ubatch->pos[i] - n_own;
+                if (positions[j] <= ubatch->pos[i] && is_near && is_seen) {
                     visible[i * mask->ne[0] + (cells ? (int32_t) j : ids[j])] = 0.0f;
                 }
             }
@@ -161,13 +167,14 @@ private:
     const llama_kv_cache * const cache;
     const int32_t                n_window;
     const int32_t                n_sinks;
+    const int32_t                n_own;
 };
 
 //
 // adaskip_window
 //
 
-const adaskip_window_input & adaskip_window::input_of(const adaskip_kv_reads & reads) {
+const adaskip_window_input & adaskip_window::input_of(const adaskip_kv_reads & reads, int32_t n_own) {
     const auto * cache = kv.cache_of(reads.k->view_src);
     if (!cache) {
         throw adaskip_exception(ADASKIP_ERROR_INTERNAL, "the KV cache of an attention was not found");
@@ -177,7 +184,7 @@ const adaskip_window_input & adaskip_window::input_of(const adaskip_kv_reads & r
         const ggml_tensor * q = reads.kq ? reads.kq->src[1] : reads.attention->src[0];
 
         auto made = std::make_unique<adaskip_window_input>(
-                ctx, cache, reads.k->ne[1], q->ne[1], n_tokens, n_sinks, !reads.kq);
+                ctx, cache, reads.k->ne[1], q->ne[1], n_tokens, n_sinks, n_own, !reads.kq);
         input = made.get();
         res.add_input(std::move(made));
     }
@@ -206,8 +213,8 @@ static void resize(ggml_tensor * t, int64_t n_cells) {
     }
 }
 
-void adaskip_window::narrow(const adaskip_kv_reads & reads) {
-    const auto & input = input_of(reads);
+void adaskip_window::narrow(const adaskip_kv_reads & reads, int32_t n_own) {
+    const auto & input = input_of(reads, n_own);
     if (!input.cells) {
         reads.attention->src[reads.kq ? 1 : 3] = input.mask;
         return;

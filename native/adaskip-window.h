@@ -9,7 +9,10 @@
 #include <optional>
 
 // Attentions that look back at a window: they read only the KV cells of the sequence's first positions and of the last
-// ones before each token, gathered from the cache.
+// ones before each token, gathered from the cache. An attention with a sliding window of its own sees what both see.
+
+// the tokens of a layer's own sliding window, 0 for all
+int32_t adaskip_sliding_window(const llama_hparams & hparams, int32_t il);
 
 // The places where an attention of a graph reads K and V of a cache.
 struct adaskip_kv_reads {
@@ -36,12 +39,13 @@ public:
     adaskip_window(ggml_context * ctx, llm_graph_result & res, const adaskip_kv & kv, int32_t n_tokens, int32_t n_sinks)
         : ctx(ctx), res(res), kv(kv), n_tokens(n_tokens), n_sinks(n_sinks) {}
 
-    void narrow(const adaskip_kv_reads & reads);
+    // n_own: tokens of the attention's own sliding window, 0 for all; equal for all that read one cache
+    void narrow(const adaskip_kv_reads & reads, int32_t n_own);
 
     static constexpr int N_TENSORS = 20; // the most tensors added per attention
 
 private:
-    const adaskip_window_input & input_of(const adaskip_kv_reads & reads);
+    const adaskip_window_input & input_of(const adaskip_kv_reads & reads, int32_t n_own);
 
     ggml_context * const ctx;
     llm_graph_result &   res;

@@ -78,7 +78,7 @@ struct adaskip_sublayer {
     int32_t shape;       // Equal for sublayers that take equally long: those of equal weights, cache and window that
                          // all compute K and V, or all read another layer's. -1 if not found.
     int32_t window;      // tokens that an attention of the model looks back at, 0 for all
-    int32_t windowable;  // 0 or 1: whether a plan can let this attention look back at a window in the bulk
+    int32_t windowable;  // 0 or 1: whether a plan can let this attention look back at a smaller window in the bulk
     char    reason[160]; // why it is not skippable in every phase, else empty
 };
 

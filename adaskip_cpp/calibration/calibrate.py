@@ -109,7 +109,8 @@ def calibrate(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         cost=cost_model,
         maps=_maps(llm, fitted),
-        windowable=tuple(row.layer for row in llm.sublayers if row.windowable),
+        windowable=tuple(row.layer for row in llm.sublayers if row.windowable and not row.window),
+        sliding=tuple(row.layer for row in llm.sublayers if row.windowable and row.window),
         bulk_only=tuple(row.layer for row in llm.sublayers if row.in_bulk and not row.skippable),
     )
 

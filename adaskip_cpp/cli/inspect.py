@@ -35,7 +35,7 @@ def inspect(model: str, running: Running) -> None:
     n_in_bulk = sum(row.in_bulk and not row.skippable for row in sublayers)
     in_bulk = f", {n_in_bulk} more in the bulk of a prompt" if n_in_bulk else ""
     out.print(f"{sum(row.skippable for row in sublayers)} of {len(sublayers)} sublayers can be skipped{in_bulk}.")
-    if n_windowable := sum(row.windowable for row in sublayers):
+    if n_windowable := sum(row.windowable and not row.window for row in sublayers):
         out.print(f"{n_windowable} attentions can use a window in the bulk (option --windowed).")
     if not llm.can_move:
         out.print("Its KV cells cannot be moved: an edited prompt is read again from its first changed token on.")

@@ -39,7 +39,7 @@ class Sublayer:
         reason: the reason if it is not skippable, else "".
         shape: a number that sublayers of equal weights, cache and window share; -1 if it was not found.
         window: tokens that the model's own attention sees; 0 for all.
-        windowable: whether its layer may be in ``Bulk.windowed``.
+        windowable: whether its layer may be in ``Bulk.windowed``. A window of the model itself can only become smaller.
     """
 
     layer: int

@@ -75,7 +75,8 @@ class Bulk:
         head: tokens at the beginning of a sequence that are no bulk, from 0 on. Later tokens attend to them most.
         tail: tokens at the end of a prompt that are no bulk, from 1 on.
         windowed: layers, ascending. If the bulk runs such a layer's attention, it sees only the last ``window_size``
-            tokens, the token itself included, and the head. The prompt's tail and the answer see all tokens.
+            tokens, the token itself included, and the head. The prompt's tail and the answer see all tokens. A sliding
+            window of the model's own limits both.
         window_size: tokens that a windowed attention sees, from 1 on.
         refit: tokens of every 2,048 that run whole, and to which the maps of ``skip`` are fitted again for the other
             tokens; 0 if the maps stay as they are.

@@ -37,7 +37,9 @@ class ProfileData(LayerArrays):
         created: time of the calibration, UTC, ISO 8601.
         cost: times of the sublayers, on the machine of the calibration; None if they were not measured.
         maps: linear maps, for compensation; None if they were not fitted.
-        windowable: layers whose attention can look back at a window in the bulk of a prompt, ascending.
+        windowable: layers whose attention sees all tokens, and can look back at a window in the bulk of a prompt,
+            ascending.
+        sliding: layers whose attention has a sliding window, which can be smaller in the bulk of a prompt, ascending.
         bulk_only: layers whose attention only the bulk of a prompt can skip, because other layers read its K and V.
     """
 
@@ -52,10 +54,11 @@ class ProfileData(LayerArrays):
     cost: CostModel | None = None
     maps: LinearMaps | None = None
     windowable: tuple[int, ...] = ()
+    sliding: tuple[int, ...] = ()
     bulk_only: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("windowable", "bulk_only"):
+        for name in ("windowable", "sliding", "bulk_only"):
             layers = getattr(self, name)
             if list(layers) != sorted({*layers}) or not all(0 <= layer < self.n_layer for layer in layers):
                 raise ProfileError(f"{name!r} does not list layers of the model; calibrate again")

@@ -34,9 +34,12 @@ _WEIGHT = 0.1
 
 _LEAST_LOSS = 0.002  # nats per token: below this, rounding and chance hide a predicted loss
 
-_GROUPS = {"attention": (1, 2, 4), "ffn": (3, 4, 4), "windowed": (1, 1, 2, 2)}
+_GROUPS = {"attention": (1, 2, 4), "ffn": (3, 4, 4), "windowed": (1, 1, 2, 2), "sliding": (0, 1, 1, 1)}
 """Groups of layers that are measured together, in each quarter of a part's layers, the last layers first. There are
-more where single layers often lose far more than their neighbours. Those of no group run: docs/dev/method.md."""
+more where single layers often lose far more than their neighbours. Those of no group run: docs/dev/method.md. Layers
+with a sliding window of their own are no part, but have groups of their own: smaller windows lose little there."""
+
+PART_OF = {"sliding": "windowed"}  # the part that these layers belong to
 
 _N_BASE = 2  # quarters of attentions and FFNs in the base
 
@@ -78,7 +81,7 @@ class Need:
 _PARTS = ("attention", "ffn", "windowed")
 _Group: TypeAlias = tuple[str, tuple[int, ...]]  # a part and its layers
 _At: TypeAlias = tuple[str, int]  # a part and a layer
-Layers: TypeAlias = Mapping[str, tuple[int, ...]]  # by part, the layers that may be left out, the last layer first
+Layers: TypeAlias = Mapping[str, tuple[int, ...]]  # by part or "sliding", those that may be left out, the last first
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,9 @@ def measure(
     together leaves the base. Windows have no base. ``lost`` judges a set: each group's, and the base's. If the base
     loses too much, fewer of its groups are taken.
     """
-    quarters = {name: _quarters(name, layers[name]) for name in _PARTS}
-    skipped, windows = [*chain(*quarters["ffn"], *quarters["attention"])], [*chain(*quarters["windowed"])]
+    quarters = {name: _quarters(name, of) for name, of in layers.items()}
+    skipped = [*chain(*quarters["ffn"], *quarters["attention"])]
+    windows = [*chain(*quarters["windowed"], *quarters.get("sliding", ()))]
     total, done = len(skipped) + len(windows) + 1, 0
 
     def judged(groups: Sequence[_Group]) -> npt.NDArray[np.float64]:
@@ -265,14 +269,18 @@ def _corrected(losses: Losses, needs: Mapping[Candidate, Need], promise: float) 
 
 
 def _quarters(name: str, layers: Sequence[int]) -> list[list[_Group]]:
-    """Return the groups in which the layers of a part are measured, by quarter, the last layers first.
+    """Return the groups in which the layers of ``Layers`` are measured, by quarter, the last layers first.
 
     The last ones are smaller, so that the base has at most half of the layers. If there are fewer than four layers,
     each is a quarter.
     """
     split = np.array_split(np.array(layers[::-1], int), max(min(4, len(layers)), 1))
     quarters = zip([quarter[::-1] for quarter in split[::-1]], _GROUPS[name], strict=False)
-    return [[(name, tuple(of.tolist())) for of in np.array_split(quarter, n) if of.size] for quarter, n in quarters]
+    part = PART_OF.get(name, name)
+    return [
+        [(part, tuple(of.tolist())) for of in (np.array_split(quarter, n) if n else ()) if of.size]
+        for quarter, n in quarters
+    ]
 
 
 def _firsts(order: tuple[int, ...], most: int) -> list[tuple[int, ...]]:

@@ -8,29 +8,31 @@ from ..model.skip_set import SkipSet, late_layers
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import compensated_plan
-from .losses import Candidate
+from .losses import PART_OF, Candidate
 
 
 class Planned:
     """The plans of candidates for a profile, and the ``layers`` whose sublayers may be left out.
 
-    Plans are judged after ``judged_at`` tokens. A sublayer is not left out if that saves no time in prompts of
-    ``longest`` tokens either, as in the last layer, of which a bulk computes only K and V.
+    Plans are judged after ``judged_at`` tokens. A sublayer is not left out if that saves no time in such prompts, nor
+    in those of ``longest`` tokens, as in the last layer, of which a bulk computes only K and V.
     """
 
     def __init__(self, profile: Profile, judged_at: int, longest: int) -> None:
         assert profile.cost is not None
         self.profile, self.cost, self.judged_at = profile, profile.cost, judged_at
-        last, whole = late_layers(profile.n_layer)[::-1], self.seconds(Candidate(), longest)
+        last = late_layers(profile.n_layer)[::-1]
+        whole = {n: self.seconds(Candidate(), n) for n in (judged_at, longest)}
         layers = {
             "attention": [layer for layer in last if profile.in_bulk[layer, 0]],
             "ffn": [layer for layer in last if profile.in_bulk[layer, 1]],
             "windowed": profile.windowable[::-1],
+            "sliding": profile.sliding[::-1],
         }
 
         def saves(part: str, layer: int) -> bool:
-            alone: dict[str, Any] = {part: (layer,)}
-            return self.seconds(Candidate(**alone), longest) < (1 - 1e-6) * whole
+            alone: dict[str, Any] = {PART_OF.get(part, part): (layer,)}
+            return any(self.seconds(Candidate(**alone), n) < (1 - 1e-6) * takes for n, takes in whole.items())
 
         self.layers = {part: tuple(layer for layer in of if saves(part, layer)) for part, of in layers.items()}
 

@@ -152,7 +152,9 @@ def test_a_profile_tells_what_the_bulk_alone_can_skip(name: str, open_tiny: Open
     assert rows and [(each, "attention") for each in profile.bulk_only] == [(row.layer, row.kind) for row in rows]
     assert profile.skippable.ravel().tolist() == [row.skippable for row in llm.sublayers]
     assert profile.in_bulk.all()
-    assert profile.windowable == tuple(row.layer for row in llm.sublayers if row.windowable) != ()
+    windows = {row.layer: row.window for row in llm.sublayers if row.windowable}
+    assert profile.windowable == tuple(layer for layer, own in windows.items() if not own) != ()
+    assert profile.sliding == tuple(layer for layer, own in windows.items() if own) != ()
     for mode, may in (("prompt", profile.in_bulk[llm.n_layer // 3 :]), ("e2e", profile.skippable)):
         plan = profile.plan(int(may.sum()), mode=mode)
         assert mode == "e2e" or (plan.bulk.skip.skip[1:].all() and not plan.prefill.skip.any())

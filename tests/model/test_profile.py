@@ -49,7 +49,7 @@ SHORT = statistics(np.ones((3, 2)), mean_u=np.ones((3, 2, 4)), mean_v=np.ones((3
         ({"decode": SHORT}, "vectors have 5 values in prefill, 4 in decode"),
         *(({"maps": maps(**shape)}, "linear maps") for shape in ({"n_layer": 4}, {"n_layer": 2}, {"n_embd": 4})),
         ({"cost": cost_model(0.1, [1, 2], [3, 4])}, "the cost model is of 2 layers, the model has 3"),
-        *(({name: at}, f"'{name}'") for name in ("windowable", "bulk_only") for at in ((3,), (-1,), (1, 0), (1, 1))),
+        *(({name: at}, f"'{name}'") for name in ("windowable", "sliding", "bulk_only") for at in ((3,), (-1,), (1, 0), (1, 1))),
     ],
 )
 def test_what_cannot_be_of_one_model_is_refused(changes: Any, message: str) -> None:
@@ -58,12 +58,12 @@ def test_what_cannot_be_of_one_model_is_refused(changes: Any, message: str) -> N
 
 
 LIMITED = cost_model(1 / 3, [1, 2, 3], [4, 5, 6], limit=[math.inf, 1024, math.inf])
-EVERYTHING = replace(MAPPED_EXAMPLE, cost=LIMITED, windowable=(0, 2), bulk_only=(1,))
+EVERYTHING = replace(MAPPED_EXAMPLE, cost=LIMITED, windowable=(0, 2), sliding=(1,), bulk_only=(1,))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"cost": LIMITED}, {"windowable": (0, 2)}, {"bulk_only": (1,)}, {"n_requests": 9}, {"maps": maps(rank=1)}],
+    [{}, {"cost": LIMITED}, {"windowable": (0, 2)}, {"sliding": (1,)}, {"bulk_only": (1,)}, {"n_requests": 9}, {"maps": maps(rank=1)}],
 )
 def test_a_profile_survives_its_files(tmp_path: Path, changes: Any) -> None:
     before = replace(EXAMPLE, **changes)
@@ -110,7 +110,7 @@ def test_the_file_is_strict_json_with_null_for_what_was_not_observed(tmp_path: P
     assert data["prefill"]["similarity"] == [[0.5, 0.9], [0.99, None], [0.7, 0.99]]
     assert data["prefill"]["layer_similarity"] == [pytest.approx(0.7), None, pytest.approx(0.845)]
     assert data["cost"]["limit"] == [None, 1024.0, None]
-    assert (data["windowable"], data["bulk_only"]) == ([0, 2], [1])
+    assert (data["windowable"], data["sliding"], data["bulk_only"]) == ([0, 2], [1], [1])
     vectors = data.pop("vectors")
     assert vectors.pop("file") == "p.bin" and len(vectors.pop("sha256")) == 64 and not vectors
     assert data == json.loads(json.dumps(EVERYTHING.to_dict()))

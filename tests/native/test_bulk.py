@@ -44,8 +44,7 @@ def test_attentions_look_back_at_a_window_in_the_bulk(
 ) -> None:
     """Where the cells in use are one block of 256, they are read in place; of two blocks, one is gathered."""
     options = {"n_ctx": 512, "n_ubatch": 100, **options} if n > 256 else options
-    layers = (1,) if name == "gemma3" else (0, 1)  # Gemma's others have windows of their own
-    of = plan(chosen((2, 0), (0, 1)), windowed=layers, window_size=size, tail=5)
+    of = plan(chosen((2, 0), (0, 1)), windowed=(0, 1), window_size=size, tail=5)
     llm, expected = both(of, name, **options)
     for each in (llm, expected):
         each.eval(tokens(n)[:30])
@@ -60,13 +59,22 @@ def test_attentions_look_back_at_a_window_in_the_bulk(
         assert relative_error(llm.scores[llm.n_tokens - 1][None], without) > 2 * tolerance
 
 
-def test_who_has_a_window_already_gets_no_other(open_tiny: Open) -> None:
-    llm = open_tiny("gemma3")
-    assert [each.windowable for each in llm.sublayers if each.kind == "attention"] == [False, True, False]
-    assert not any(each.windowable for each in llm.sublayers if each.kind == "ffn")
-    with pytest.raises(NotSkippableError, match="layer 0: the attention cannot look back at a window: it has one"):
-        llm.set_plan(plan(NOTHING, windowed=(0,)))
-    assert llm.plan is None
+@pytest.mark.parametrize("swa_full", [True, False])
+def test_a_sliding_window_becomes_smaller_and_never_larger(swa_full: bool, both: Open) -> None:
+    """Layer 0 of the tiny Gemma sees 8 tokens. A small cache no longer has the head, which it would not see either."""
+    rows = []
+    for size in (3, 8, 20):
+        of = plan(NOTHING, windowed=(0,), window_size=size)
+        llm, expected = both(of, "gemma3", swa_full=swa_full, n_ctx=512, n_batch=5)
+        assert [each.windowable for each in llm.sublayers if each.kind == "attention"] == [True] * 3
+        assert not any(each.windowable for each in llm.sublayers if each.kind == "ffn")
+        for each in (llm, expected):
+            each.eval(tokens(300)[:200])
+            each.eval(tokens(300)[200:])
+        assert error(llm, expected) < TOLERANCE["gemma3"]
+        rows.append(llm.scores[llm.n_tokens - 1].copy())
+    smaller, equal, larger = rows
+    assert relative_error(equal, larger) < 1e-6 and relative_error(smaller, equal) > 2 * TOLERANCE["gemma3"]
 
 
 @pytest.mark.parametrize(("options", "n_nodes"), [({}, 9), ({"flash_attn": True, "type_k": F16, "type_v": F16}, 6)])

@@ -200,8 +200,7 @@ class Calls(RuleBasedStateMachine):
         return len(self.history.cells) < N_CTX - 128
 
     def draw_plan(self, data: st.DataObject) -> SkipPlan:
-        windowable = [1] if self.kind.family == "gemma3" else range(N_LAYER)  # the others have windows of their own
-        plan = data.draw(plans(self.kind.thresholds, self.kind.elided, windowable))
+        plan = data.draw(plans(self.kind.thresholds, self.kind.elided, windowable=range(N_LAYER)))
         if plan.bulk is not None:
             self.with_bulk.append(plan)
         return plan

@@ -118,6 +118,21 @@ def test_windows_that_lose_least_come_first() -> None:
     assert found and not {9, 10, 11} & {*found.windowed} and len(found.windowed) > 18
 
 
+def test_smaller_sliding_windows_are_measured_apart_and_join_the_others() -> None:
+    """As in Gemma 3, where every sixth layer sees all tokens. Those of the last quarter are likely to be skipped."""
+    seen = list[tuple[int, ...]]()
+
+    def lost(candidate: Candidate) -> Lost:
+        seen.append(candidate.windowed)
+        return 0.01 * len({5, 11} & {*candidate.windowed}) + 0.001 * len(candidate.windowed), 0.0
+
+    sliding = tuple(layer for layer in range(16, -1, -1) if layer % 6 != 5)
+    losses = measure({**all_last(0, 0), "windowed": (11, 5), "sliding": sliding}, lost)
+    assert [each for each in seen if each] == [(11,), (5,), (9, 10, 12, 13), (4, 6, 7, 8), (0, 1, 2, 3)]
+    found = aim(losses, seconds, {}, FIRST * 0.0125)
+    assert found and found.windowed == (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13) and found.share == 8
+
+
 def test_layers_that_lose_far_more_than_their_neighbours_are_skipped_last() -> None:
     """As in Qwen2.5-Coder: one late attention holds most of what copies, and two late FFNs lose most."""
     losing = {"attention": {15}, "ffn": {19, 20}}

@@ -37,8 +37,12 @@ def test_a_judged_window_is_its_share_of_the_prompt_even_where_a_wider_one_takes
 
 
 def test_sublayers_that_save_no_time_are_never_left_out() -> None:
-    """Of the last layer a bulk computes only K and V. Layer 2's attention sees 256 tokens, fewer than any window."""
-    limit = np.where(np.arange(5) == 2, 256, np.inf)
+    """Of the last layer a bulk computes only K and V. Layer 2's attention sees 256 tokens, fewer than any window.
+
+    Layer 3's sees 1,024: an eighth of 2,048 tokens is less.
+    """
+    limit = np.array([np.inf, np.inf, 256, 1024, np.inf])
     cost = cost_model(0.1, [1.0] * 5, [2.0] * 5, growth=[0.01] * 5, kept=[0.5] * 5, limit=limit)
-    layers = Planned(profile(np.full((5, 2), 0.9), cost=cost, windowable=tuple(range(5))), 2048, 8192).layers
-    assert layers == {"attention": (3, 2, 1), "ffn": (3, 2, 1), "windowed": (3, 1, 0)}
+    known = profile(np.full((5, 2), 0.9), cost=cost, windowable=(0, 1, 4), sliding=(2, 3))
+    layers = Planned(known, 2048, 8192).layers
+    assert layers == {"attention": (3, 2, 1), "ffn": (3, 2, 1), "windowed": (1, 0), "sliding": (3,)}
