@@ -144,6 +144,7 @@ void adaskip_context::rewrite(
     if (n_flash_least > 0) {
         pass.keep_rows_of_v();
     }
+    pass.fill_flash_tiles(lctx.n_threads_batch());
     pass.repack_weights(repacked);
     pass.unpack_weights(unpacked, n_layer);
 

@@ -1,6 +1,7 @@
 #include "adaskip-pass.h"
 
 #include "adaskip-error.h"
+#include "adaskip-flash.h"
 #include "adaskip-llama.h"
 #include "adaskip-unpack.h"
 
@@ -20,7 +21,7 @@ static constexpr int64_t ADASKIP_MOST_ROWS = 8;
 
 uint32_t adaskip_graph_max_nodes(uint32_t n_layer) {
     return n_layer * (2 * ADASKIP_NODES_PER_SUBLAYER + adaskip_window::N_TENSORS + ADASKIP_NODES_OF_V +
-                             ADASKIP_MOST_UNPACKED) +
+                             ADASKIP_FLASH_TENSORS + ADASKIP_MOST_UNPACKED) +
            ADASKIP_NODES_PER_SUBLAYER;
 }
 
@@ -149,8 +150,7 @@ void adaskip_pass::skip_sublayers() {
     }
 }
 
-void adaskip_pass::narrow_attentions(
-        llm_graph_result & res, const adaskip_kv & kv, const llama_hparams & hparams) {
+void adaskip_pass::narrow_attentions(llm_graph_result & res, const adaskip_kv & kv, const llama_hparams & hparams) {
     adaskip_window window(ctx, res, kv, set.window, set.n_sinks);
     for (size_t il = 0; il < topology.layers.size(); ++il) {
         if (!set.is_windowed((int) il)) {
@@ -175,6 +175,15 @@ void adaskip_pass::keep_rows_of_v() {
         }
         ggml_tensor * v = ggml_cast(ctx, copy->src[0]->src[0], GGML_TYPE_F32);
         node_become(node, ggml_out_prod(ctx, v, ggml_transpose(ctx, node->src[1])));
+    }
+}
+
+void adaskip_pass::fill_flash_tiles(int n_threads) {
+    adaskip_flash flash(ctx, n_threads);
+    for (auto * node : nodes) {
+        if (const auto * filled = flash.filled(node)) {
+            node_become(node, filled);
+        }
     }
 }
 

@@ -251,7 +251,8 @@ static void check_windows(const std::vector<adaskip_sublayer> & sublayers, const
     for (int32_t il = 0; il < plan.bulk->n_layer; ++il) {
         if (plan.windowed[il] && !plan.bulk->skip[2 * il] && !sublayers[2 * il].windowable) {
             refuse(ADASKIP_ERROR_NOT_SKIPPABLE, "layer %d: the attention cannot look back at a window: %s", il,
-                    sublayers[2 * il].window > 0 ? "its own one is of another kind" : "it reads its K and V in another way");
+                    sublayers[2 * il].window > 0 ? "its own one is of another kind"
+                                                 : "it reads its K and V in another way");
         }
     }
 }

@@ -15,14 +15,17 @@ static void to_f32(ggml_tensor * dst, int ith, int nth, void * user_data) {
     }
 }
 
-bool adaskip_can_unpack(const ggml_tensor * t) {
-    if (t->op != GGML_OP_NONE || !ggml_is_quantized(t->type) || !ggml_is_matrix(t) || !ggml_is_contiguous(t) ||
-            !ggml_get_type_traits(t->type)->to_float || adaskip_layer_of_weight(t) < 0 || !t->buffer ||
-            !ggml_backend_buffer_is_host(t->buffer)) {
+bool adaskip_is_on_cpu(const ggml_tensor * t) {
+    if (!t->buffer || !ggml_backend_buffer_is_host(t->buffer)) {
         return false;
     }
     auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
     return !dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
+bool adaskip_can_unpack(const ggml_tensor * t) {
+    return t->op == GGML_OP_NONE && ggml_is_quantized(t->type) && ggml_is_matrix(t) && ggml_is_contiguous(t) &&
+           ggml_get_type_traits(t->type)->to_float && adaskip_layer_of_weight(t) >= 0 && adaskip_is_on_cpu(t);
 }
 
 ggml_tensor * adaskip_unpacked(ggml_context * ctx, ggml_tensor * t) {

@@ -14,6 +14,9 @@ static constexpr int64_t ADASKIP_UNPACK_LEAST = 64;
 // most products of a layer whose weights are unpacked
 static constexpr uint32_t ADASKIP_MOST_UNPACKED = 16;
 
+// whether the memory of t is the CPU's
+bool adaskip_is_on_cpu(const ggml_tensor * t);
+
 // whether t is a quantized matrix of a layer that lies in the CPU's memory as in the file
 bool adaskip_can_unpack(const ggml_tensor * t);
 
