@@ -67,7 +67,7 @@ template <typename F> static int32_t guarded(const llama_context * ctx, F && f) 
 }
 
 static bool is_phase(int32_t phase) {
-    return phase >= ADASKIP_PHASE_BULK && phase <= ADASKIP_PHASE_DECODE;
+    return phase >= ADASKIP_PHASE_BULK && phase <= ADASKIP_PHASE_NARROW;
 }
 
 static int32_t n_layer_of(const llama_context & ctx) {

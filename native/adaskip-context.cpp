@@ -193,7 +193,7 @@ void adaskip_context::observe(const llama_context & lctx, const llama_ubatch & u
             /*.n_layer     =*/llama_model_n_layer(&lctx.get_model()),
             /*.n_tokens    =*/(int32_t) ubatch.n_tokens,
             /*.n_embd      =*/(int32_t) llama_model_n_embd(&lctx.get_model()),
-            /*.phase       =*/phase,
+            /*.phase       =*/phase == ADASKIP_PHASE_NARROW ? ADASKIP_PHASE_BULK : phase,
             /*.positions   =*/ubatch.pos,
             /*.values      =*/read.values.data(),
             /*.layer_dot   =*/read.layer_dot.data(),
@@ -218,6 +218,9 @@ void adaskip_context::observe(const llama_context & lctx, const llama_ubatch & u
 //
 
 const adaskip_skip_set & adaskip_context::get_set(int32_t i_phase) const {
+    if (i_phase == ADASKIP_PHASE_NARROW && !plan.narrow.empty()) {
+        return plan.narrow;
+    }
     if (i_phase != ADASKIP_PHASE_DECODE) {
         return i_phase == ADASKIP_PHASE_BULK ? plan.bulk : plan.prefill;
     }

@@ -9,6 +9,8 @@
 static constexpr int64_t ADASKIP_TILE   = 64; // rows
 static constexpr int64_t ADASKIP_CHUNKS = 4;  // per thread
 
+static constexpr int64_t ADASKIP_MOST_FILLED = 4 * ADASKIP_TILE; // tokens
+
 // The time to look at the mask of a tile, in values of a head: a tile of 64 values takes 0.62 ms with 2,048 cells on a
 // Xeon with AVX-512, one that sees nothing 0.2 ms.
 static constexpr double ADASKIP_LOOK = 20.0;
@@ -124,8 +126,8 @@ ggml_tensor * adaskip_flash::filled(const ggml_tensor * node) {
     const bool is_plain = mask && mask->type == GGML_TYPE_F16 && ggml_is_matrix(mask) && ggml_is_contiguous(mask) &&
                           bias == 0.0f && q->type == GGML_TYPE_F32 && q->ne[3] == 1;
 
-    // with fewer tokens, ggml computes no tiles; with twice as many, the copies save less than they take
-    if (!is_plain || n_threads < 2 || q->ne[1] < ADASKIP_TILE || q->ne[1] >= 2 * ADASKIP_TILE) {
+    // with fewer tokens, ggml computes no tiles; with many more, few tiles are saved
+    if (!is_plain || n_threads < 2 || q->ne[1] < ADASKIP_TILE || q->ne[1] >= ADASKIP_MOST_FILLED) {
         return nullptr;
     }
     const ggml_tensor * memory = k;

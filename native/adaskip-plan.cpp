@@ -352,6 +352,21 @@ static adaskip_skip_set make_set(const llama_model & model, const adaskip_set * 
     return res;
 }
 
+// the set of a bulk without what it skips
+static adaskip_skip_set narrow_of(const adaskip_skip_set & bulk) {
+    adaskip_skip_set res;
+    res.skip.assign(bulk.skip.size(), 0);
+    res.scale.assign(bulk.skip.size(), 1.0f);
+    res.attention.assign(bulk.attention.size(), false);
+    res.keeps_kv = true;
+    res.windowed = bulk.windowed;
+    res.window   = bulk.window;
+    res.n_sinks  = bulk.n_sinks;
+    res.set_id   = bulk.set_id;
+    res.graph_id = adaskip_new_graph_id();
+    return res;
+}
+
 adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector<adaskip_sublayer> & sublayers,
         const std::vector<bool> & elided, const adaskip_plan * plan, const adaskip_plan_sets & in_force) {
     static const adaskip_plan whole = {};
@@ -391,6 +406,10 @@ adaskip_plan_sets adaskip_plan_init(const llama_model & model, const std::vector
     remember(res.bulk);
     res.prefill = make_set(model, plan->prefill, false, {}, known, vectors);
     remember(res.prefill);
+    res.narrow = in_force.narrow;
+    if (res.narrow.set_id != res.bulk.set_id || !res.prefill.empty()) {
+        res.narrow = res.bulk.windowed.empty() || !res.prefill.empty() ? adaskip_skip_set() : narrow_of(res.bulk);
+    }
     res.decode.clear();
     res.decode.reserve(decode.size());
     for (size_t i = 0; i < decode.size(); ++i) {

@@ -51,6 +51,7 @@ struct adaskip_plan_sets {
 
     uint64_t                             tag = 0;
     adaskip_skip_set                     bulk;
+    adaskip_skip_set                     narrow; // the bulk's windows alone, with its id; empty if prefill skips
     adaskip_skip_set                     prefill;
     std::vector<step>                    decode = { { 0, {} } }; // never empty
     std::optional<adaskip_online_params> online;

@@ -360,6 +360,11 @@ class AdaSkipLlama(EditedPromptsLlama):
             self._evaluate("prefill", tokens[:begin], is_last=False)
             self._evaluate_bulk(bulk, tokens[begin:end])
             tokens = tokens[end:]
+        if bulk and self.n_tokens > bulk.head:
+            n_near = min(max(len(tokens) + n_later - bulk.last, 0), len(tokens))
+            narrow = self._narrows(bulk)
+            self._evaluate("bulk" if narrow else "prefill", tokens[:n_near], is_last=False, narrow=narrow)
+            tokens = tokens[n_near:]
         self._evaluate("prefill", tokens, is_last=n_later == 0, rows=self._prompt_rows)
 
     def _evaluate_bulk(self, bulk: Bulk, tokens: list[int], *, is_read: bool = True, aligns: bool = True) -> None:
@@ -379,26 +384,38 @@ class AdaSkipLlama(EditedPromptsLlama):
             self._evaluate("bulk", piece[:first], is_last=False, is_read=is_read)
             self._evaluate("bulk", piece[first:], is_last=False, is_read=is_read)
 
+    def _narrows(self, bulk: Bulk) -> bool:
+        """Whether the next tokens have the bulk's windows even where they skip nothing: see ``Bulk.refit``."""
+        return self.n_tokens > bulk.head and bulk.narrows and self._adaskip.callback is None
+
     def _is_refit(self, bulk: Bulk) -> bool:
         """Whether the bulk's maps are fitted to the text in memory."""
         fit, known = self._refit, self.input_ids[: self.n_tokens]
         return fit is not None and fit.skip is bulk.skip and np.array_equal(fit.tokens, known[: len(fit.tokens)])
 
     def _fit_to(self, bulk: Bulk, tokens: list[int], *, is_read: bool) -> None:
-        """Evaluate tokens of the bulk as the rest of a prompt, and fit its maps to them if they are enough."""
+        """Evaluate tokens of the bulk that skip nothing, and fit its maps to them if they are enough."""
         n_threads = max(int(self.context_params.n_threads_batch), 1)  # with less, llama.cpp takes its default
-        fit = Refit(bulk, self._refit if self._is_refit(bulk) else None, n_threads)
+        fit, narrow = Refit(bulk, self._refit if self._is_refit(bulk) else None, n_threads), self._narrows(bulk)
+        phase: Phase = "bulk" if narrow else "prefill"
         with self._observing(fit.add, keep_logits=True, activations=True, of_bulk=True):
-            self._evaluate("prefill", tokens, is_last=False, is_read=is_read)
+            self._evaluate(phase, tokens, is_last=False, is_read=is_read, narrow=narrow)
         if len(tokens) == bulk.refit:
             fit.tokens, self._refit = self.input_ids[: self.n_tokens].copy(), fit
 
     def _evaluate(
-        self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, rows: Rows | None = None
+        self,
+        phase: Phase,
+        tokens: list[int],
+        *,
+        is_last: bool,
+        is_read: bool = True,
+        narrow: bool = False,
+        rows: Rows | None = None,
     ) -> None:
         """Evaluate tokens in one phase; ``rows``, if given, gets the logits after each token, a batch at a time."""
         native = self._adaskip
-        native.set_phase(phase)
+        native.set_phase(phase, narrow=narrow)
         # If this fails, the present logits are not those of the cached tokens.
         self._requires_eval = True
         try:

@@ -191,8 +191,9 @@ class NativeContext:
         self._check(lib.adaskip_get_elided_kv(self._ctx, ffi.from_buffer("uint8_t[]", elided), self.n_layer))
         return tuple(np.flatnonzero(elided).tolist())
 
-    def set_phase(self, phase: Phase) -> None:
-        self._check(lib.adaskip_set_phase(self._ctx, PHASES.index(phase)))
+    def set_phase(self, phase: Phase, *, narrow: bool = False) -> None:
+        """Set the phase of the next tokens. With ``narrow``, a bulk skips nothing and has its windows alone."""
+        self._check(lib.adaskip_set_phase(self._ctx, lib.ADASKIP_PHASE_NARROW if narrow else PHASES.index(phase)))
 
     def counters(self) -> Counters:
         c = ffi.new("struct adaskip_counters *")

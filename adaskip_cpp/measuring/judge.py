@@ -130,7 +130,9 @@ class Judge:
                 llm.eval(tokens[n_bulk:start])
                 for first, last, _ in around.pieces(start, begin, is_fitted=n_bulk > 0):
                     llm.eval_bulk(tokens[first:last])
-                llm.eval(tokens[begin : probe.n_prompt])
+                # The model itself cuts the tail of a plan. The whole model reads the same batches.
+                for end in (probe.n_prompt - around.last, probe.n_prompt) if plan is None else (probe.n_prompt,):
+                    llm.eval(tokens[llm.n_tokens : max(end, llm.n_tokens)])
                 n_bulk = begin
             llm.begin_request()
             logits = [llm.logits_after(each) for each in _pieces(probe.answer[:-1], plan)]

@@ -1,6 +1,6 @@
 """Predicts how long a phase takes with some sublayers skipped, on a measured machine: start with ``CostModel``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -200,11 +200,14 @@ class CostModel(LayerArrays):
         begin, end = bulk.span(0, context) if bulk else (0, 0)
         if bulk and end:
             seconds = self._unread(whole, 0, begin)
+            narrow = replace(whole, limit=self._in_bulk(in_bulk, bulk).limit) if bulk.narrows else whole
             for at, stop, is_whole in bulk.pieces(begin, end, is_fitted=False):
                 first = at + bulk.first_batch(at, stop - at, self.prefill.n_tokens)
                 for piece in ((at, stop),) if is_whole else ((at, first), (first, stop)):
-                    seconds += self._unread(whole if is_whole else self._in_bulk(in_bulk, bulk), *piece)
-            start = end
+                    what = self._in_bulk(in_bulk, bulk) if not is_whole else narrow if at > bulk.head else whole
+                    seconds += self._unread(what, *piece)
+            start = context - bulk.last
+            seconds += self._unread(narrow, end, start)
         if self.n_layer_kv < self.n_layer:  # AdaSkipLlama then computes the last token by itself
             seconds += self._unread(whole, start, context - 1)
             start = context - 1

@@ -78,8 +78,9 @@ class Bulk:
             tokens, the token itself included, and the head. The prompt's tail and the answer see all tokens. A sliding
             window of the model's own limits both.
         window_size: tokens that a windowed attention sees, from 1 on.
-        refit: tokens of every 2,048 that run whole, and to which the maps of ``skip`` are fitted again for the other
-            tokens; 0 if the maps stay as they are.
+        refit: tokens of every 2,048 that skip nothing, and to which the maps of ``skip`` are fitted again for the other
+            tokens; 0 if the maps stay as they are. With fits, these tokens have the windows too, but for those at the
+            beginning of a prompt, and so do the tokens of the tail before its ``last`` ones.
 
     Examples:
         >>> from adaskip_cpp.model.skip_set import SkipSet
@@ -108,6 +109,16 @@ class Bulk:
     def narrowed(self) -> tuple[int, ...]:
         """Layers whose attention runs and sees only a window: those windowed and not skipped."""
         return tuple(layer for layer in self.windowed if not self.skip.skip[layer, 0])
+
+    @property
+    def narrows(self) -> bool:
+        """Whether tokens that skip nothing have the windows too: see ``refit``."""
+        return bool(self.refit and self.narrowed)
+
+    @property
+    def last(self) -> int:
+        """Tokens at the end of a tail that are read apart, and see all tokens: with fits 64 at most."""
+        return min(self.tail, DEFAULT_TAIL) if self.refit else self.tail
 
     def scaled(self, context: int, of: int) -> "Bulk":
         """Return the bulk scaled from prompts of ``of`` tokens to ``context``: windows and tail keep their share."""

@@ -14,6 +14,7 @@ from oracles.expected import error, last_logits
 from oracles.fixtures import Open
 from oracles.reference import relative_error
 from oracles.sequence_oracle import Cells
+from oracles.skip_sets import filled
 from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan
@@ -22,6 +23,7 @@ from adaskip_cpp.model.plan import Bulk
 
 F16 = 1  # GGML_TYPE_F16
 REFERENCED = ["llama", "gemma3"]
+FITTED = filled(chosen((2, 0), (1, 1)).skip, parts=["down", "up"])
 
 
 @pytest.mark.parametrize(
@@ -162,3 +164,20 @@ def test_masks_that_nobody_reads_may_grow_with_the_context(family: str, both: Op
     for each in (llm, expected):
         each.eval(tokens(400))
     assert relative_error(last_logits(llm)[None], expected.trace().logits) < TOLERANCE[family]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_with_fits_the_tail_before_its_last_64_tokens_has_the_windows_too(name: str, both: Open) -> None:
+    """So have later fits, here those of the second prompt, which goes on after another text."""
+    of = plan(FITTED, windowed=(0, 1), window_size=5, tail=90, refit=9)
+    seen: list[list[int]] = []
+    llm, expected = both(of, name, n_ctx=512)
+    for new in (tokens(200), tokens(150, 1)):
+        for each in (llm, expected):
+            each.eval(new)
+        seen.append([cell.windows is not None for cell in expected.cells])
+        assert error(llm, expected) < TOLERANCE[name]
+    assert seen[0] == [False] * 9 + [True] * 127 + [False] * 64
+    assert sum(seen[1]) == 127 + 150 - 64 and not any(seen[1][-64:])
+    llm.set_plan(None)
+    assert llm._adaskip.kv_valid("prefill", 350) == 9, "the whole model reads no token that had a window"

@@ -46,9 +46,9 @@ def test_flash_attention_of_64_tokens_has_masked_heads_and_the_bits_of_stock(
     path: str, n_added: int, request: pytest.FixtureRequest, open_model: Open
 ) -> None:
     """Two threads would compute 16 and 8 tiles for 9 and 4 heads. Q, the attention and its result are nodes of each
-    layer, and a mask of each cache. One of the three replaces llama.cpp's node. With 128 tokens, few tiles are saved."""
-    model, options = request.getfixturevalue(path), {**OPTIONS, "n_ctx": 256, "flash_attn": True}
-    ids = np.random.default_rng(0).integers(100, 49000, size=192).tolist()
+    layer, and a mask of each cache. One of the three replaces llama.cpp's node. With 256 tokens, few tiles are saved."""
+    model, options = request.getfixturevalue(path), {**OPTIONS, "n_ctx": 512, "flash_attn": True}
+    ids = np.random.default_rng(0).integers(100, 49000, size=320).tolist()
     pieces = [ids[:64], ids[64:]]
     (expected,) = run_stock([Job(str(model), pieces, options)])
     llm = open_model(model, **options)
@@ -60,5 +60,5 @@ def test_flash_attention_of_64_tokens_has_masked_heads_and_the_bits_of_stock(
     for piece in pieces:
         llm.eval(piece)
         counted.append(llm.counters.nodes - llm.counters.nodes_full)
-    np.testing.assert_array_equal(llm.scores[:192], expected)
+    np.testing.assert_array_equal(llm.scores[:320], expected)
     assert counted == [n_added, 0]

@@ -116,7 +116,7 @@ BAD_ARGUMENTS: list[tuple[Any, ...]] = [
     ("bulk_set_ids", ffi.new("struct adaskip_plan *"), ffi.new("uint64_t *"), -1),
     ("get_elided_kv", NULL, 3),
     ("get_elided_kv", ROOM, 2),
-    *(("set_phase", phase) for phase in (3, -1)),
+    *(("set_phase", phase) for phase in (4, -1)),
     ("set_statistics", ON, NULL, NULL),
     # Unknown ones, and those of statistics that are off.
     *(("set_statistics", flags, ignore, NULL) for flags in (ON | 16, -1, VECTORS, ACTIVATIONS, ALL_TOKENS)),

@@ -228,11 +228,23 @@ class History:
         begin = end if bulk is None else min(max(head - len(self.cells), 0), end)
         self._append_whole(tokens[:begin])
         self._append_bulk(tokens[begin:end])
-        self._append_whole(tokens[end:])
+        near = max(n + n_after - bulk.last, end) if self._narrows() else end
+        self._append_whole(tokens[end:near], narrow=True)
+        self._append_whole(tokens[near:])
         self.logits_are_current = self.logits_are_current or bool(tokens)
 
-    def _append_whole(self, tokens: Sequence[int]) -> None:
-        self.cells += [Cell(token, self.plan.prefill) for token in tokens]
+    def _append_whole(self, tokens: Sequence[int], *, narrow: bool = False) -> None:
+        plan, bulk = self.plan, self.plan.bulk
+        if narrow and bulk and not plan.prefill.n_skip:  # as in the bulk, but nothing is skipped
+            windows, of = windows_of(plan), bulk.skip
+            self.cells += [Cell(each, plan.prefill, in_bulk=True, windows=windows, fitted=of) for each in tokens]
+        else:
+            self.cells += [Cell(token, plan.prefill) for token in tokens]
+
+    def _narrows(self) -> bool:
+        """Whether the next tokens have the windows of the bulk even where they skip nothing."""
+        bulk = self.plan.bulk
+        return bulk is not None and len(self.cells) > bulk.head and bulk.narrows and not self.collects
 
     def _append_bulk(self, tokens: list[int]) -> None:
         """Append tokens of the bulk, of which some run whole if maps are fitted to them."""
@@ -248,7 +260,7 @@ class History:
                 self.cells += [Cell.bulk_of(token, plan, fit) for token in piece]
                 continue
             known = self._fit_in_force() or Fit(bulk.skip)
-            self._append_whole(piece)
+            self._append_whole(piece, narrow=self._narrows())
             if len(piece) == bulk.refit:
                 at = range(max(begin, bulk.head, 1), end)
                 samples = [(self.reference.trace(self.cells, i), plan.prefill) for i in at]
