@@ -49,7 +49,11 @@ SHORT = statistics(np.ones((3, 2)), mean_u=np.ones((3, 2, 4)), mean_v=np.ones((3
         ({"decode": SHORT}, "vectors have 5 values in prefill, 4 in decode"),
         *(({"maps": maps(**shape)}, "linear maps") for shape in ({"n_layer": 4}, {"n_layer": 2}, {"n_embd": 4})),
         ({"cost": cost_model(0.1, [1, 2], [3, 4])}, "the cost model is of 2 layers, the model has 3"),
-        *(({name: at}, f"'{name}'") for name in ("windowable", "sliding", "bulk_only") for at in ((3,), (-1,), (1, 0), (1, 1))),
+        *(
+            ({name: at}, f"'{name}'")
+            for name in ("windowable", "sliding", "bulk_only")
+            for at in ((3,), (-1,), (1, 0), (1, 1))
+        ),
     ],
 )
 def test_what_cannot_be_of_one_model_is_refused(changes: Any, message: str) -> None:
@@ -63,7 +67,15 @@ EVERYTHING = replace(MAPPED_EXAMPLE, cost=LIMITED, windowable=(0, 2), sliding=(1
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"cost": LIMITED}, {"windowable": (0, 2)}, {"sliding": (1,)}, {"bulk_only": (1,)}, {"n_requests": 9}, {"maps": maps(rank=1)}],
+    [
+        {},
+        {"cost": LIMITED},
+        {"windowable": (0, 2)},
+        {"sliding": (1,)},
+        {"bulk_only": (1,)},
+        {"n_requests": 9},
+        {"maps": maps(rank=1)},
+    ],
 )
 def test_a_profile_survives_its_files(tmp_path: Path, changes: Any) -> None:
     before = replace(EXAMPLE, **changes)
