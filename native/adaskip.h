@@ -43,9 +43,7 @@ enum adaskip_phase {
     ADASKIP_PHASE_BULK    = 0, // tokens of a prompt whose K and V alone are used
     ADASKIP_PHASE_PREFILL = 1, // all other tokens of a prompt; the phase of a new context
     ADASKIP_PHASE_DECODE  = 2, // generated tokens, drafts included
-    // As BULK, but no sublayer is skipped: attentions look back at the bulk's windows alone. As PREFILL, if the bulk has
-    // no windows, or if prefill skips a sublayer.
-    ADASKIP_PHASE_NARROW = 3,
+    ADASKIP_PHASE_NARROW  = 3, // as BULK, but with its windows alone; as PREFILL if it has none, or if prefill skips
 };
 
 enum adaskip_kind {

@@ -160,7 +160,7 @@ class NativeContext:
         self._check(lib.adaskip_set_plan(self._ctx, ffi.NULL if is_whole else target))
 
     def bulk_set_ids(self, plans: Sequence[SkipPlan]) -> list[int]:
-        """Check bulk sets and windows of plans; return their ids, 0 if nothing is skipped. Equal ones have equal ids."""
+        """Check bulk sets and windows of plans; return their ids, 0 if nothing is skipped. Equal ones share an id."""
         targets, found = ffi.new("struct adaskip_plan[]", len(plans)), ffi.new("uint64_t[]", len(plans))
         _owners = [_fill_bulk(target, plan) for target, plan in zip(targets, plans, strict=True)]
         self._check(lib.adaskip_bulk_set_ids(self._ctx, targets, found, len(plans)))

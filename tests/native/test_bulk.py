@@ -18,7 +18,7 @@ from oracles.skip_sets import filled
 from oracles.tiny_families import N_LAYER, tokens
 
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.errors import NotSkippableError, PlanError
+from adaskip_cpp.errors import PlanError
 from adaskip_cpp.model.plan import Bulk
 
 F16 = 1  # GGML_TYPE_F16

@@ -46,7 +46,7 @@ def test_flash_attention_of_64_tokens_has_masked_heads_and_the_bits_of_stock(
     path: str, n_added: int, request: pytest.FixtureRequest, open_model: Open
 ) -> None:
     """Two threads would compute 16 and 8 tiles for 9 and 4 heads. Q, the attention and its result are nodes of each
-    layer, and a mask of each cache. One of the three replaces llama.cpp's node. With 256 tokens, few tiles are saved."""
+    layer, and a mask of each cache. One of the three replaces llama.cpp's node. With 256 tokens, it saves few tiles."""
     model, options = request.getfixturevalue(path), {**OPTIONS, "n_ctx": 512, "flash_attn": True}
     ids = np.random.default_rng(0).integers(100, 49000, size=320).tolist()
     pieces = [ids[:64], ids[64:]]
