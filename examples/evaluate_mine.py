@@ -1,4 +1,4 @@
-"""Measures on a text of yours, of 8,700 tokens or more, what each promise costs and brings.
+"""Measures on a text of yours, of 8,800 tokens or more, what each promise costs and brings.
 
 First run `adaskip-cpp tune model.gguf`, then `python evaluate_mine.py model.gguf mine.txt`. It writes a report into the
 folder mine.txt.results. After Ctrl-C, the same command goes on.

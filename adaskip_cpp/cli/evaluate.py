@@ -42,7 +42,8 @@ _speed = partial(option, group="Speed")
         "a tenth, a fifth and a quarter of all]")  # fmt: skip
 @option("--text", "text_files", multiple=True, metavar="FILE", help=f"UTF-8 text{_AGAIN}.  [default: --builtin pages]")
 @skip_option("--strategy", "strategies", multiple=True,
-             type=click.Choice(CHOOSERS), help=f"How to choose sublayers{_AGAIN}.  [default: all]")  # fmt: skip
+             type=click.Choice(CHOOSERS), help="How to choose sublayers, see `plan --help`"
+             f"{_AGAIN}.  [default: all]")  # fmt: skip
 @plan_file_option
 @skip_option("--mode", "modes", multiple=True, type=click.Choice(MODES), help=f"A mode{_AGAIN}.  [default: all]")
 @skip_option("--compensation", "compensations", type=names(list(COMPENSATIONS)), help="For strategy adaskip: "
@@ -69,9 +70,9 @@ _speed = partial(option, group="Speed")
 def evaluate(model: str, profile_path: str | None, output: str, running: Running, **values: Any) -> None:
     """Compare plans of MODEL, a GGUF file, with the whole model: the added loss, the agreement, answers and speed.
 
-    It runs the plans of `tune`, one for each promise. With --profile, it also runs every strategy with every budget in
-    every mode. FOLDER keeps each result: after Ctrl-C or a crash, the same command continues. At the end FOLDER has
-    report.html, results.json and a picture.
+    It runs the plans of `tune`, one for each promise. With --profile, it also runs every strategy with every number of
+    skipped sublayers in every mode. FOLDER keeps each result: after Ctrl-C or a crash, the same command continues. At
+    the end FOLDER has report.html, results.json and a picture.
     """
     context = click.get_current_context()
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join

@@ -44,7 +44,7 @@ def generate(
     click.echo()
     if (timing := answer.timing) is None:
         return
-    lines = [first_token_line(llm, timing), *speed_lines(timing), *skipped_lines(llm, timing.n_generated), kv_line(llm)]
+    lines = [first_token_line(llm, timing), *speed_lines(timing), *skipped_lines(llm, timing), kv_line(llm)]
     if timing.is_cut:
         lines.append("the answer stops because the context is full; use a larger --ctx")
     console(stderr=True).print("\n".join(lines), style="dim")

@@ -2,6 +2,7 @@
 
 import click
 import numpy as np
+from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Column
 
@@ -32,16 +33,17 @@ def plan(profile_path: str, request: PlanRequest, context: int, output: str | No
     """Show the plan that PROFILE gives with these options: the sublayers that it skips, and the rank of each sublayer.
 
     PROFILE may also be a plan file, written by `tune` or with -o. Then its plans are shown, with the measurements of
-    `tune`. No options go with it.
+    `tune`. A plan file takes no options.
 
     The table has these columns for each sublayer. "rank": rank 1 is skipped first. Mode prompt begins with the last
-    layer, the other modes with the largest IO similarity. "similarity": of its input and output in prompts. "ms": the
-    predicted milliseconds that skipping it alone saves for a whole prompt, or with --mode decode for one decoded token.
-    "skip": b, p, d if bulk, prefill, decode skip it. "scale": the factor of its input.
+    layer, the other modes with the largest similarity. "similarity": the mean cosine of its input and output in
+    prompts. "ms": the predicted milliseconds that skipping it alone saves for a whole prompt, or with --mode decode for
+    one decoded token. "skip": b, p, d if bulk, prefill, decode skip it. "scale": the factor of its input.
     """
     out = console()
     if is_plan_file(profile_path):
-        if request != PlanRequest() or output is not None:
+        source = click.get_current_context().get_parameter_source("context")
+        if request != PlanRequest() or output is not None or source is not ParameterSource.DEFAULT:
             raise click.UsageError("PROFILE is a plan file, which is shown as it is; leave out other options")
         found = load_plan(profile_path)
         if found.frontier is not None:

@@ -93,14 +93,17 @@ plan_options = options(
            "fast."),
     skip_option("--mode", type=click.Choice(MODES), default="prompt", help="Phases that skip. prompt: the bulk, which "
                 "is a prompt without its head and tail. prefill: the whole prompt and decode skip the same sublayers. "
-                "decode: only decode. e2e: as prefill. decode and e2e add FFNs after 20 tokens of each answer."),
+                "decode: only decode. e2e: as prefill. With decode and e2e, an answer skips more FFNs after its "
+                "first 20 tokens."),
     skip_option("--head", type=click.IntRange(0), default=DEFAULT_HEAD,
                 help="Tokens at a prompt's beginning that skip nothing."),
     skip_option("--tail", type=click.IntRange(1), default=DEFAULT_TAIL,
                 help="Tokens at a prompt's end that skip nothing."),
-    skip_option("--windowed", type=click.IntRange(0), default=0, help="Number of attentions with a window in the bulk, "
-                "an eighth of the prompt; the last layers'."),
-    skip_option("--strategy", type=click.Choice(CHOOSERS), default="adaskip", help="How to choose sublayers."),
+    skip_option("--windowed", type=click.IntRange(0), default=0, help="Give the attentions of so many layers a window "
+                "in the bulk, the last layers first. The window is an eighth of the prompt."),
+    skip_option("--strategy", type=click.Choice(CHOOSERS), default="adaskip", help="How to choose sublayers. "
+                "adaskip: single ones, by rank (see `plan`). The others skip whole layers. early_exit: the last ones. "
+                "skip_decode: the first ones. unified_skipping: ones at equal distances."),
     skip_option("--compensation", type=click.Choice(list(COMPENSATIONS)), default=DEFAULT_COMPENSATION, help="What "
                 "replaces the output of a skipped sublayer. none: its input. paper: the input times the paper's norm "
                 "ratio. median: the input times the median ratio. affine: median plus the mean error. linear: affine "
@@ -113,8 +116,8 @@ plan_file_option = skip_option("--plan", "plan_file", metavar="PLAN", help="Plan
                                "`plan -o`.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
 
 max_loss_option = option("--max-loss", type=click.FloatRange(min=0), help="The promise: use the fastest plan of `tune` "
-                         "that adds at most this loss, in nats per token. With 0.05, the perplexity grows by at most "
-                         f"5%.  [default: {DEFAULT_LOSS}]")  # fmt: skip
+                         "that adds at most this loss, in nats per token, on the texts of `tune`. 0.05 is 5% more "
+                         f"perplexity.  [default: {DEFAULT_LOSS}]")  # fmt: skip
 
 source_options = options(
     plan_file_option,

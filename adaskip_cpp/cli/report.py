@@ -5,6 +5,7 @@ from itertools import groupby
 
 from ..engine.generation import Timing
 from ..engine.llama import AdaSkipLlama
+from ..model import frontier
 from ..model.plan import Phase, SkipPlan
 
 PHASE_WORDS: dict[Phase, str] = {"bulk": "the bulk of a prompt", "prefill": "prefill", "decode": "decode"}
@@ -71,9 +72,16 @@ def skipped_counts(llm: AdaSkipLlama, n_decoded: int) -> tuple[int, int, int]:
     return llm.plan.skipped("bulk").n_skip, llm.plan.decode_after(n_decoded).n_skip, added
 
 
-def skipped_lines(llm: AdaSkipLlama, n_decoded: int) -> list[str]:
+def skipped_lines(llm: AdaSkipLlama, timing: Timing) -> list[str]:
+    """Return what the request of ``timing`` skipped; if a frontier found no plan for it, why. [] without plans."""
+    n_decoded = timing.n_generated
     if (plan := llm.plan) is None:
-        return []
+        if llm.frontier is None or llm.max_loss is None:
+            return []
+        why = f"no plan keeps the promise of {llm.max_loss:g}"
+        if timing.n_prompt < frontier.LEAST_CONTEXT:
+            why = f"the prompt has fewer than {frontier.LEAST_CONTEXT} tokens"
+        return [f"skipped: nothing, {why}"]
     of, now = f"of {2 * plan.n_layer}", plan.decode_after(n_decoded)
     prompt, decode, added = skipped_counts(llm, n_decoded)
     of_prompt, where = plan.skipped("bulk"), PHASE_WORDS[plan.prompt_phase]

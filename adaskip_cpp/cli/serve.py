@@ -54,7 +54,7 @@ def _size(text: str) -> int:
 @_who("--log-prompts", is_flag=True, help="Print all requests to stderr; else no client's text is printed.")
 @_kept("--alias", "aliases", metavar="NAME", multiple=True, help="Clients' name for the first model; repeat it for "
        "the second, and so on.  [default: X for X.gguf]")  # fmt: skip
-@_kept("--keep", type=click.IntRange(1), default=1, help="Most models in memory; the least recently used is unloaded.")
+@_kept("--keep", type=click.IntRange(1), default=1, help="Models kept in memory. The least recently used is unloaded.")
 @_kept("--keep-alive", type=click.FloatRange(0, min_open=True), metavar="MINUTES",
        help="Unload a model after this many minutes without a request.  [default: never]")  # fmt: skip
 @_kept("--reuse", type=click.Choice(REUSES), default="auto", help="Tokens of an earlier prompt that are not read "

@@ -239,7 +239,7 @@ model_options = model_options_with("as tuned, else physical cores", "as tuned, e
 
 def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     return options(
-        option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Most tokens in an answer."),
+        option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Tokens of the longest answer."),
         run_option("--ctx", type=click.IntRange(8, 2**31 - 1), default=8192, help="Size of the context, in tokens."),
         run_option("--temp", type=click.FloatRange(0), default=0.8, help="Temperature; 0: always the likeliest token."),
         run_option("--seed", type=click.IntRange(0, 2**32 - 2), help="Random seed of sampling.  [default: random]"),

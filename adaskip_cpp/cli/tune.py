@@ -44,8 +44,8 @@ def tune(
     in a prompt that the whole model finds.
 
     `generate`, `chat`, `serve` and AdaSkipLlama(plan="auto") use the file that lies beside its model. For each prompt
-    they take the fastest plan that keeps a promise: the loss grows by at most 0.05 nats per token, so the perplexity
-    grows by at most 5%. Their option --max-loss sets another promise.
+    they take the fastest plan that keeps a promise. The default promise is a loss of at most 0.05 nats per token, which
+    is 5% more perplexity, on the texts of `tune`. Other texts can lose more. --max-loss sets another promise.
 
     An edited prompt shares tokens with the one before. `tune` also measures the loss if these are not read again.
 

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from ..intervals import Interval
 from ..model.edits import FEW, MANY, TOGETHER
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, Figures, Frontier
+from ..model.quality import ERRORS
 from ..model.settings import Settings, in_words
 from ..pictures.profile_plots import shown_lengths
 from .report import seconds
@@ -118,15 +119,21 @@ def _print_points(out: Console, frontier: Frontier) -> None:
         "same token: how often plan and whole model find the same token likeliest. pass keys: those that the whole "
         "model finds clearly, and of these those that the plan finds. Means over texts, ± half of a 95% interval. "
         "speed: how many times as fast the first token comes, predicted. For a prompt twice as long, losses are "
-        f"assumed to be {min(factors):.3g} to {max(factors):.3g} times as large. Those of windows do not grow.\n",
+        f"assumed to be {min(factors):.3g} to {max(factors):.3g} times as large. Those of windows do not grow. A plan "
+        f"keeps a promise if each divergence plus {ERRORS} standard errors stays within it, and each mean added loss "
+        "too.\n",
         style="dim",
     )
 
 
 def _print_promises(out: Console, frontier: Frontier) -> None:
     length = frontier.points[0].judged_at
+    least = min(point.needs(length) for point in frontier.points)
+    none = "the whole model"
+    if math.isfinite(least):
+        none += f", as the most careful plan needs {math.ceil(1e3 * least) / 1e3:.3f}"
     for promise in _PROMISES:
-        default, gives = " (the default)" if promise == DEFAULT_LOSS else "", "the whole model"
+        default, gives = " (the default)" if promise == DEFAULT_LOSS else "", none
         if (point := frontier.point(length, promise)) is not None:
             gives = (
                 f"{point.speedup(length):.2f} times the speed at {length:,} tokens. The perplexity grows by at most "

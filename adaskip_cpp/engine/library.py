@@ -47,10 +47,12 @@ def _find(relative: str) -> Path:
     for folder in folders:
         if (folder / relative).is_file():
             return folder / relative
-    raise LibraryError(
-        f"adaskip_cpp in {folders[0]} has no {relative}; run '{REINSTALL}', or in a source checkout "
-        "'pip install -e .'. To use another installation, start Python outside the checkout."
-    )
+    if (folders[0].parent / "CMakeLists.txt").is_file():
+        raise LibraryError(
+            f"Python found the source code in {folders[0]} instead of an installed adaskip_cpp; start Python in "
+            "another folder, or run 'pip install -e .' in this one."
+        )
+    raise LibraryError(f"adaskip_cpp in {folders[0]} has no {relative}; run '{REINSTALL}'.")
 
 
 def _check_version(built_from: str) -> None:

@@ -57,7 +57,9 @@ def hold_out(tokenizer: Llama, kinds: Sequence[Mapping[str, str]], n_texts: tupl
     try:
         return HeldOut(*_two_parts(tokenizer, together, n_texts, n_tokens))
     except DataError as error:
-        raise DataError(f"each half of the held-out text is too short: {error}") from error
+        least = 2 * max(n_texts) * n_tokens
+        what = f"{least:,} tokens in all, in texts of {n_tokens:,} tokens or more"
+        raise DataError(f"there is too little text to judge plans on; give at least {what} (texts, --text)") from error
 
 
 def _two_parts(

@@ -9,7 +9,7 @@ import pytest
 from oracles.command_line import fails, run
 from oracles.costs import cost_model
 
-from adaskip_cpp import Profile
+from adaskip_cpp import Profile, load_plan, save_plan
 from adaskip_cpp.model.identity import plan_path
 from adaskip_cpp.planning.modes import MODES
 
@@ -95,7 +95,20 @@ def test_a_plan_file_is_shown_as_it_is_with_its_frontier_within_80_columns(tuned
     assert "A promise of 0.02 nats per token gives 1.30 times the speed at 2,048 tokens." in told
     assert "A promise of 0.05 nats per token (the default) gives 2.60 times the speed" in told
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert "leave out other options" in fails("plan", plan_path(tuned_model), "--skip", 2, code=2)
+    for option in ("--skip", "--context"):
+        assert "leave out other options" in fails("plan", plan_path(tuned_model), option, 2048, code=2)
+
+
+def test_a_promise_that_no_plan_keeps_is_told_what_the_most_careful_plan_needs(tuned_model: Path) -> None:
+    found = load_plan(plan_path(tuned_model)).frontier
+    assert found is not None
+    careful = [point for point in found.points if point.needs(2048) > 0.02]
+    save_plan(plan_path(tuned_model), replace(found, points=tuple(careful)))
+    told = " ".join(run("plan", plan_path(tuned_model)).stdout.split())
+    needs = min(point.needs(2048) for point in careful)
+    assert (
+        f"A promise of 0.02 nats per token gives the whole model, as the most careful plan needs {needs:.3f}." in told
+    )
 
 
 @pytest.mark.parametrize("strategy", ["adaskip", "early_exit", "skip_decode", "unified_skipping"])

@@ -11,6 +11,16 @@ from adaskip_cpp.cli.report import first_token_line, layer_list, megabytes, seco
 from adaskip_cpp.engine.generation import Timing
 from adaskip_cpp.model.plan import OnlineStage
 
+TIMING = Timing(n_prompt=2000, n_evaluated=2000, n_generated=29, first_token_s=0.25, decode_s=0.1, is_cut=False)
+
+
+def test_why_nothing_was_skipped_is_told_if_there_are_plans() -> None:
+    tuned: Any = SimpleNamespace(plan=None, frontier=object(), max_loss=0.01)
+    assert skipped_lines(tuned, TIMING) == ["skipped: nothing, no plan keeps the promise of 0.01"]
+    short = replace(TIMING, n_prompt=20)
+    assert skipped_lines(tuned, short) == ["skipped: nothing, the prompt has fewer than 512 tokens"]
+    assert skipped_lines(SimpleNamespace(plan=None, frontier=None, max_loss=None), TIMING) == []  # type: ignore[arg-type]
+
 
 def test_ffns_that_were_added_online_are_counted() -> None:
     plan = replace(SkipPlan.manual(3, attention=[0]), online=OnlineStage(20, 0.75, "median"))
@@ -20,18 +30,17 @@ def test_ffns_that_were_added_online_are_counted() -> None:
         ((), 8, "online: no FFN added: 8 of 20 tokens observed"),
     ):
         llm: Any = SimpleNamespace(plan=plan, online=SimpleNamespace(ffn=ffn, n_tokens=n_tokens))
-        told = " ".join(" ".join(skipped_lines(llm, 29)).split())
+        told = " ".join(" ".join(skipped_lines(llm, TIMING)).split())
         assert told.startswith("skipped: 1 of 6 sublayers in prefill (1 attention, 0 FFN)") and told.endswith(words)
         assert f"{1 + len(ffn)} of 6 in decode (1 attention, 0 FFN" in told
         assert ("3 FFN added online" in told) == (len(ffn) == 3)
 
 
 def test_what_tune_predicted_is_told_of_a_prompt_that_is_read_as_a_whole() -> None:
-    timing = Timing(n_prompt=2000, n_evaluated=2000, n_generated=2, first_token_s=0.25, decode_s=0.1, is_cut=False)
     found = point(SkipPlan.manual(3, ffn=[1], phase="bulk"), 0.01, {1024: 1.2, 2048: 1.6})
     tuned: Any = SimpleNamespace(point={2000: found}.get)
-    assert first_token_line(tuned, timing) == "first token after 250 ms; predicted without the plan: 400 ms"
-    assert first_token_line(tuned, replace(timing, n_evaluated=100)) == "first token after 250 ms"
+    assert first_token_line(tuned, TIMING) == "first token after 250 ms; predicted without the plan: 400 ms"
+    assert first_token_line(tuned, replace(TIMING, n_evaluated=100)) == "first token after 250 ms"
 
 
 def test_layers_decimal_bytes_and_times_of_three_digits_are_told_shortly() -> None:

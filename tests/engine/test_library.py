@@ -63,6 +63,16 @@ def copy(tmp_path: Path) -> Path:
     return target
 
 
+def test_source_code_in_front_of_an_installation_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    """As in a clone in which ``pip install .`` was run: Python looks into the current folder first."""
+    sources = Path(_library.__file__).parent.parent
+    shutil.copytree(sources, tmp_path / "adaskip_cpp", ignore=shutil.ignore_patterns("__pycache__", "lib", "include"))
+    (tmp_path / "CMakeLists.txt").touch()
+    said = run(BY_PATH + "import adaskip_cpp", tmp_path).stderr
+    assert "LibraryError: Python found the source code in" in said
+    assert "start Python in another folder, or run 'pip install -e .' in this one." in said
+
+
 @linux_only
 def test_server_and_multimodal_share_our_library(tmp_path: Path) -> None:
     code = (
