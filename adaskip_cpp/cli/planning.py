@@ -18,7 +18,7 @@ from ..planning.modes import MODES
 from ..planning.request import DEFAULT_N_SKIP, PlanRequest
 from ..planning.strategies import STRATEGIES
 from .report import skipped_words
-from .terminal import made_of, option, options, skip_option, tell
+from .terminal import Real, made_of, option, options, skip_option, tell
 
 CHOOSERS = [name for name in STRATEGIES if name != "manual"]  # the strategies that choose sublayers themselves
 
@@ -88,7 +88,7 @@ def _request(**given: Any) -> PlanRequest:
 
 plan_options = options(
     option("--skip", "n_skip", type=click.IntRange(0), help=f"Sublayers to skip.  [default: {DEFAULT_N_SKIP}]"),
-    option("--speedup", type=click.FloatRange(1), help="Instead of --skip: skip enough for this speed-up of the first "
+    option("--speedup", type=Real(1), help="Instead of --skip: skip enough for this speed-up of the first "
            "token (with --mode decode of the others), as predicted from the times in the profile. 1.5: 1.5 times as "
            "fast."),
     skip_option("--mode", type=click.Choice(MODES), default="prompt", help="Phases that skip. prompt: the bulk, which "
@@ -115,7 +115,7 @@ plan_options = options(
 plan_file_option = skip_option("--plan", "plan_file", metavar="PLAN", help="Plan file to use, written by `tune` or "
                                "`plan -o`.  [default: X.adaskip-plan.json beside MODEL, X.gguf]")  # fmt: skip
 
-max_loss_option = option("--max-loss", type=click.FloatRange(min=0), help="The promise: use the fastest plan of `tune` "
+max_loss_option = option("--max-loss", type=Real(min=0), help="The promise: use the fastest plan of `tune` "
                          "that adds at most this loss, in nats per token, on the texts of `tune`. 0.05 is 5% more "
                          f"perplexity.  [default: {DEFAULT_LOSS}]")  # fmt: skip
 

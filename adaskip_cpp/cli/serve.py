@@ -16,7 +16,7 @@ from ..model.edits import REUSES, Reuse, ReuseName
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import check_gguf, plan_path
 from .planning import PlanSource, find_plan_source, max_loss_option
-from .terminal import model_options, option, run_option, tell, users_error, verb
+from .terminal import Real, model_options, option, run_option, tell, users_error, verb
 
 if TYPE_CHECKING:
     from ..serving.llama import ServedLlama
@@ -55,7 +55,7 @@ def _size(text: str) -> int:
 @_kept("--alias", "aliases", metavar="NAME", multiple=True, help="Clients' name for the first model; repeat it for "
        "the second, and so on.  [default: X for X.gguf]")  # fmt: skip
 @_kept("--keep", type=click.IntRange(1), default=1, help="Models kept in memory. The least recently used is unloaded.")
-@_kept("--keep-alive", type=click.FloatRange(0, min_open=True), metavar="MINUTES",
+@_kept("--keep-alive", type=Real(0, min_open=True), metavar="MINUTES",
        help="Unload a model after this many minutes without a request.  [default: never]")  # fmt: skip
 @_kept("--reuse", type=click.Choice(REUSES), default="auto", help="Tokens of an earlier prompt that are not read "
        "again. prefix: those at its beginning. edits: also equal runs of 96 tokens at other places. auto: edits, if "
@@ -64,7 +64,7 @@ def _size(text: str) -> int:
 @_kept("--cache-size", metavar="SIZE", type=_size, default="2G",
        help="Most bytes of saved prompts per model: in memory, and as many in the folder.")  # fmt: skip
 @run_option("--ctx", type=click.IntRange(256, 2**31 - 1), default=8192, help="Size of the context in tokens.")
-@run_option("--stuck-timeout", metavar="SECONDS", type=click.FloatRange(0, min_open=True), default=60,
+@run_option("--stuck-timeout", metavar="SECONDS", type=Real(0, min_open=True), default=60,
             help="Restart a model if one step takes longer: 512 tokens of a prompt, or one of an answer.")  # fmt: skip
 @model_options
 def serve(

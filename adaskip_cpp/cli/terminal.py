@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import io
+import math
 import os
 import signal
 import sys
@@ -24,13 +25,23 @@ from ..model.settings import FlashAttention
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
+class Real(click.FloatRange):
+    """A range of numbers. Click's own takes NaN into every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
 class _Option(click.Option):
     """An option that knows its heading in the help. The help shows numbers as N or X, not as click's INTEGER RANGE."""
 
     def __init__(self, *args: Any, group: str, **settings: Any) -> None:
         self.group = group
         super().__init__(*args, **settings)
-        usual = {click.IntRange: "N", click.FloatRange: "X"}
+        usual = {click.IntRange: "N", Real: "X"}
         self.metavar = self.metavar or usual.get(type(self.type)) or getattr(self.type, "metavar", None)
 
 
@@ -241,7 +252,7 @@ def answer_options(max_tokens: int) -> Callable[[_Command], _Command]:
     return options(
         option("--max-tokens", type=click.IntRange(min=1), default=max_tokens, help="Tokens of the longest answer."),
         run_option("--ctx", type=click.IntRange(8, 2**31 - 1), default=8192, help="Size of the context, in tokens."),
-        run_option("--temp", type=click.FloatRange(0), default=0.8, help="Temperature; 0: always the likeliest token."),
+        run_option("--temp", type=Real(0), default=0.8, help="Temperature; 0: always the likeliest token."),
         run_option("--seed", type=click.IntRange(0, 2**32 - 2), help="Random seed of sampling.  [default: random]"),
         model_options,
     )

@@ -3,11 +3,14 @@
 import os
 import time
 from functools import partial
+from importlib import metadata
 
 import click
 
+from ..engine.settings import devices
 from ..errors import DataError
 from ..files import check_output, content_hash
+from ..measuring import corpus
 from ..measuring.running import Running
 from ..measuring.tasks import read_texts
 from ..model.frontier import DEFAULT_LOSS
@@ -15,6 +18,7 @@ from ..model.identity import fingerprint, plan_path
 from ..model.plan_file import save_plan
 from ..progress import progress_bar
 from ..tuning import tune as tuning
+from ..tuning.hold_out import unseen_texts
 from ..tuning.memo import Memo
 from .terminal import console, model_options_with, option, output_option, tell, verb
 from .tune_report import minutes, print_frontier
@@ -58,7 +62,10 @@ def tune(
     if both := {*map(os.path.realpath, files)} & {*map(os.path.realpath, text_files)}:
         raise DataError(f"{min(both)!r} is given to --data and --text; give each a file of its own")
     data, texts = read_texts(files), read_texts(text_files)
-    key = content_hash([fingerprint(model), context, n_answer, data, texts, running.given(), running.gpu_layers])
+    # Times are of this machine and release, and texts of what is installed: with others, findings are not used again.
+    here = (*devices(), metadata.version("adaskip-cpp"), metadata.version("llama-cpp-python"))
+    read = data or corpus.text(()), texts or unseen_texts()
+    key = content_hash([fingerprint(model), context, n_answer, here, read, running.given(), running.gpu_layers])
     memo = Memo(f"{target.removesuffix('.json')}-unfinished.json", key)
     tell("This measures the speed of this machine, so run nothing else. After Ctrl-C, the same command continues.")
     frontier = tuning.tune(

@@ -150,9 +150,34 @@ class EditedPromptsLlama(SelfDescribingLlama):
         """
         if self.n_tokens and np.min(self.input_ids[: self.n_tokens]) < 0:
             raise StateError("the memory holds an image, which has positions of its own; save a prompt of text.")
+        self._check_open()
         if (state := self._save_sequence()) is None:
             raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")
         return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state, self.model_info)
+
+    def load_prompt(self, saved: Saved) -> None:
+        """Put a saved prompt in the place of what is in memory.
+
+        A prompt of another model, or one that is gone or that llama.cpp refuses, is a StateError. Only the latter two
+        leave the memory empty.
+        """
+        self._check_open()
+        if saved.model != self.model_info:
+            raise StateError("the saved prompt is of another model; save it again with this one.")
+        state = saved.take()
+        if state is None or not self._put(saved.tokens, state):
+            raise StateError("llama.cpp could not load the saved prompt; read it again.")
+
+    def _put(self, tokens: Tokens, state: bytearray) -> bool:
+        """Replace the memory by a saved state. If it does not fit or llama.cpp refuses it, the memory is empty."""
+        self._ctx.kv_cache_clear()
+        self.reset()  # type: ignore[no-untyped-call]
+        if len(tokens) > self.context_size or not self._load_sequence(state):
+            self._ctx.kv_cache_clear()
+            return False
+        self.input_ids[: len(tokens)] = tokens
+        self.n_tokens, self._requires_eval = len(tokens), True
+        return True
 
     def _save_sequence(self) -> bytearray | None:
         """Return the state of sequence 0; None where llama.cpp fails to save it."""

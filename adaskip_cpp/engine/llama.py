@@ -3,6 +3,7 @@
 It is one file, because cached tokens, the plan in force and the phases of new tokens depend on each other.
 """
 
+import operator
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -129,6 +130,11 @@ class AdaSkipLlama(EditedPromptsLlama):
         _check_choice(plan, max_loss)
         if isinstance(plan, str):
             found = plan_beside(model_path)
+            if max_loss is not None and found.frontier is None:
+                raise PlanError(
+                    "max_loss chooses from a frontier, but the plan file beside the model has one plan; leave it out, "
+                    "or run `adaskip-cpp tune`."
+                )
             plan = found.plan or found.frontier
         if isinstance(plan, Frontier):
             self.frontier, plan = plan, None
@@ -145,12 +151,14 @@ class AdaSkipLlama(EditedPromptsLlama):
         elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
         with elide_kv(elided):
             super().__init__(model_path, reuse=reuse, **kwargs)
-        if plan is not None:
-            try:
+        try:
+            if self.frontier is not None and (made_for := self.frontier.made_for) is not None:
+                made_for.check(self.model_info, "the frontier", model_path)
+            if plan is not None:
                 self.set_plan(plan)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def plan(self) -> SkipPlan | None:
@@ -329,7 +337,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         self._eval("bulk", tokens)
 
     def _eval(self, phase: Phase, tokens: Sequence[int], rows: Rows | None = None) -> None:
-        tokens = [int(token) for token in tokens]
+        tokens = self._checked(tokens)
         if not tokens:
             return
         self._check_room(self.n_tokens + len(tokens))
@@ -525,6 +533,21 @@ class AdaSkipLlama(EditedPromptsLlama):
             way_out = "leave collect_statistics() first, or open it with keep_logits=True"
             raise StateError(f"no logits are computed while statistics of all tokens are collected; {way_out}.")
 
+    def detokenize(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> bytes:
+        """Return the bytes of tokens, as ``llama_cpp.Llama`` does; a RequestError if one is not of this model."""
+        return bytes(super().detokenize(self._checked(tokens), *args, **kwargs))
+
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        """Return the token ids as a list; raise a RequestError if one is not of this model."""
+        try:
+            ids = [operator.index(token) for token in tokens]
+        except TypeError as error:
+            raise RequestError(f"{error}; give token ids, as tokenize() returns them.") from None
+        if ids and not (min(ids) >= 0 and max(ids) < self.n_vocab()):
+            wrong = next(each for each in ids if not 0 <= each < self.n_vocab())
+            raise RequestError(f"there is no token {wrong}; this model has ids from 0 to {self.n_vocab() - 1}.")
+        return ids
+
     def _check_room(self, n: int) -> None:
         """Refuse ``n`` tokens in all: llama.cpp may hold more than ``n_ctx``, of which there is no record."""
         if n > self.context_size:
@@ -628,6 +651,8 @@ def _bulk_key(plan: SkipPlan) -> tuple[object, ...]:
 def _check_choice(plan: Any, max_loss: float | None) -> None:
     if isinstance(plan, str) and plan != "auto":
         raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
+    if not isinstance(plan, str | SkipPlan | Frontier | None):
+        raise PlanError(f"expected a SkipPlan or None, not {type(plan).__name__}; see Profile.plan().")
     if max_loss is not None:
         check_max_loss(max_loss)
         if not isinstance(plan, str | Frontier):

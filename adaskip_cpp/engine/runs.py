@@ -58,13 +58,15 @@ def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: in
     known, wanted = _hashes(cached, least), _hashes(prompt, least)
     order = np.argsort(known, kind="stable")
     low, high = (np.searchsorted(known[order], wanted, side) for side in ("left", "right"))
-    is_free = np.ones(len(cached), bool)
+    is_free, begins = np.ones(len(cached), bool), np.ones(len(known), bool)  # tokens, and places of a further run
     runs: list[Run] = []
     at = shift = 0
     for to in np.flatnonzero(low < high).tolist():
         if to < at:
             continue
         places = order[low[to] : high[to]]
+        if not (places := places[begins[places]]).size:
+            continue
         nearest = places[np.argsort(abs(places - (to - shift)), kind="stable")[:_MOST_TRIED]]
         lengths = [n_common(np.where(is_free[each:], cached[each:], -1), prompt[to:]) for each in nearest]
         n = max(lengths)
@@ -74,7 +76,7 @@ def find_runs(cached: Tokens, prompt: Tokens, *, first: int, end: int, least: in
             both = first + sum(each.n for each in runs if each.start < first + start) + n // 2
             either = 2 * first + start + to + n - both
             runs.append(Run(first + start, first + to, n, 1 if both >= SAME * either else WIDE))
-            is_free[start : start + n] = False
+            is_free[start : start + n] = begins[max(start - least + 1, 0) : start + n] = False
             at, shift = to + n, to - start
     return runs
 

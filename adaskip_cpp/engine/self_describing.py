@@ -15,14 +15,23 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..errors import ModelFileError, NativeError, RequestError, StateError
 from ..files import StrPath
-from ..model.identity import ModelInfo, fingerprint
-from ..model.settings import FlashAttention, Repack
+from ..model.identity import ModelInfo, check_gguf, fingerprint
+from ..model.settings import MOST_THREADS, FlashAttention, Repack
 from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
 
 _ERROR = 4  # ggml_log_level; llama-cpp-python numbers levels otherwise, and hides errors unless verbose
 _FLASH_TILE = 64  # ggml's GGML_FA_TILE_Q: with fewer tokens, its CPU backend computes flash attention row by row
 _V_TYPES = {None, 0, 1, 30}  # ggml_type of V that can be transposed: the default, F32, F16, BF16
+# Arguments with which llama.cpp or llama_cpp.Llama would end the process, with their smallest and largest value.
+_BOUNDS = (
+    ("n_batch", 1, 2**31 - 1),
+    ("n_ubatch", 1, 2**31 - 1),
+    ("n_threads", 0, MOST_THREADS),  # 0: the default of llama_cpp.Llama
+    ("n_threads_batch", 0, MOST_THREADS),
+)
+# ggml_type of K and V that llama.cpp has for its cache: F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, BF16
+_KV_TYPES = {None, 0, 1, 2, 3, 6, 7, 8, 20, 30}
 _NOT_TOKENIZED = -(2**31)  # llama_tokenize returns this if it fails
 
 
@@ -53,6 +62,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
             if is_split or kwargs.get("type_v") not in _V_TYPES:
                 needs = "a quantized V (type_v), or tensors split between GPUs, need flash attention everywhere"
                 raise RequestError(f"{needs}; use flash_attn=True.")
+        for name in ("type_k", "type_v"):
+            if kwargs.get(name) not in _KV_TYPES:
+                raise RequestError(f"{name} is {kwargs[name]!r}; use a type of K and V: {_KV_TYPES - {None}}.")
+        if kwargs.get("lora_path") is not None:
+            check_gguf(kwargs["lora_path"])
+        for name, least, most in _BOUNDS:
+            if (n := kwargs.get(name)) is not None and not least <= n <= most:
+                raise RequestError(f"{name} is {n}; use a number from {least} to {most:,}.")
         self.repack: Repack = "all" if repack == "all" else bool(repack)
         self.unpack, unpacked = tuple(unpack), _type_bits(unpack)
         self.flash_attn: FlashAttention = "prompts" if flash_attn == "prompts" else bool(flash_attn)
@@ -67,6 +84,13 @@ class SelfDescribingLlama(llama_cpp.Llama):
                 "file is complete, its architecture supported, and the memory large enough for its context (n_ctx, "
                 "--ctx)."
             ) from error
+        if self.lora_path and not self._lora_adapter:  # llama_cpp.Llama takes a null pointer for an adapter
+            self._lora_adapter = None
+            self.close()
+            raise ModelFileError(
+                f"llama.cpp cannot use {self.lora_path!r} as a LoRA adapter ({', '.join(reasons[:1])}); give a GGUF "
+                "file that was made for this model."
+            )
         if flash_attn == "prompts":
             self._adaskip.set_flash_least(_FLASH_TILE)
         if repack == "all":
@@ -78,9 +102,17 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @cached_property
     def _adaskip(self) -> NativeContext:
-        if self.ctx is None:
-            raise NativeError("the model is closed; open it again.")
+        self._check_open()
         return NativeContext(int(self.ctx))
+
+    def _check_open(self) -> None:
+        if self.ctx is None:  # llama.cpp would read freed memory
+            raise NativeError("the model is closed; open it again.")
+
+    def n_ctx(self) -> int:
+        """Return the size of the context, in tokens."""
+        self._check_open()
+        return int(super().n_ctx())
 
     def close(self) -> None:
         """Free the model. It cannot be used afterwards."""
@@ -252,6 +284,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     def save_state(self) -> AdaSkipState:
         """Return the state as ``llama_cpp.Llama.save_state`` does, with the model's identity."""
+        self._check_open()
         state = AdaSkipState.__new__(AdaSkipState)
         state.__dict__.update(vars(super().save_state()), model=self.model_info, elided_kv=self.elided_kv)
         return state
@@ -262,6 +295,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
         Another model, other context settings or another KV layout raise a StateError. Nothing is changed then, unless
         llama.cpp itself refuses the state: then the cache is empty.
         """
+        self._check_open()
         if isinstance(state, AdaSkipState) and (differences := state.model.differences(self.model_info)):
             raise StateError(f"the state is of another model: {'; '.join(differences)}; load it into that model.")
         if getattr(state, "elided_kv", ()) != self.elided_kv:

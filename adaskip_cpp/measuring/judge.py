@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine.llama import AdaSkipLlama
+from ..engine.runs import Saved
 from ..errors import DataError
 from ..model.arrays import Flags, Floats, Vectors
 from ..model.plan import Bulk, SkipPlan
@@ -111,16 +112,19 @@ class Judge:
         llm, around = self._llm, self._around
         llm.set_plan(plan)
         text, n_prompt, n_bulk = tuple[int, ...](), 0, 0  # in the cache: the text, its prompt, and that before the tail
+        saved: Saved | None = None  # the prompt, for a model that cannot take an answer out of its memory
         for probe in probes or self.probes:
             tokens, begin = probe.tokens, max(probe.n_prompt - around.tail, 0)
-            is_same = text is tokens and not llm.has_state
-            if is_same and n_prompt == probe.n_prompt:
+            is_same = text is tokens
+            if is_same and n_prompt == probe.n_prompt and saved is not None:
+                llm.load_prompt(saved)
+            elif is_same and n_prompt == probe.n_prompt:
                 llm.truncate(n_prompt)
             elif read is not None:
                 llm.reset()
                 read(probe)
             else:
-                if is_same and begin >= n_bulk:
+                if is_same and begin >= n_bulk and not llm.has_state:
                     llm.truncate(n_bulk)
                 else:
                     llm.reset()
@@ -134,6 +138,7 @@ class Judge:
                 for end in (probe.n_prompt - around.last, probe.n_prompt) if plan is None else (probe.n_prompt,):
                     llm.eval(tokens[llm.n_tokens : max(end, llm.n_tokens)])
                 n_bulk = begin
+                saved = llm.save_prompt() if llm.has_state else None
             llm.begin_request()
             logits = [llm.logits_after(each) for each in _pieces(probe.answer[:-1], plan)]
             text, n_prompt = tokens, probe.n_prompt

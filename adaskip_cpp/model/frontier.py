@@ -13,6 +13,7 @@ from ..intervals import Interval
 from .arrays import Count
 from .cost_model import CostSettings
 from .edits import FEW, Edits
+from .identity import ModelInfo
 from .plan import SkipPlan
 from .quality import Passkeys, Quality
 from .settings import Settings, Tried
@@ -164,6 +165,7 @@ class Frontier:
         n_read: tokens that calibration and tuning read, except to time sublayers and the result.
         about: texts and release, for people to read.
         edits: figures of edited prompts, by growing numbers of moves; () if tokens cannot be moved.
+        model: the model that was tuned; None for that of the plans.
 
     Examples:
         >>> frontier = load_plan("model.adaskip-plan.json").frontier
@@ -180,10 +182,16 @@ class Frontier:
     n_read: int = 0
     about: dict[str, str | int | float | None] = field(default_factory=dict)
     edits: tuple[EditPoint, ...] = ()
+    model: ModelInfo | None = None
 
     def __post_init__(self) -> None:
         if any(each.plan.bulk is None for each in self.points):
             raise PlanError("a point of a frontier skips in the bulk of prompts alone; tune again")
+
+    @property
+    def made_for(self) -> ModelInfo | None:
+        """The model of all figures, also of those of edited prompts, which have no plan; None for any model."""
+        return self.points[0].plan.model if self.model is None and self.points else self.model
 
     def choose(self, n_tokens: int, max_loss: float = DEFAULT_LOSS, *, edited: bool = False) -> SkipPlan | None:
         """Return the fastest plan that keeps a promise for a prompt; None for the whole model.

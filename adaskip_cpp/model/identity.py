@@ -103,6 +103,8 @@ def check_gguf(path: StrPath) -> None:
             raise ModelFileError(f"there is no model file {name!r}; check the path")
         if os.path.isdir(name):
             raise ModelFileError(f"{name!r} is a folder; name the .gguf file in it")
+        if not os.path.isfile(name):  # a pipe would be waited for
+            raise ModelFileError(f"{name!r} is not a regular file; name a .gguf file")
         with _reading(name) as file:
             if file.read(4) != b"GGUF":
                 raise ModelFileError(f"{name!r} is not a GGUF file; download a .gguf or convert the model to GGUF")

@@ -10,10 +10,10 @@ from ..errors import PlanError, PlanFileError
 from ..files import StrPath
 from . import stored
 from .frontier import Frontier
-from .identity import PLAN_SUFFIX, fingerprint, plan_path
+from .identity import PLAN_SUFFIX, ModelInfo, fingerprint, plan_path
 from .plan import SkipPlan
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 _FORMAT = "adaskip-plan"
 
 
@@ -27,7 +27,7 @@ class PlanFile:
     def __post_init__(self) -> None:
         if (self.plan is None) == (self.frontier is None):
             raise PlanError("a plan file has one plan or a frontier; tune again")
-        if len({(each.model, each.n_layer) for each in self.plans}) > 1:
+        if len({each.n_layer for each in self.plans}) > 1 or {each.model for each in self.plans} - {self.made_for}:
             raise PlanError("the plans of a frontier are of several models; tune again")
 
     @property
@@ -36,6 +36,13 @@ class PlanFile:
         if self.frontier is not None:
             return tuple(point.plan for point in self.frontier.points)
         return () if self.plan is None else (self.plan,)
+
+    @property
+    def made_for(self) -> ModelInfo | None:
+        """The model of the plans; None for any model."""
+        if self.frontier is not None:
+            return self.frontier.made_for
+        return None if self.plan is None else self.plan.model
 
 
 def save_plan(path: StrPath, plan: SkipPlan | Frontier) -> None:
@@ -74,7 +81,7 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
         raise PlanFileError(f"{name!r} is a model; name its plan file, which {way_out} writes") from error
     except (ValueError, RecursionError) as error:  # this includes all errors of msgspec and our own
         raise PlanFileError(f"{name!r} cannot be used: {error}; write it again with {way_out}") from error
-    if model is not None and found.plans and (made_for := found.plans[0].model) is not None:
+    if model is not None and (made_for := found.made_for) is not None:
         here = replace(made_for, fingerprint=fingerprint(model))
         made_for.check(here, repr(name), model, f"run `adaskip-cpp tune {os.fspath(model)}`")
     return found

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from ..errors import PlanError
 from ..intervals import Interval
 
 ERRORS = 1.6  # standard errors that are added to a mean loss before it is compared with a promise
@@ -21,6 +22,10 @@ class Passkeys:
     n: int
     whole: int
     plan: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.plan <= self.whole <= self.n:
+            raise PlanError(f"{self.plan} of {self.whole} of {self.n} pass keys are impossible; tune again")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Quality:
     tails: tuple[float, float]
     n_texts: int
     n_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.divergence.value < 0 or self.error < 0 or self.excess < 0:
+            raise PlanError("a divergence is negative, which is impossible; tune again")
 
     @property
     def harm(self) -> float:

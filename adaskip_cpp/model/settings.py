@@ -2,10 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+
+from .arrays import Count
 
 FlashAttention: TypeAlias = bool | Literal["prompts"]
 Repack: TypeAlias = bool | Literal["all"]
+MOST_THREADS = 512  # GGML_MAX_N_THREADS: with more, ggml ends the process
+Threads: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=MOST_THREADS)]
 
 
 @dataclass(frozen=True)
@@ -25,10 +31,10 @@ class Settings:
 
     flash_attn: FlashAttention = False
     repack: Repack = True
-    n_batch: int = 512
-    n_ubatch: int = 512
-    n_threads: int | None = None
-    n_threads_batch: int | None = None
+    n_batch: Count = 512
+    n_ubatch: Count = 512
+    n_threads: Threads | None = None
+    n_threads_batch: Threads | None = None
     unpack: tuple[str, ...] = ()
 
     def to_kwargs(self) -> dict[str, Any]:

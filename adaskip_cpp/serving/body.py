@@ -88,9 +88,6 @@ def _check_bounds(body: dict[str, Any]) -> None:
     for name in ("n", "best_of"):
         if body.get(name, 1) != 1:
             raise RequestError(f"{name} is {body[name]!r}, but this server gives one choice; leave it out or send 1")
-    for name in ("logprobs", "top_logprobs"):
-        if isinstance(body.get(name), int) and body[name] > MOST_LOGPROBS:
-            raise RequestError(f"{name} is {body[name]}; ask for at most {MOST_LOGPROBS}")
     bias = body.get("logit_bias")
     for value in bias.values() if isinstance(bias, dict) else ():
         if not (isinstance(value, int | float) and abs(value) <= MOST_BIAS):
@@ -103,8 +100,13 @@ def _check_bounds(body: dict[str, Any]) -> None:
 
 
 def _check_numbers(body: BaseModel) -> None:
-    """Refuse numbers that would lead to NaN: a forbidden token could then be sampled, which ends llama.cpp."""
+    """Refuse numbers that would lead to NaN: a forbidden token could then be sampled, which ends llama.cpp.
+
+    Pydantic has made numbers of words such as "20" by now.
+    """
     for name, value in body:
+        if name in ("logprobs", "top_logprobs") and isinstance(value, int) and value > MOST_LOGPROBS:
+            raise RequestError(f"{name} is {value}; ask for at most {MOST_LOGPROBS}")
         low, high = _RANGES.get(name, _RANGE)
         if isinstance(value, int | float) and not low <= value <= high:
             raise RequestError(f"{name} is {value!r}; use a number from {low:g} to {high:g}")

@@ -164,21 +164,23 @@ class ServedLlama(AdaSkipLlama):
         keys = {key, *(names + plan_key(each) for each in (None, *readable))}
         kept = [each for each in cache.entries if each.key.startswith(names)]
         n_same = n_common(self.input_ids[: self.n_tokens], prompt)
-        self._keep(0 if key != self._live_key else n_same)
+        goes_back = self.has_state and n_same < self.n_tokens  # as it cannot, it is read from the beginning
+        self._keep(0 if key != self._live_key or goes_back else n_same)
         self.set_plan(plan, readable=readable)
         # This plan may not read all cells of other plans. The cells know by which set they were computed.
         n_live = self._adaskip.kv_valid("prefill", self.n_tokens)
-        n_usable, n_live = self._n_known(self.input_ids[:n_live], prompt), min(n_same, n_live)
+        n_usable = 0 if goes_back else self._n_known(self.input_ids[:n_live], prompt)
+        n_live = min(n_same, n_live)
         found, n_found = cache.find(keys, prompt, self._n_known)
         self._live_key, self._n_kept = key, min(self._n_kept, n_live)
         if found is not None and n_found >= n_usable + WORTH_KEEPING:
             state = cache.take(found)
-            if state is not None and self._load(found.tokens, state):
-                self._n_kept = len(found.tokens)
+            if state is not None and self._put(found.tokens, state):
+                self._n_kept = n_common(found.tokens, prompt)  # the others make room for the rest of the prompt
         known = [each for each in cache.entries if each.key in keys]
         self.saved_prompts = [Saved(each.tokens, partial(cache.take, each), self.model_info) for each in known]
-        if self._prompt_rows is not None:
-            request.known = {"logprobs": len(prompt)}
+        if self._prompt_rows is not None:  # the whole prompt is read again
+            self._n_kept, request.known = 0, {"logprobs": len(prompt)}
             return
         request.known = {
             "evicted": _most_common(prompt, cache.forgotten, keys),
@@ -201,17 +203,6 @@ class ServedLlama(AdaSkipLlama):
             elif (state := self._save_sequence()) is not None:
                 self.prefix_cache.put(self._live_key, self.input_ids[:n], state)
                 self._n_kept = n
-
-    def _load(self, tokens: Tokens, state: bytearray) -> bool:
-        """Replace the memory by a saved state. If llama.cpp refuses the state, the memory is empty."""
-        self._ctx.kv_cache_clear()
-        self.reset()
-        if len(tokens) > self.context_size or not self._load_sequence(state):
-            self._ctx.kv_cache_clear()
-            return False
-        self.input_ids[: len(tokens)] = tokens
-        self.n_tokens, self._requires_eval = len(tokens), True
-        return True
 
     # -- what the stock class lacks ------------------------------------------------------------------------------------
 

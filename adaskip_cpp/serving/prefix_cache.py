@@ -67,8 +67,9 @@ class PrefixCache:
 
     Args:
         most: largest size of all states in memory, and of all files, in bytes.
-        folder: keeps states for later processes; it is made if it is missing. None: only memory. If several processes
-            share it, each limits its own files. Raises DataError if it cannot be used, or if others may write to it.
+        folder: keeps states for later processes; it is made if it is missing. None: only memory. Processes that share
+            it should have the same ``most``: opening it removes the oldest files beyond that, of all processes. Raises
+            DataError if it cannot be used, or if others may write to it.
     """
 
     def __init__(self, most: int, folder: StrPath | None = None) -> None:

@@ -141,7 +141,7 @@ class _Tuning:
         points, edits = list[Point](), list[EditPoint]()
         about: dict[str, str | int | float | None] = {"package_version": metadata.version("adaskip-cpp")}
         with self._model(settings) as llm:
-            machine = cost_settings(llm)
+            machine, model = cost_settings(llm), llm.model_info
             if held is not None:
                 profile = self._calibrate(llm, data)
                 about |= {**held.names(), "calibrated_on": profile.corpus}
@@ -151,7 +151,7 @@ class _Tuning:
                     edits = edit_points(llm, judge, self.memo, on_progress)
                 points = self._points(llm, profile, held, judge, edits)
         self.n_read += self.memo.n_read
-        frontier = Frontier(tuple(points), settings, machine, found.tried, about=about, edits=tuple(edits))
+        frontier = Frontier(tuple(points), settings, machine, found.tried, about=about, edits=tuple(edits), model=model)
         plan = frontier.choose(_JUDGED_AT, DEFAULT_LOSS)
         with self.on_stage("Measuring the speed") as on_progress:
             speeds = measure_speed(
@@ -226,6 +226,9 @@ class _Tuning:
             doubled = replace(losses, grown=_growth_of(llm))
             grown = {n: replace(losses, grown=growth(n / _JUDGED_AT, doubled.grown)) for n in seconds}
         each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
+        if llm.has_state:  # it reads each prompt from its beginning
+            each_costs += sum({(probe.text, probe.n_prompt): probe.n_prompt for probe in judge.probes}.values())
+            each_costs -= _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL)
         n_left, longest = 0, max(_JUDGED_AT, min(LONGEST, llm.n_ctx_train or LONGEST))
         found, judged = dict[Candidate, Point](), dict[Candidate, Need]()
 

@@ -139,3 +139,9 @@ def test_a_command_that_is_interrupted_or_terminated_says_so(
     monkeypatch.setattr("adaskip_cpp.cli.demo.packaged_model", end)
     assert run("demo", code=130).stderr.strip() == "Error: interrupted"
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("option", ["--max-loss", "--temp"])
+def test_a_number_that_is_none_is_a_wrong_option(option: str, tiny: Any) -> None:
+    for value in ("nan", "inf"):
+        assert "is not a finite number" in fails("generate", tiny(), "-p", "the", option, value, code=2)

@@ -100,8 +100,8 @@ def test_ctrl_c_leaves_all_files_as_they_were_and_the_next_run_goes_on_and_clean
     assert files(folder).keys() - before.keys() == {"other.bin"}
 
 
-@pytest.mark.parametrize("change", [("--context", 120), ("--flash-attn", "on")], ids=str)
-def test_with_other_options_it_begins_anew(
+@pytest.mark.parametrize("change", [("--context", 120), ("--flash-attn", "on"), ()], ids=str)
+def test_with_other_options_or_on_another_machine_it_begins_anew(
     change: tuple[object, ...], tune: Tune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = Mock(wraps=fastest_settings)
@@ -109,6 +109,8 @@ def test_with_other_options_it_begins_anew(
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "measure", Mock(side_effect=KeyboardInterrupt))
         tune(code=130)
+    if not change:
+        monkeypatch.setattr("adaskip_cpp.cli.tune.devices", lambda: ("another CPU", ()))
     tune(*change)
     assert tried.call_count == 2
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from oracles.costs import SETTINGS
 from oracles.fixtures import Open, Tiny
-from oracles.frontiers import frontier, point
+from oracles.frontiers import edit_points, frontier, point
 from oracles.readable import evaluated, logits
 from oracles.tiny_families import tokens
 
@@ -23,6 +23,7 @@ import adaskip_cpp.model.frontier
 from adaskip_cpp import AdaSkipLlama, Frontier, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import PlanError, PlanFileError, ProfileMismatchError
+from adaskip_cpp.model.edits import Edits
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
 from adaskip_cpp.model.plan_file import save_plan
 from adaskip_cpp.model.settings import Settings
@@ -139,6 +140,8 @@ def test_auto_reads_the_file_beside_the_model_and_nothing_else(tiny: Tiny, tmp_p
     save_plan(plan_path(model), plan)
     llm = open_model(model, plan="auto")
     assert llm.plan == plan and llm.elided_kv == (2,)
+    with pytest.raises(PlanError, match=r"max_loss chooses from a frontier, but the plan file .* has one plan"):
+        open_model(model, plan="auto", max_loss=0.001)
     save_plan(plan_path(model), replace(MILD, model=ModelInfo("ab" * 32, "llama", 3)))
     with pytest.raises(ProfileMismatchError, match=r"another model.*tune"):
         open_model(model, plan="auto")
@@ -204,3 +207,24 @@ def test_a_truncated_model_goes_on_as_one_that_read_no_more(name: str, open_tiny
     llm.eval([5, 6])
     fresh.eval([*tokens(40)[:25], 5, 6])
     np.testing.assert_allclose(logits(llm), logits(fresh), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["edits", "plans"])
+def test_figures_of_another_model_are_refused_also_where_no_plan_is_chosen(
+    of: str, tiny: Tiny, tmp_path: Path, open_model: Open
+) -> None:
+    """Edited prompts have figures and no plan, so they would be moved by those of another model."""
+    other = ModelInfo("ab" * 32, "llama", 3)
+    found = frontier([], edits=edit_points([0.001], [Edits()]), model=other)
+    if of == "plans":
+        found = frontier([point(replace(STRONG, model=other), 0.04, {64: 1.5})])
+    model = Path(shutil.copy(tiny(), tmp_path / "m.gguf"))
+    save_plan(plan_path(model), found)
+    for plan in (found, "auto"):
+        with pytest.raises(ProfileMismatchError, match="was made for another model"):
+            open_model(model, plan=plan, max_loss=1e-6)
+    with pytest.raises(PlanError, match="several models"):
+        save_plan(plan_path(model), frontier([point(replace(STRONG, model=other), 0.04, {64: 1.5})], model=OTHER))
+
+
+OTHER = ModelInfo("cd" * 32, "llama", 3)

@@ -1,5 +1,6 @@
 """AdaSkipLlama: phases, changes of plan, graph reuse, saved states, and every refusal leaving the model usable."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,64 @@ def test_a_broken_model_file_is_refused(content: bytes | str | None, tiny: Tiny,
         AdaSkipLlama(str(path), verbose=False)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(errors.ModelFileError, match="is not a regular file"):
+        AdaSkipLlama(str(tmp_path / "model.gguf"), verbose=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_batch": -1}, {"n_ubatch": 0}, {"n_threads": 513}, {"n_threads_batch": 10**6}, {"type_k": 26}, {"type_v": 99}],
+    ids=str,
+)
+def test_numbers_that_would_end_the_process_are_refused(options: dict[str, int], open_tiny: Open) -> None:
+    with pytest.raises(RequestError, match=r"is -?\d+; use a (number from [01] to|type of K and V)"):
+        open_tiny(**options)
+
+
+@pytest.mark.parametrize("what", ["missing", "a model"])
+def test_a_lora_adapter_that_is_none_is_refused(what: str, tiny: Tiny, open_tiny: Open, tmp_path: Path) -> None:
+    """llama_cpp.Llama takes both, and runs the model without an adapter or ends the process."""
+    path = tmp_path / "no.gguf" if what == "missing" else tiny()
+    with pytest.raises(errors.ModelFileError, match=r"there is no model file|cannot use .* as a LoRA adapter"):
+        open_tiny(lora_path=str(path))
+
+
+@pytest.mark.parametrize("wrong", [[5, -1], [N_VOCAB], [2**40], [1.7], ["a"]], ids=str)
+def test_what_is_no_token_is_refused_and_the_model_goes_on(wrong: Any, open_tiny: Open) -> None:
+    llm = open_tiny()
+    llm.eval(tokens(9))
+    for evaluate in (llm.eval, llm.eval_bulk, llm.eval_decode):
+        with pytest.raises(RequestError, match=r"there is no token|give token ids"):
+            evaluate(wrong)
+    with pytest.raises(RequestError, match=r"there is no token|give token ids"):
+        llm.detokenize(wrong)
+    assert llm.n_tokens == 9 and still_works(llm, open_tiny)
+
+
+def test_a_closed_model_says_so(open_tiny: Open) -> None:
+    """llama.cpp would read freed memory."""
+    llm = open_tiny()
+    llm.eval(tokens(9))
+    state = llm.save_state()
+    llm.close()
+    for use in (llm.n_ctx, llm.save_state, llm.save_prompt):
+        with pytest.raises(errors.NativeError, match="the model is closed"):
+            use()
+    with pytest.raises(errors.NativeError, match="the model is closed"):
+        llm.eval(tokens(3))
+    with pytest.raises(errors.NativeError, match="the model is closed"):
+        llm.load_state(state)
+
+
+@pytest.mark.parametrize("plan", [5, [], {}], ids=str)
+def test_what_is_no_plan_is_refused(plan: Any, open_tiny: Open) -> None:
+    with pytest.raises(PlanError, match="expected a SkipPlan or None"):
+        open_tiny(plan=plan)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "falcon"])
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
 def test_plans_of_one_size_do_not_share_memory_layouts(kind: str, name: str, tmp_path: Path, open_model: Open) -> None:
@@ -278,7 +337,7 @@ def test_generation_goes_on_after_them_and_they_stay_the_callers(logits_all: boo
     expected = next(fresh.generate(np.array(text), temp=0.0))
     assert next(llm.generate(text, temp=0.0)) == expected == found[-1].argmax()
     llm.logits_after([7, 8])
-    with pytest.raises(errors.NativeError):
+    with pytest.raises(RequestError):
         llm.logits_after([-1])
     np.testing.assert_array_equal(found, kept)
     assert next(llm.generate([*text, 7, 8, 9], temp=0.0)) == next(fresh.generate([*text, 7, 8, 9], temp=0.0))

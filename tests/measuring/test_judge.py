@@ -96,6 +96,19 @@ def test_the_figures_are_those_of_plain_evaluations_of_each_prompt(
         assert_scores(found, by_definition(rows(probe, None), rows(probe, plan), probe.answer[probe.n_cue :]), 1e-4)
 
 
+@pytest.mark.parametrize("name", ["jamba", "mamba"])
+def test_a_model_that_cannot_go_back_reads_each_prompt_once(name: str, open_tiny: Open) -> None:
+    llm = open_tiny(name)
+    plan, before = skipping(llm), llm.n_evaluated
+    assert llm.has_state
+    Judge(llm, PROBES)(plan)
+    prompts = {(probe.text, probe.n_prompt) for probe in PROBES}
+    n_answers = sum(len(probe.answer) - 1 for probe in PROBES)
+    assert llm.n_evaluated - before <= 2 * (sum(n for _, n in prompts) + n_answers), (
+        "by the whole model and by the plan"
+    )
+
+
 def test_a_plan_that_skips_nothing_changes_nothing_and_the_last_answer_is_in_the_cache(open_tiny: Open) -> None:
     llm, last = open_tiny(), PROBES[-1]
     for each in Judge(llm, PROBES)(SkipPlan(NONE, NONE, bulk=Bulk(NONE))):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from oracles.sequence_oracle import common_prefix
 from oracles.tiny_families import N_LAYER, N_VOCAB, tokens
 
 from adaskip_cpp import Frontier, SkipPlan
-from adaskip_cpp.engine.runs import Run, find_runs
+from adaskip_cpp.engine.runs import Run, find_runs, n_common
 from adaskip_cpp.errors import NativeError, RequestError
 from adaskip_cpp.model.edits import WIDE, Edits
 
@@ -79,6 +80,15 @@ def edited() -> dict[str, tuple[list[int], list[int]]]:
         "the oldest dropped": (a + b + c, b + c),
         "turned round": (a + b + c, [token for at in range(150, -1, -15) for token in (a + b + c)[at : at + 15]]),
     }
+
+
+def test_repeated_text_that_is_used_up_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that memory has ten times and the prompt a hundred times."""
+    line, compared = tokens(40, seed=3), Mock(wraps=n_common)
+    monkeypatch.setattr("adaskip_cpp.engine.runs.n_common", compared)
+    runs = runs_of(tokens(100, seed=1) + line * 10, tokens(100, seed=2) + line * 100, least=20)
+    assert sum(run.n for run in runs) == 400
+    assert compared.call_count <= 8 * len(runs)
 
 
 @pytest.mark.parametrize("kind", edited())

@@ -40,3 +40,13 @@ def test_a_body_may_have_what_the_schema_lacks() -> None:
     for content in ({"content": None}, {}):  # as the openai package sends back the message that it got
         body = read(CHAT, {"messages": [{"role": "assistant", **content, "tool_calls": [call]}]}).body
         assert body.messages == [{"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def test_probabilities_are_bounded_however_the_number_is_written() -> None:
+    for value in (21, "21", 21.0):
+        with pytest.raises(RequestError, match="logprobs is 21; ask for at most 20"):
+            read("/v1/completions", {"prompt": "a", "logprobs": value})
+        with pytest.raises(RequestError, match="top_logprobs is 21; ask for at most 20"):
+            read(CHAT, {"messages": ASKED, "logprobs": True, "top_logprobs": value})
+    body: Any = read("/v1/completions", {"prompt": "a", "logprobs": "20"}).body
+    assert body.logprobs == 20

@@ -152,6 +152,26 @@ def test_it_is_opened_with_the_settings_that_were_found_on_this_machine(open_ser
     assert (used.flash_attention, used.repack, used.n_batch, used.n_ubatch) == (True, False, 96, 64)
 
 
+def test_a_prompt_that_a_saved_one_began_is_kept_too(served: ServedLlama) -> None:
+    """A saved state is loaded for its first tokens. The others that it has do not count as kept."""
+    long, other = tokens(400, 1), tokens(300, 2)
+    branch = long[:150] + tokens(200, 3)[1:]
+    for prompt in (long, other, branch, other):
+        run(served, prompt)
+    assert run(served, branch)[1].n_read == 1
+
+
+def test_a_memory_that_cannot_go_back_is_replaced_by_a_saved_state(open_served: Open) -> None:
+    """A recurrent model cannot forget its last tokens, so the tokens before them are no use."""
+    served = open_served("mamba", None, **OPTIONS)
+    text = tokens(700, 1)
+    run(served, text[:300], n=1)
+    run(served, tokens(300, 2), n=1)
+    run(served, text, n=1)
+    changed = [*text[:600], *tokens(50, 3)[1:]]
+    assert run(served, changed, n=1)[1].n_read <= len(changed) - 299
+
+
 def test_a_prompt_that_shall_be_read_anew_is_and_leaves_the_others(served: ServedLlama) -> None:
     talk, other = tokens(300, 1), tokens(300, 2)
     run(served, talk)
