@@ -27,8 +27,8 @@ _V_TYPES = {None, 0, 1, 30}  # ggml_type of V that can be transposed: the defaul
 _BOUNDS = (
     ("n_batch", 1, 2**31 - 1),
     ("n_ubatch", 1, 2**31 - 1),
-    ("n_threads", 0, MOST_THREADS),  # 0: the default of llama_cpp.Llama
-    ("n_threads_batch", 0, MOST_THREADS),
+    ("n_threads", -1, MOST_THREADS),  # 0: the default of llama_cpp.Llama; -1: that of llama.cpp
+    ("n_threads_batch", -1, MOST_THREADS),
 )
 # ggml_type of K and V that llama.cpp has for its cache: F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, BF16
 _KV_TYPES = {None, 0, 1, 2, 3, 6, 7, 8, 20, 30}

@@ -29,7 +29,7 @@ SPEEDUPS = ((1024, 1.1), (2048, 1.2), (4096, 1.4), (8192, 1.6), (16384, 1.8), (3
 KINDS = quality(0.011, 0.012, 0.83), quality(0.021, 0.022, 0.73), quality(0.015, 0.016, 0.63)
 POINT = Point(2048, *KINDS, Passkeys(5, 4, 3), SPEEDUPS, SkipPlan(NONE, NONE, bulk=BULK))
 SMALL = EditPoint(2048, *KINDS, Passkeys(5, 4, 4), (), Edits(most_moves=FEW))
-DOUBTFUL = Interval(-0.123, -0.456, 0.21, 4)
+DOUBTFUL = Interval(0.123, -0.21, 0.456, 4)
 WIDE = replace(KINDS[0], divergence=DOUBTFUL, loss=DOUBTFUL)
 ORDER = EditPoint(2048, WIDE, WIDE, WIDE, Passkeys(5, 4, 3), (), Edits(most_moves=MANY))
 APART = EditPoint(2048, *KINDS, Passkeys(5, 4, 4), (), Edits(most_moves=TOGETHER))
@@ -84,7 +84,7 @@ def test_edits(lines: Sequence[str]) -> None:
     assert first == "diver- added in in same pass from a"
     assert second == "edits gence loss copies keys token keys promise of"
     assert small == "small .011±.002 .012±.002 .021±.002 .015±.002 83% 4/4 0.044"
-    assert order == "new order -.123±.333 -.123±.333 -.123±.333 -.123±.333 83% 3/4 none"
+    assert order == "new order .123±.333 .123±.333 .123±.333 .123±.333 83% 3/4 none"
     assert together == "together .011±.002 .012±.002 .021±.002 .015±.002 83% 4/4 0.044"
 
 

@@ -12,7 +12,7 @@ from adaskip_cpp.tuning.losses import Candidate, Layers, Lost, Need, aim, measur
 
 Losses = Callable[..., Lost]
 PARTS = ("attention", "ffn", "windowed")
-FIRST = 2.5  # the promise over the predicted loss, until a set is judged
+FIRST = 2.0  # the promise over the predicted loss, until a set is judged
 
 
 def last(n: int, end: int = 12) -> tuple[int, ...]:
