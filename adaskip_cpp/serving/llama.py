@@ -164,12 +164,12 @@ class ServedLlama(AdaSkipLlama):
         keys = {key, *(names + plan_key(each) for each in (None, *readable))}
         kept = [each for each in cache.entries if each.key.startswith(names)]
         n_same = n_common(self.input_ids[: self.n_tokens], prompt)
-        goes_back = self.has_state and n_same < self.n_tokens  # as it cannot, it is read from the beginning
-        self._keep(0 if key != self._live_key or goes_back else n_same)
+        must_go_back = self.has_state and n_same < self.n_tokens  # as it cannot, it is read from the beginning
+        self._keep(0 if key != self._live_key or must_go_back else n_same)
         self.set_plan(plan, readable=readable)
         # This plan may not read all cells of other plans. The cells know by which set they were computed.
         n_live = self._adaskip.kv_valid("prefill", self.n_tokens)
-        n_usable = 0 if goes_back else self._n_known(self.input_ids[:n_live], prompt)
+        n_usable = 0 if must_go_back else self._n_known(self.input_ids[:n_live], prompt)
         n_live = min(n_same, n_live)
         found, n_found = cache.find(keys, prompt, self._n_known)
         self._live_key, self._n_kept = key, min(self._n_kept, n_live)
