@@ -31,8 +31,8 @@ def main(context: click.Context) -> None:
 
     `tune` finds the fastest plan that keeps a promise about quality. `generate`, `chat`, `serve` and `run` use this
     plan. To go step by step: `calibrate` measures the sublayers (attention and FFN blocks), `plan` and `plot` show the
-    result, `bench` measures the speed, and `evaluate` the quality. `demo` compares two plans
-    with the whole model, on a small model of its own.
+    result, `bench` measures the speed, and `evaluate` the quality. `demo` compares two plans with the whole model, on a
+    small model of its own.
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
