@@ -120,8 +120,8 @@ def _print_points(out: Console, frontier: Frontier) -> None:
         "model finds clearly, and of these those that the plan finds. Means over texts, ± half of a 95% interval. "
         "speed: how many times as fast the first token comes, predicted. For a prompt twice as long, losses are "
         f"assumed to be {min(factors):.3g} to {max(factors):.3g} times as large. Those of windows do not grow. A plan "
-        f"keeps a promise if each divergence plus {ERRORS} standard errors stays within it, and each mean added loss "
-        "too.\n",
+        f"keeps a promise if each divergence plus {ERRORS} standard errors stays within it, and so does each mean "
+        "added loss.\n",
         style="dim",
     )
 

@@ -150,7 +150,6 @@ class EditedPromptsLlama(SelfDescribingLlama):
         """
         if self.n_tokens and np.min(self.input_ids[: self.n_tokens]) < 0:
             raise StateError("the memory holds an image, which has positions of its own; save a prompt of text.")
-        self._check_open()
         if (state := self._save_sequence()) is None:
             raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")
         return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state, self.model_info)
@@ -161,7 +160,6 @@ class EditedPromptsLlama(SelfDescribingLlama):
         A prompt of another model, or one that is gone or that llama.cpp refuses, is a StateError. Only the latter two
         leave the memory empty.
         """
-        self._check_open()
         if saved.model != self.model_info:
             raise StateError("the saved prompt is of another model; save it again with this one.")
         state = saved.take()

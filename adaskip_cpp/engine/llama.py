@@ -649,10 +649,8 @@ def _bulk_key(plan: SkipPlan) -> tuple[object, ...]:
 
 
 def _check_choice(plan: Any, max_loss: float | None) -> None:
-    if isinstance(plan, str) and plan != "auto":
+    if plan != "auto" if isinstance(plan, str) else not isinstance(plan, SkipPlan | Frontier | None):
         raise PlanError(f'unknown plan {plan!r}; pass "auto", a SkipPlan or None.')
-    if not isinstance(plan, str | SkipPlan | Frontier | None):
-        raise PlanError(f"expected a SkipPlan or None, not {type(plan).__name__}; see Profile.plan().")
     if max_loss is not None:
         check_max_loss(max_loss)
         if not isinstance(plan, str | Frontier):

@@ -32,6 +32,7 @@ _BOUNDS = (
 )
 # ggml_type of K and V that llama.cpp has for its cache: F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, BF16
 _KV_TYPES = {None, 0, 1, 2, 3, 6, 7, 8, 20, 30}
+_FREED = ("_model", "_ctx", "_batch", "tokenizer_")  # attributes of llama_cpp.Llama that a closed model lacks
 _NOT_TOKENIZED = -(2**31)  # llama_tokenize returns this if it fails
 
 
@@ -102,23 +103,21 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     @cached_property
     def _adaskip(self) -> NativeContext:
-        self._check_open()
         return NativeContext(int(self.ctx))
-
-    def _check_open(self) -> None:
-        if self.ctx is None:  # llama.cpp would read freed memory
-            raise NativeError("the model is closed; open it again.")
-
-    def n_ctx(self) -> int:
-        """Return the size of the context, in tokens."""
-        self._check_open()
-        return int(super().n_ctx())
 
     def close(self) -> None:
         """Free the model. It cannot be used afterwards."""
         self.__dict__.pop("_adaskip", None)
         if hasattr(self, "_stack"):  # absent where the constructor refused its arguments
             super().close()
+            for name in _FREED:
+                self.__dict__.pop(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        # Every method of llama_cpp.Llama gets at llama.cpp through these. It would read freed memory.
+        if name in _FREED:
+            raise NativeError("the model is closed; open it again.")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def model_params(self) -> Any:
@@ -284,7 +283,6 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     def save_state(self) -> AdaSkipState:
         """Return the state as ``llama_cpp.Llama.save_state`` does, with the model's identity."""
-        self._check_open()
         state = AdaSkipState.__new__(AdaSkipState)
         state.__dict__.update(vars(super().save_state()), model=self.model_info, elided_kv=self.elided_kv)
         return state
@@ -295,7 +293,6 @@ class SelfDescribingLlama(llama_cpp.Llama):
         Another model, other context settings or another KV layout raise a StateError. Nothing is changed then, unless
         llama.cpp itself refuses the state: then the cache is empty.
         """
-        self._check_open()
         if isinstance(state, AdaSkipState) and (differences := state.model.differences(self.model_info)):
             raise StateError(f"the state is of another model: {'; '.join(differences)}; load it into that model.")
         if getattr(state, "elided_kv", ()) != self.elided_kv:

@@ -214,7 +214,7 @@ def test_figures_of_another_model_are_refused_also_where_no_plan_is_chosen(
     of: str, tiny: Tiny, tmp_path: Path, open_model: Open
 ) -> None:
     """Edited prompts have figures and no plan, so they would be moved by those of another model."""
-    other = ModelInfo("ab" * 32, "llama", 3)
+    other, third = (ModelInfo(each * 32, "llama", 3) for each in ("ab", "cd"))
     found = frontier([], edits=edit_points([0.001], [Edits()]), model=other)
     if of == "plans":
         found = frontier([point(replace(STRONG, model=other), 0.04, {64: 1.5})])
@@ -224,7 +224,4 @@ def test_figures_of_another_model_are_refused_also_where_no_plan_is_chosen(
         with pytest.raises(ProfileMismatchError, match="was made for another model"):
             open_model(model, plan=plan, max_loss=1e-6)
     with pytest.raises(PlanError, match="several models"):
-        save_plan(plan_path(model), frontier([point(replace(STRONG, model=other), 0.04, {64: 1.5})], model=OTHER))
-
-
-OTHER = ModelInfo("cd" * 32, "llama", 3)
+        save_plan(plan_path(model), frontier([point(replace(STRONG, model=other), 0.04, {64: 1.5})], model=third))
