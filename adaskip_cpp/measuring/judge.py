@@ -53,6 +53,7 @@ class Judge:
                 raise DataError(f"a probe of {probe.text!r} has {n} tokens, the context {most}; use a larger context")
         self._llm, self.probes = llm, tuple(probes)
         self._whole: list[_Reference] = []
+        self._n_each = 0
         self._around = Bulk(SkipSet.none(llm.n_layer), refit=refit)  # the last plan's: how prompts are cut
 
     def __call__(self, plan: SkipPlan | None) -> tuple[Scores, ...]:
@@ -95,6 +96,12 @@ class Judge:
         return tuple(each.loss for each in self._whole)
 
     @property
+    def n_each(self) -> int:
+        """Tokens that the whole model reads for all probes, and each plan too."""
+        self.read_whole()
+        return self._n_each
+
+    @property
     def n_evaluated(self) -> int:
         """Tokens that the model has read so far, for all its users."""
         return self._llm.n_evaluated
@@ -102,8 +109,10 @@ class Judge:
     def read_whole(self) -> None:
         """Let the whole model read the probes, unless it has already."""
         if not self._whole:
+            before = self.n_evaluated
             answers = zip(self.probes, self._answers(None), strict=True)
             self._whole = [_Reference(probe.answer[probe.n_cue :], logits) for probe, logits in answers]
+            self._n_each = self.n_evaluated - before
 
     def _answers(
         self, plan: SkipPlan | None, probes: Sequence[Probe] = (), read: Callable[[Probe], object] | None = None

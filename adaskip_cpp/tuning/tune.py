@@ -27,7 +27,7 @@ from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
 from ..measuring.probes import KINDS
 from ..model.frontier import DEFAULT_LOSS, GROWTH, EditPoint, Frontier, Point, contexts, growth
-from ..model.plan import DEFAULT_REFIT, DEFAULT_TAIL
+from ..model.plan import DEFAULT_REFIT
 from ..model.settings import Settings
 from ..planning.profile import Profile
 from ..progress import Stage, progress_bar
@@ -225,10 +225,6 @@ class _Tuning:
             losses = measure(planned.layers, lost, on_progress)
             doubled = replace(losses, grown=_growth_of(llm))
             grown = {n: replace(losses, grown=growth(n / _JUDGED_AT, doubled.grown)) for n in seconds}
-        each_costs = _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL) + sum(len(probe.answer) for probe in judge.probes)
-        if llm.has_state:  # it reads each prompt from its beginning
-            each_costs += sum({(probe.text, probe.n_prompt): probe.n_prompt for probe in judge.probes}.values())
-            each_costs -= _N_TEXTS * (_JUDGED_AT + DEFAULT_TAIL)
         n_left, longest = 0, max(_JUDGED_AT, min(LONGEST, llm.n_ctx_train or LONGEST))
         found, judged = dict[Candidate, Point](), dict[Candidate, Need]()
 
@@ -268,6 +264,7 @@ class _Tuning:
 
         with self.on_stage("Judging") as on_progress:
             n_left = MOST_TOKENS - self.memo.get("read before judging", int, count)  # kept for a run that goes on
+            each_costs = self.memo.get("read for each plan", int, lambda: judge.n_each + 1)  # building its graph counts
             n_begin, left, n_failed = max(n_left, 1), Frontier((), edits=tuple(edits)).left, Counter[Any]()
             while (not judged or n_left >= each_costs) and (one := sought()):
                 candidate, length, wanted = one

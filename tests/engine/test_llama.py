@@ -266,7 +266,7 @@ def test_a_closed_model_says_so(open_tiny: Open) -> None:
 
 @pytest.mark.parametrize("plan", [5, [], {}], ids=str)
 def test_what_is_no_plan_is_refused(plan: Any, open_tiny: Open) -> None:
-    with pytest.raises(PlanError, match='unknown plan .*; pass "auto", a SkipPlan or None'):
+    with pytest.raises(PlanError, match=r'unknown plan .*; pass "auto", a SkipPlan or None'):
         open_tiny(plan=plan)
 
 

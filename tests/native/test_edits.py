@@ -25,7 +25,7 @@ from oracles.tiny_families import N_LAYER, N_VOCAB, tokens
 
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.engine.runs import Run, find_runs, n_common
-from adaskip_cpp.errors import NativeError, RequestError
+from adaskip_cpp.errors import NativeError, RequestError, StateError
 from adaskip_cpp.model.edits import WIDE, Edits
 
 
@@ -80,6 +80,25 @@ def edited() -> dict[str, tuple[list[int], list[int]]]:
         "the oldest dropped": (a + b + c, b + c),
         "turned round": (a + b + c, [token for at in range(150, -1, -15) for token in (a + b + c)[at : at + 15]]),
     }
+
+
+def test_a_saved_prompt_is_put_back_or_the_memory_says_so(opened: Open) -> None:
+    llm, text, more = opened(), tokens(40), tokens(9, seed=5)
+    llm.eval(text)
+    saved = llm.save_prompt()
+    expected = llm.logits_after(more)
+    llm.reset()
+    llm.eval(tokens(60, seed=7))
+    llm.load_prompt(saved)
+    assert llm.input_ids[: llm.n_tokens].tolist() == text
+    np.testing.assert_allclose(llm.logits_after(more), expected, rtol=1e-5, atol=1e-5)
+    other = saved._replace(model=replace(saved.model, fingerprint="ab" * 32))
+    with pytest.raises(StateError, match="the saved prompt is of another model"):
+        llm.load_prompt(other)
+    assert llm.n_tokens == 49, "nothing has changed"
+    for gone in (saved._replace(take=lambda: None), saved._replace(take=lambda: bytearray(8))):
+        with pytest.raises(StateError, match="could not load the saved prompt"):
+            llm.load_prompt(gone)
 
 
 def test_repeated_text_that_is_used_up_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:
