@@ -10,7 +10,6 @@ import click
 from ..engine.settings import devices
 from ..errors import DataError
 from ..files import check_output, content_hash
-from ..measuring import corpus
 from ..measuring.running import Running
 from ..measuring.tasks import read_texts
 from ..model.frontier import DEFAULT_LOSS
@@ -62,10 +61,10 @@ def tune(
     if both := {*map(os.path.realpath, files)} & {*map(os.path.realpath, text_files)}:
         raise DataError(f"{min(both)!r} is given to --data and --text; give each a file of its own")
     data, texts = read_texts(files), read_texts(text_files)
-    # Times are of this machine and release, and texts of what is installed: with others, findings are not used again.
+    # Times are of this machine and release, and plans are judged on texts of what is installed.
     here = (*devices(), metadata.version("adaskip-cpp"), metadata.version("llama-cpp-python"))
-    read = data or corpus.text(()), texts or unseen_texts()
-    key = content_hash([fingerprint(model), context, n_answer, here, read, running.given(), running.gpu_layers])
+    judged = texts or unseen_texts()
+    key = content_hash([fingerprint(model), context, n_answer, here, data, judged, running.given(), running.gpu_layers])
     memo = Memo(f"{target.removesuffix('.json')}-unfinished.json", key)
     tell("This measures the speed of this machine, so run nothing else. After Ctrl-C, the same command continues.")
     frontier = tuning.tune(
