@@ -66,27 +66,10 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
-    "AdaSkipError",
-    "AdaSkipLlama",
-    "Bulk",
-    "Edits",
-    "EvaluationOptions",
-    "Frontier",
-    "PlanFileError",
-    "PlanRequest",
-    "Profile",
-    "Running",
-    "SkipPlan",
-    "__version__",
-    "bench",
-    "calibrate",
-    "evaluate",
-    "load_plan",
-    "plan_path",
-    "replace_llama",
-    "save_plan",
-    "tune",
-]
+    "AdaSkipError", "AdaSkipLlama", "Bulk", "Edits", "EvaluationOptions", "Frontier", "PlanFileError", "PlanRequest",
+    "Profile", "Running", "SkipPlan", "__version__", "bench", "calibrate", "evaluate", "load_plan", "plan_path",
+    "replace_llama", "save_plan", "tune",
+]  # fmt: skip
 
 __version__: str = _version("adaskip-cpp")
 """Version of the package."""

@@ -25,27 +25,18 @@ def read_text(path: StrPath) -> str:
     """Read a UTF-8 text file, ``-`` for stdin."""
     try:
         with click.open_file(path, encoding="utf-8") as file:
-            return str(file.read())
+            return str(file.read()).removeprefix("\ufeff")  # a mark that some editors write
     except UnicodeDecodeError as error:
         raise DataError(f"{os.fspath(path)!r} is not UTF-8 text ({error.reason}); convert it first") from error
     except OSError as error:
         raise DataError(f"cannot read {os.fspath(path)!r} ({error.strerror}); check the path") from error
 
 
-def check_output(path: str) -> None:
-    """Raise a DataError if a file cannot be written, before minutes of work for it."""
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise DataError(f"there is no folder {folder!r}; create it or choose another place with -o FILE")
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise DataError(f"cannot write {path!r}; choose another place with -o FILE")
-
-
 def json_text(data: Any) -> str:
     """Return JSON that people read: indented, with lists of plain values on one line, and null for NaN."""
     text = msgspec.json.format(msgspec.json.encode(data), indent=1).decode() + "\n"
     # A list of plain values has no brackets inside, and JSON has no line breaks in strings.
-    return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda row: "[" + re.sub(r",\s+", ", ", row[1]) + "]", text)
+    return re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda row: "[" + re.sub(r",\n\s+", ", ", row[1]) + "]", text)
 
 
 def content_hash(value: Any) -> str:

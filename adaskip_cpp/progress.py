@@ -40,7 +40,8 @@ def progress_bar(label: str, *, still: bool = False, lines: bool = False) -> Ite
         yield _line_a_minute(label) if lines else lambda fraction, words="": None
         return
     start = time.monotonic()
-    columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), TextColumn("{task.description}")
+    words = TextColumn("{task.description}", markup=False)  # has names of files
+    columns = TextColumn(label), BarColumn(bar_width=30), TaskProgressColumn(), words
     bar = Progress(
         *columns,
         TimeRemainingColumn(),

@@ -19,9 +19,9 @@ from typing import Any
 
 from adaskip_cpp import AdaSkipLlama
 from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.intervals import ratio_interval
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import N_SETTLE, in_turn, time_request
 
 N_DECODE = 24

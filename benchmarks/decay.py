@@ -26,8 +26,8 @@ from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.intervals import ratio_interval
-from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import in_turn, time_request
 
 N_PROMPT, N_DECODED = 32, 32

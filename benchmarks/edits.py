@@ -25,7 +25,7 @@ import numpy.typing as npt
 from promise import unseen_texts
 
 from adaskip_cpp import AdaSkipLlama, Edits
-from adaskip_cpp.measuring.cores import physical_cores
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.measuring.corpus import cut, tokens_of
 from adaskip_cpp.measuring.probes import passkeys
 from adaskip_cpp.model.plan_file import plan_beside

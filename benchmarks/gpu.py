@@ -44,11 +44,11 @@ from adaskip_cpp.benchmark.table import NO_PLAN, STOCK, table
 from adaskip_cpp.calibration.linear import DEFAULT_RANK
 from adaskip_cpp.demo import packaged_model
 from adaskip_cpp.engine.binding import lib
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.errors import BudgetError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.progress import silent
 
 GPU_KINDS = (1, 2)  # GGML_BACKEND_DEVICE_TYPE_GPU, _IGPU

@@ -19,9 +19,9 @@ import numpy as np
 from results import layers
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.intervals import Interval, ratio_interval
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import RequestTime, in_turn, time_request
 
 N_DECODE, N_SKIP = 32, 12

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan, calibrate
 from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.cores import physical_cores
 
 N_SKIP, WINDOW, N_AFTER = 12, 20, 20
 

@@ -26,8 +26,8 @@ from oracles.served import IN_ONE_PROCESS, Server, serving
 
 from adaskip_cpp.cli.serve import _open
 from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.intervals import ratio_interval
-from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.running import Running
 from adaskip_cpp.serving.process import Worker
 from adaskip_cpp.serving.worker import Opening

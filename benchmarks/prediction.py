@@ -25,9 +25,9 @@ from dataclasses import asdict
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, calibrate
 from adaskip_cpp.demo import packaged_model
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.errors import BudgetError
 from adaskip_cpp.measuring import corpus
-from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import time_request
 from adaskip_cpp.model.plan import Phase
 from adaskip_cpp.progress import silent

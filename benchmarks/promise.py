@@ -37,7 +37,7 @@ N_CONTINUED, N_COPIED = 192, 128
 def unseen_texts(files: Sequence[str] = ()) -> dict[str, str]:
     """Return one text of each kind: those of IDLE, and those of files."""
     library, found = Path(sysconfig.get_path("stdlib")), {}
-    manual = (library / "idlelib/help.html").read_text()
+    manual = (library / "idlelib/help.html").read_text("utf-8")
     plain = html.unescape(re.sub(r"(?s)<(head|script|style)\b.*?</\1>|<[^>]*>", "", manual))
     found["manual"] = re.sub(r"\s*\n\s*\n\s*", "\n\n", plain).strip()
     news = [library / "idlelib" / name for name in ("News3.txt", "NEWS.txt")]
@@ -45,7 +45,7 @@ def unseen_texts(files: Sequence[str] = ()) -> dict[str, str]:
     for path in map(Path, files):
         found[path.stem] = text = path.read_text("utf-8")
         if path.suffix == ".jsonl":
-            documents = [json.loads(line) for line in text.splitlines()]
+            documents = [json.loads(line) for line in filter(None, text.split("\n"))]
             found[path.stem] = "\n\n".join(each.get("context") or each["input"] for each in documents)
     return {kind: text for kind, text in found.items() if text}
 

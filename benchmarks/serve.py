@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from adaskip_cpp import AdaSkipLlama
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.intervals import ratio_interval
-from adaskip_cpp.measuring.cores import physical_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -203,8 +203,8 @@ def main() -> None:
         # In llama.cpp, all other layers read the KV of the last two that have some; the last must be a full attention.
         parser.error("the width must be a multiple of 384, and 5, 10, 15 .. layers must have KV of their own")
 
+    from adaskip_cpp.engine.cores import physical_cores
     from adaskip_cpp.intervals import ratio_interval
-    from adaskip_cpp.measuring.cores import physical_cores
     from adaskip_cpp.measuring.timing import in_turn
 
     n_threads = physical_cores()

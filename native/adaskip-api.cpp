@@ -76,6 +76,7 @@ static int32_t n_layer_of(const llama_context & ctx) {
 
 // builds a graph of a few tokens for its topology
 static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> & windowable) {
+    ctx.adaskip.roped.clear();
     ctx.synchronize();
     ctx.sched_reserve();
 
@@ -93,6 +94,7 @@ static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> &
         for (const auto & layer : res.layers) {
             const auto * term = res.term(layer[ADASKIP_ATTENTION]);
             windowable.push_back(term && adaskip_kv_reads::find(gf, term->attention) && ctx.get_cparams().causal_attn);
+            ctx.adaskip.roped.push_back(!term || adaskip_is_roped(term->attention));
         }
     };
     const uint32_t n_seqs   = ctx.n_seq_max();
@@ -350,9 +352,7 @@ int32_t adaskip_get_counters(const llama_context * ctx, adaskip_counters * out) 
 int32_t adaskip_set_flash_least(llama_context * ctx, int32_t n_tokens) {
     return guarded(ctx, [&] {
         require(n_tokens >= 0, format("the number of %d tokens is negative", n_tokens));
-        for (const auto * cache : ctx->adaskip.get_kv().caches) {
-            require(!ggml_is_quantized(cache->type_v()), "without flash attention, V cannot be quantized");
-        }
+        require(!ctx->adaskip.get_kv().has_quantized_v(), "without flash attention, V cannot be quantized");
         ctx->adaskip.n_flash_least = n_tokens;
     });
 }
@@ -398,10 +398,38 @@ int32_t adaskip_set_most_moves(llama_context * ctx, int32_t most_moves) {
     });
 }
 
-int32_t adaskip_can_move(const llama_context * ctx) {
+// Whether llama.cpp's shift of K is the rotation by a distance. It also scales all of K if the model's own rotation
+// does, and it rotates K of layers that do not rotate theirs. Learned positions cannot be shifted.
+static bool shifts_right(llama_context & ctx) {
+    const auto & model   = ctx.get_model();
+    const auto & hparams = model.hparams;
+    const auto & cparams = ctx.get_cparams();
+    if (model.pos_embd) {
+        return false;
+    }
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return true;
+    }
+    sublayers_of(ctx);
+    for (int32_t il = 0; il < n_layer_of(ctx); ++il) {
+        if (!hparams.has_kv(il)) {
+            continue;
+        }
+        float scale = cparams.yarn_attn_factor;
+        if (cparams.yarn_ext_factor != 0.0f) { // as in ggml's rope_yarn
+            scale *= 1.0f + 0.1f * std::log(1.0f / model.get_rope_freq_scale(cparams, il));
+        }
+        if (std::fabs(scale - 1.0f) > 1e-4f || !ctx.adaskip.roped[il]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+int32_t adaskip_can_move(llama_context * ctx) {
     return guarded(ctx, [&]() -> int32_t {
         const auto & kv = ctx->adaskip.get_kv();
-        return !kv.caches.empty() && kv.states.empty() && ctx->get_memory()->get_can_shift();
+        return !kv.caches.empty() && kv.states.empty() && ctx->get_memory()->get_can_shift() && shifts_right(*ctx);
     });
 }
 

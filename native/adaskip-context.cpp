@@ -81,7 +81,11 @@ ggml_cgraph * adaskip_context::graph_pass(
     if (!gf) {
         return nullptr;
     }
-    return hook(__func__, [&] { rewrite(lctx, gf, res, gtype); }) ? gf : nullptr;
+    if (!hook(__func__, [&] { rewrite(lctx, gf, res, gtype); })) {
+        n_freed_last = -1; // never reuse that graph
+        return nullptr;
+    }
+    return gf;
 }
 
 // Without an output token, nodes after the last store into the memory have no reader, except the hidden states that

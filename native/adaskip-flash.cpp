@@ -61,11 +61,11 @@ static void remove_heads(ggml_tensor * dst, int ith, int nth, void * user_data) 
     });
 }
 
-// [n_kv, n_tokens] -> [n_kv, n_tokens, heads of a group], where added heads see nothing; src[1] and src[2] are Q and K
-static void mask_heads(ggml_tensor * dst, int ith, int nth, void * user_data) {
-    GGML_UNUSED(user_data);
+// [n_kv, n_tokens] -> [n_kv, n_tokens, heads of a group], where added heads see nothing; the first n_group are no such
+// heads
+static void mask_heads(ggml_tensor * dst, int ith, int nth, void * n_group_) {
     const ggml_tensor * mask    = dst->src[0];
-    const int64_t       n_group = dst->src[1]->ne[2] / dst->src[2]->ne[2];
+    const auto          n_group = (int64_t) (intptr_t) n_group_;
     const ggml_fp16_t   unseen  = ggml_fp32_to_fp16(-INFINITY);
 
     in_threads(dst->ne[1] * dst->ne[2], ith, nth, [&](int64_t i) {
@@ -144,9 +144,9 @@ ggml_tensor * adaskip_flash::filled(const ggml_tensor * node) {
     }
     ggml_tensor *& more_masks = masks[{ mask, n_group, n_more }];
     if (!more_masks) {
-        ggml_tensor * args[] = { mask, q, k };
-        more_masks = ggml_custom_4d(ctx, GGML_TYPE_F16, mask->ne[0], mask->ne[1], n_more, 1, args, 3, mask_heads,
-                GGML_N_TASKS_MAX, nullptr);
+        ggml_tensor * args[] = { mask };
+        more_masks = ggml_custom_4d(ctx, GGML_TYPE_F16, mask->ne[0], mask->ne[1], n_more, 1, args, 1, mask_heads,
+                GGML_N_TASKS_MAX, (void *) (intptr_t) n_group);
     }
     ggml_tensor * args[] = { q, k };
     ggml_tensor * more   = ggml_custom_4d(ctx, GGML_TYPE_F32, q->ne[0], q->ne[1], n_more * k->ne[2], 1, args, 2,

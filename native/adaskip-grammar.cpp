@@ -21,6 +21,9 @@ static constexpr const char * TOO_MANY = "the grammar can go on in too many ways
 // of stack, and threads with 1 MB are common.
 static constexpr size_t MOST_LEVELS = 1000;
 
+// Work counts while this library reads a grammar or samples a token. Elsewhere, as in llama_sampler_apply, an exception
+// would end the process.
+static thread_local bool        counts   = false;
 static thread_local size_t      work     = 0;
 static thread_local size_t      n_levels = 0;
 static thread_local std::string reason;
@@ -29,11 +32,20 @@ static void refuse(const char * message) {
     throw adaskip_exception(ADASKIP_ERROR_SAMPLER, message);
 }
 
+struct counting {
+    counting() {
+        counts = true;
+        work   = 0;
+    }
+
+    ~counting() { counts = false; }
+};
+
 static void spend(size_t n) {
-    if (n > MOST_WORK - work) {
+    if (counts && n > MOST_WORK - work) {
         refuse(TOO_MANY);
     }
-    work += n;
+    work += counts ? n : 0;
 }
 
 void adaskip_grammar_name(const std::string & base_name) {
@@ -41,7 +53,7 @@ void adaskip_grammar_name(const std::string & base_name) {
 }
 
 void adaskip_grammar_repeat(const llama_grammar_rule & repeated, uint64_t min_times, uint64_t max_times) {
-    if (max_times < min_times) {
+    if (counts && max_times < min_times) {
         refuse("the grammar has a repetition with a maximum below its minimum");
     }
     const uint64_t n_times = max_times == UINT64_MAX ? min_times + 1 : max_times;
@@ -80,14 +92,14 @@ void adaskip_grammar_match(const llama_grammar_stack & stack, size_t n_tokens) {
 }
 
 void adaskip_grammar_find(const llama_grammar_stacks & others) {
-    if (others.size() > MOST_STACKS) {
+    if (counts && others.size() > MOST_STACKS) {
         refuse(TOO_MANY);
     }
     spend(1 + others.size());
 }
 
 adaskip_grammar_level::adaskip_grammar_level() {
-    if (n_levels >= MOST_LEVELS) {
+    if (counts && n_levels >= MOST_LEVELS) {
         refuse("the grammar has too many nested parentheses, or too long a chain of rules");
     }
     ++n_levels;
@@ -99,7 +111,7 @@ adaskip_grammar_level::~adaskip_grammar_level() {
 
 void adaskip_grammar_check(const llama_token_data_array & tokens) {
     for (size_t i = 0; i < tokens.size; ++i) {
-        if (tokens.data[i].logit > -INFINITY) {
+        if (!counts || tokens.data[i].logit > -INFINITY) {
             return;
         }
     }
@@ -107,7 +119,7 @@ void adaskip_grammar_check(const llama_token_data_array & tokens) {
 }
 
 llama_grammar * adaskip_grammar_read(const std::function<llama_grammar *()> & read) {
-    work = 0;
+    const counting scope;
     reason.clear();
     llama_grammar * grammar = nullptr;
     const auto      failure = adaskip_try([&] {
@@ -129,7 +141,7 @@ const char * adaskip_grammar_reason() {
 }
 
 llama_token adaskip_sample(llama_context * ctx, const std::function<llama_token()> & sample) {
-    work = 0;
+    const counting scope;
     return ctx->adaskip.guard([&] {
         const adaskip_abort_guard guard;
         try {

@@ -53,6 +53,13 @@ const llama_kv_cache * adaskip_kv::cache_of(const ggml_tensor * k) const {
     return nullptr;
 }
 
+bool adaskip_kv::has_quantized_v() const {
+    return std::any_of(caches.begin(), caches.end(), [](const llama_kv_cache * cache) {
+        return std::any_of(cache->layers.begin(), cache->layers.end(),
+                [](const auto & layer) { return layer.v && ggml_is_quantized(layer.v->type); });
+    });
+}
+
 const llama_kv_cells & adaskip_kv::cells_of(const llama_kv_cache * cache, llama_seq_id seq_id) {
     return cache->v_cells[cache->seq_to_stream.at(seq_id)];
 }

@@ -78,6 +78,9 @@ struct adaskip_kv {
     // the cells of a cache that hold the sequence
     static const llama_kv_cells & cells_of(const llama_kv_cache * cache, llama_seq_id seq_id);
 
+    // whether V of a layer is quantized; some caches have no V
+    bool has_quantized_v() const;
+
     // Whether cells that a sliding window has left are kept, where llama.cpp would overwrite them. True if cells may be
     // moved, and the cache with windows is as large as the other one.
     bool keeps_windows() const;

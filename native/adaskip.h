@@ -301,8 +301,9 @@ struct adaskip_run {
 // allows reading positions that count at most this many moves; 0, no moved position, in a new context
 int32_t adaskip_set_most_moves(struct llama_context * ctx, int32_t most_moves);
 
-// 1 if cells can be moved, 0 if the memory has a state, or K that llama.cpp cannot shift
-int32_t adaskip_can_move(const struct llama_context * ctx);
+// 1 if cells can be moved. 0 if the memory has a state, or K that llama.cpp cannot shift or shifts wrong: it rotates
+// layers that have no rotary embedding too, and scales K again if the embedding scales it.
+int32_t adaskip_can_move(struct llama_context * ctx);
 
 // Takes runs out of the sequence and removes its other positions from n_kept on. Neither the old nor the new places of
 // two runs may overlap, runs set aside before included, and all must be at n_kept or later. Fails if the memory lacks a

@@ -13,10 +13,10 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..engine.cores import busy_warning, load_average
 from ..errors import AdaSkipError, DataError
 from ..files import StrPath
 from ..measuring import corpus
-from ..measuring.cores import busy_warning, load_average
 from ..measuring.running import Running, described, open_quietly, settings_here
 from ..measuring.timing import N_SETTLE, in_turn
 from ..model.cost_model import CostSettings
@@ -112,14 +112,9 @@ class Bench:
     """A benchmark of plans and frontiers, by contender, with or without stock. Longer contexts repeat ``tokens``."""
 
     def __init__(
-        self,
-        settings: BenchSettings,
-        plans: Mapping[str, SkipPlan | Frontier],
-        tokens: Sequence[int],
-        *,
-        stock: bool = True,
-        on_progress: OnProgress = lambda fraction, words="": None,
-    ) -> None:
+        self, settings: BenchSettings, plans: Mapping[str, SkipPlan | Frontier], tokens: Sequence[int], *,
+        stock: bool = True, on_progress: OnProgress = lambda fraction, words="": None
+    ) -> None:  # fmt: skip
         self._settings, self._on_progress = settings, on_progress
         self._tokens = list(itertools.islice(itertools.cycle(tokens), max(settings.contexts)))
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
@@ -161,7 +156,7 @@ class Bench:
         for worker in workers:
             if n_round == 0:
                 self._on_progress(0.0, f"warming up: {worker.name}")
-            worker.time(self._tokens[: min(settings.contexts[0], _N_WARM_UP)], N_SETTLE)
+            worker.time(self._tokens[: min(settings.contexts[0], _N_WARM_UP)], min(N_SETTLE, settings.n_decode))
         return workers
 
     def _time(self, worker: Worker, context: int, n_round: int) -> None:
@@ -175,17 +170,10 @@ class Bench:
 
 
 def bench(
-    model: StrPath,
-    plans: Mapping[str, SkipPlan | Frontier] | None = None,
-    *,
-    contexts: Sequence[int] | None = None,
-    n_rounds: int = 12,
-    n_decode: int = 32,
-    stock: bool = True,
-    running: Running | None = None,
-    on_progress: OnProgress = lambda fraction, words="": None,
-    tell: Callable[[str], None] = lambda note: None,
-) -> BenchResult:
+    model: StrPath, plans: Mapping[str, SkipPlan | Frontier] | None = None, *, contexts: Sequence[int] | None = None,
+    n_rounds: int = 12, n_decode: int = 32, stock: bool = True, running: Running | None = None,
+    on_progress: OnProgress = lambda fraction, words="": None, tell: Callable[[str], None] = lambda note: None
+) -> BenchResult:  # fmt: skip
     """Measure the speed of plans, of the whole model and of stock llama-cpp-python.
 
     Each contender runs in processes of its own, which take turns. Ctrl-C, or the end of a contender's process, ends the
@@ -230,7 +218,9 @@ def bench(
         tokens = corpus.cut(llm, corpus.text(()), 1, max(fitting[-1], 2))[0]
     if warning := busy_warning(load):
         tell(warning)
-    stock_options = {**running.given(), "n_gpu_layers": running.gpu_layers} if tuned else options
+    stock_options = {**running.given(), "n_gpu_layers": running.gpu_layers} if tuned else {**options}
+    if stock_options.get("flash_attn") == "prompts":  # which stock would take for everywhere
+        del stock_options["flash_attn"]
     settings = BenchSettings(model, fitting, n_rounds, n_decode, options, stock_options)
     run = Bench(settings, plans, tokens, stock=stock, on_progress=on_progress)
     run.result.configuration, run.result.load_average = about, load

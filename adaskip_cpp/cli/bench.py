@@ -88,7 +88,8 @@ def print_report(out: Console, result: BenchResult) -> None:
     if STOCK in result.times.contenders:
         lines += [f"{NO_PLAN}: the whole model, without outputs of the prompt that stock computes but nothing reads."]
         if result.settings.stock_options != result.settings.options:
-            lines += [f"{STOCK}: with its own defaults. {NO_PLAN} against {STOCK} is the gain of the tuned settings."]
+            gain = f"{NO_PLAN} against {STOCK} is the gain of the tuned settings"
+            lines += [f"{STOCK}: its own defaults but for your options. {gain}."]
     for name in result.plans:
         of_contexts: dict[str, list[int]] = {}
         for context, plan in result.plans_of(name).items():

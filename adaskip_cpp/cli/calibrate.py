@@ -7,10 +7,10 @@ from functools import partial
 import click
 
 from ..calibration.calibrate import calibrate as run
-from ..files import check_output, read_text
+from ..files import read_text
 from ..measuring import corpus
 from ..measuring.running import Running, open_quietly
-from ..model.stored import vectors_path
+from ..model.stored import check_output, vectors_path
 from .terminal import console, model_options, option, verb
 
 _CTX_TIMED = 8192  # context for timing sublayers, in tokens: the default of `generate`, to cover its prompts
@@ -39,7 +39,7 @@ def calibrate(
     The whole model reads requests, cut from the text at even distances. It answers some of them with a few tokens. The
     profile also gets linear maps, which replace skipped sublayers, and the time of each sublayer on this machine.
     """
-    check_output(output)
+    check_output(output, model, *files)
     start, out = time.monotonic(), console()
     llm = open_quietly(model, max(tokens + n_decode, 0 if no_cost else _CTX_TIMED), running)
     data = corpus.cut(llm, "\n\n".join(map(read_text, files)), requests, tokens) if files else None

@@ -38,7 +38,7 @@ def _print_plans(out: Console, profile: Profile, sides: Mapping[str, Side]) -> N
     chosen, papers = sides[PROMPT].plan, sides[PAPERS].plan
     assert chosen is not None and papers is not None
     out.print(
-        f"[bold]Measured[/] on {profile.n_tokens:,} tokens in {profile.n_requests} requests how much each of the "
+        f"Measured on {profile.n_tokens:,} tokens in {profile.n_requests} requests how much each of the "
         f"{2 * profile.n_layer} sublayers changes its input.\n"
     )
     print_plan(out, chosen)
@@ -51,11 +51,11 @@ def _print_plans(out: Console, profile: Profile, sides: Mapping[str, Side]) -> N
 def _print_result(out: Console, result: DemoResult, elapsed_s: float) -> None:
     sides, whole = result.sides.values(), result.sides[WHOLE]
 
-    def column(side: Side) -> list[str]:
-        first, loss = f"{side.first_token_s:.2f} s", f"{side.loss:.3f} nats"
+    def column(side: Side) -> list[Text | str]:
+        first, loss = Text(f"{side.first_token_s:.2f} s"), Text(f"{side.loss:.3f} nats")
         if side is not whole:
-            first += f"\n[bold]{whole.first_token_s / side.first_token_s:.2f} x as fast[/]"
-            loss += f"\n[bold]{side.loss - whole.loss:+.3f} nats[/]"
+            first.append(f"\n{whole.first_token_s / side.first_token_s:.2f} x as fast", "bold")
+            loss.append(f"\n{side.loss - whole.loss:+.3f} nats", "bold")
         token = "-" if side.token_s is None else f"{side.token_s * 1e3:.1f} ms"
         return [first, token, loss, f"{side.n_keys} of {result.n_keys}"]
 

@@ -62,7 +62,7 @@ _speed = partial(option, group="Speed")
 @_asked("--per", "n_per", type=click.IntRange(min=1), default=_DEFAULTS.n_per, help="Questions per task and place.")
 @_asked("--tasks", multiple=True, metavar="FILE", help=f"A LongBench or L-Eval file (JSONL){_AGAIN}. LongBench's "
         "dataset2prompt.json and dataset2maxlen.json are read from its folder.")  # fmt: skip
-@_asked("--tasks-items", type=click.IntRange(min=1), help="Questions from each of these files.  [default: all]")
+@_asked("--tasks-items", type=click.IntRange(min=1), help="Questions of each task.  [default: all]")
 @_speed("--rounds", "n_rounds", type=click.IntRange(0), default=_DEFAULTS.n_rounds, help="Timings per plan; 0: none.")
 @_speed("--speed-context", type=click.IntRange(min=2), help="Tokens of the timed prompt.  [default: 1024, or fewer]")
 @run_option("--ctx", type=click.IntRange(min=8), help="Context in tokens.  [default: as needed; 8192 with --tasks]")

@@ -4,6 +4,7 @@ import itertools
 
 import click
 from rich.table import Column
+from rich.text import Text
 
 from ..engine.native import Sublayer
 from ..measuring.running import Running, open_quietly
@@ -21,8 +22,8 @@ def inspect(model: str, running: Running) -> None:
     llm, out = open_quietly(model, 512, running), console()
     sublayers, n, name = llm.sublayers, llm.n_params, llm.metadata.get("general.name", "")
     parameters = f"{n / 1e9:.1f} billion" if n >= 1e9 else f"{n / 1e6:,.0f} million"
-    title = f"{name}  " if name else ""
-    out.print(f"[bold]{title}[/]{llm.model_info.architecture}, {llm.n_layer} layers, {parameters} parameters")
+    what = f"{llm.model_info.architecture}, {llm.n_layer} layers, {parameters} parameters"
+    out.print(Text.assemble((f"{name}  " if name else "", "bold"), what))
     trained = f"trained on contexts of {llm.n_ctx_train:,} tokens"
     out.print(f"width {llm.n_embd():,}, {trained}, {llm.weight_bytes / 1e6:,.0f} MB of weights")
     out.print(f"fingerprint {llm.model_info.fingerprint[:16]}")
@@ -41,8 +42,9 @@ def inspect(model: str, running: Running) -> None:
         out.print("Its KV cells cannot be moved: an edited prompt is read again from its first changed token on.")
 
 
-def _cell(row: Sublayer) -> str:
+def _cell(row: Sublayer) -> Text:
     window = f", window of {row.window:,}" if row.window else ""
     if row.skippable:
-        return f"[green]yes[/]{window}"
-    return f"[yellow]in the bulk only[/]{window}: {row.reason}" if row.in_bulk else f"[yellow]no[/]: {row.reason}"
+        return Text.assemble(("yes", "green"), window)
+    where = "in the bulk only" if row.in_bulk else "no"
+    return Text.assemble((where, "yellow"), window * row.in_bulk, f": {row.reason}")

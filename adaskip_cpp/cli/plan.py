@@ -5,11 +5,12 @@ import numpy as np
 from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Column
+from rich.text import Text
 
-from ..files import check_output
 from ..model.plan import PHASES, REFIT_EVERY, TIMED, Phase, SkipPlan
 from ..model.plan_file import is_plan_file, load_plan, save_plan
 from ..model.skip_set import KIND_NAMES, SkipSet, ranked
+from ..model.stored import check_output
 from ..planning.profile import Profile
 from ..planning.request import PlanRequest
 from ..planning.strategies import make_plan, ranking
@@ -54,7 +55,7 @@ def plan(profile_path: str, request: PlanRequest, context: int, output: str | No
             _print_elided(out, found.plan)
         return
     if output is not None:
-        check_output(output)
+        check_output(output, profile_path)
     profile = Profile.load(profile_path)
     chosen = make_plan(profile, request.at(context))
     if output is not None:
@@ -68,12 +69,12 @@ def plan(profile_path: str, request: PlanRequest, context: int, output: str | No
         speedups = ", ".join(f"{name} {cost.speedup(chosen, context, name):.2f} x" for name in TIMED)
         first, first_whole = (seconds(cost.seconds(each, context, "prefill")) for each in (chosen, None))
         basis = f"predicted from times of {cost.settings.words}, up to {cost.deepest:,} tokens"
-        out.print(f"ms: time saved in {'a prompt' if phase == 'bulk' else phase}, {basis}", style="dim", markup=False)
+        out.print(f"ms: time saved in {'a prompt' if phase == 'bulk' else phase}, {basis}", style="dim")
         out.print(f"Predicted speed-up at {context:,} tokens: {speedups}.")
         out.print(f"Predicted first token: after {first}, whole model {first_whole}.")
     _print_elided(out, chosen)
     if output is not None:
-        out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True, markup=False)
+        out.print(f"\nPlan written to {output}; use it with --plan {output}.", soft_wrap=True)
 
 
 def _phases(plan: SkipPlan) -> list[tuple[Phase, SkipSet]]:
@@ -86,10 +87,9 @@ def print_plan(out: Console, chosen: SkipPlan) -> None:
     phases = [(name, chosen.decode if name == "decode" else each) for name, each in _phases(chosen)]
     (name, first), *others = phases
     counts = "".join(f", {each.n_skip} in {name}" for name, each in others)
-    out.print(
-        f"[bold]{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {PHASE_WORDS[name]}{window_words(chosen)}"
-        f"{counts}[/]: strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
-    )
+    where = f"{PHASE_WORDS[name]}{window_words(chosen)}{counts}"
+    how = f": strategy {chosen.strategy}, mode {chosen.mode}, compensation {chosen.compensation}"
+    out.print(Text.assemble((f"{first.n_skip} of {2 * chosen.n_layer} sublayers skipped in {where}", "bold"), how))
     alike = all(np.array_equal(first.skip, each.skip) for _, each in phases)
     told = [phases[0], *(pair for pair in others if pair[1].n_skip)] if name == "bulk" else phases
     for name, each in phases[-1:] if alike else told:
@@ -117,7 +117,7 @@ def _print_ranks(out: Console, profile: Profile, request: PlanRequest, chosen: S
     values, phases = ranking(profile, request.mode), _phases(chosen)
     ranks = {divmod(index, 2): str(rank) for rank, index in enumerate(ranked(values), start=1)}
 
-    def cells(at: tuple[int, int]) -> list[str]:
+    def cells(at: tuple[int, int]) -> list[Text | str]:
         times = [] if saved is None else [f"{saved[at]:.1f}" if saved[at] >= 10 else f"{saved[at]:.2f}"]
         if not profile.in_bulk[at]:
             return ["-", "-", *("-" for _ in times), "", ""]
@@ -125,7 +125,7 @@ def _print_ranks(out: Console, profile: Profile, request: PlanRequest, chosen: S
         scale = next((f"{each.scale[at]:.3f}" for each in skipped.values()), "")
         rank = "-" if np.isnan(values[at]) else ranks[at]
         found = [rank, f"{profile.similarity[at]:.4f}", *times, "".join(name[0] for name in skipped), scale]
-        return [f"[bold]{cell}[/]" if cell and skipped else cell for cell in found]
+        return [Text(cell, "bold" if skipped else "") for cell in found]
 
     of_each = ("simi-\nlarity", *(["\nms"] if saved is not None else []), "\nskip", "\nscale")
     columns = [column for name in KIND_NAMES for column in (f"{name}\nrank", *of_each)]

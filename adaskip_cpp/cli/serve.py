@@ -153,6 +153,8 @@ def _keys(file: str | None) -> list[str]:
 
 def _source(model: str, plan: str, max_loss: float | None) -> PlanSource:
     if plan == "none":
+        if max_loss is not None:
+            raise click.UsageError("--plan none runs the whole model; leave out --max-loss")
         return PlanSource()
     found = find_plan_source(model, None if plan == "auto" else plan, max_loss, opt_out="--plan none")
     if plan == "auto" and found.file is None and not found.note:

@@ -192,12 +192,12 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, markup=False)  # names of files and models are printed as they are
 
 
 def tell(text: str, style: str = "dim") -> None:
     """Print a line on stderr, unwrapped."""
-    console(stderr=True).print(text, style=style, markup=False, soft_wrap=True)
+    console(stderr=True).print(text, style=style, soft_wrap=True)
 
 
 warn = functools.partial(tell, style="yellow")

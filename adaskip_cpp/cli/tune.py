@@ -9,12 +9,13 @@ import click
 
 from ..engine.settings import devices
 from ..errors import DataError
-from ..files import check_output, content_hash
+from ..files import content_hash
 from ..measuring.running import Running
 from ..measuring.tasks import read_texts
 from ..model.frontier import DEFAULT_LOSS
 from ..model.identity import fingerprint, plan_path
 from ..model.plan_file import save_plan
+from ..model.stored import check_output
 from ..progress import progress_bar
 from ..tuning import tune as tuning
 from ..tuning.hold_out import unseen_texts
@@ -57,7 +58,7 @@ def tune(
     """
     start = time.monotonic()
     target = output or plan_path(model)
-    check_output(target)
+    check_output(target, model, *files, *text_files)
     if both := {*map(os.path.realpath, files)} & {*map(os.path.realpath, text_files)}:
         raise DataError(f"{min(both)!r} is given to --data and --text; give each a file of its own")
     data, texts = read_texts(files), read_texts(text_files)
@@ -67,25 +68,16 @@ def tune(
     key = content_hash([fingerprint(model), context, n_answer, here, data, judged, running.given(), running.gpu_layers])
     memo = Memo(f"{target.removesuffix('.json')}-unfinished.json", key)
     tell("This measures the speed of this machine, so run nothing else. After Ctrl-C, the same command continues.")
-    frontier = tuning.tune(
-        model,
-        context=context,
-        n_answer=n_answer,
-        data=data or None,
-        texts=texts or None,
-        given=running.given(),
-        memo=memo,
-        on_stage=partial(progress_bar, lines=True),
-        tell=tell,
-        n_gpu_layers=running.gpu_layers,
-    )
+    find = partial(tuning.tune, model, context=context, n_answer=n_answer, memo=memo, n_gpu_layers=running.gpu_layers)
+    on_stage = partial(progress_bar, lines=True)
+    frontier = find(data=data or None, texts=texts or None, given=running.given(), on_stage=on_stage, tell=tell)
     save_plan(target, frontier)
     memo.remove()
     out = console()
     print_frontier(out, frontier)
-    out.print(f"\nWritten to {target}. It took {minutes(time.monotonic() - start)}.", soft_wrap=True, markup=False)
+    out.print(f"\nWritten to {target}. It took {minutes(time.monotonic() - start)}.", soft_wrap=True)
     if target == plan_path(model):
         use = f'`generate`, `chat`, `serve` and AdaSkipLlama(plan="auto") use it, with a promise of {DEFAULT_LOSS}.'
     else:
         use = f"Use it with --plan {target}."
-    out.print(use, soft_wrap=True, markup=False)
+    out.print(use, soft_wrap=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from ..intervals import Interval
 from ..model.edits import FEW, MANY, TOGETHER
@@ -34,7 +35,7 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
         _print_points(out, frontier)
         _print_promises(out, frontier)
     else:
-        out.print("[bold]No plan was found, so nothing is skipped.[/]")
+        out.print("No plan was found, so nothing is skipped.", style="bold")
     if frontier.edits:
         _print_edits(out, frontier)
     for each in frontier.speeds:
@@ -50,7 +51,7 @@ def print_frontier(out: Console, frontier: Frontier) -> None:
             f"{about['calibrated_on']}. The model read {frontier.n_read:,} tokens, besides those that timed sublayers "
             "and the result."
         )
-        out.print(words, style="dim", markup=False)
+        out.print(words, style="dim")
 
 
 def _print_settings(out: Console, frontier: Frontier) -> None:
@@ -64,7 +65,7 @@ def _print_settings(out: Console, frontier: Frontier) -> None:
             of_answer = 1 / tried.token_s if tried.token_s else math.inf
             cells = [*of_prompt, f"{of_answer:,.1f}", f"{tried.request_s:,.1f}"]
         name = "default" if tried is base else _difference(tried.settings, best.settings)
-        rows.add_row(f"[bold]{name}[/]" if tried.chosen else name, *cells)
+        rows.add_row(Text(name, "bold" if tried.chosen else ""), *cells)
         best = tried if tried.chosen else best
     out.print(rows)
     chosen = _difference(frontier.settings, base.settings)

@@ -11,6 +11,7 @@ from ..errors import NativeError, StateError
 from ..files import StrPath
 from ..model.edits import APART, WIDE, Edits, Reuse, edits_of
 from ..model.plan import SkipPlan
+from .one_thread import alone
 from .runs import Run, Saved, Tokens, beside, find_runs, n_common
 from .self_describing import SelfDescribingLlama
 
@@ -38,13 +39,14 @@ class EditedPromptsLlama(SelfDescribingLlama):
     @property
     def edits(self) -> Edits | None:
         """How runs of an earlier prompt are moved to their places in the next one; None if they are not moved."""
-        return self._edits if self.can_move else None
+        return self._edits if self._edits is not None and self.can_move else None
 
     @property
     def reuse(self) -> Reuse:
         """The ``reuse`` that the constructor or ``set_reuse`` was given."""
         return self._reuse
 
+    @alone
     def set_reuse(self, reuse: Reuse) -> None:
         """Set the part of an earlier prompt that later prompts use again; an unknown one is a RequestError.
 
@@ -84,9 +86,10 @@ class EditedPromptsLlama(SelfDescribingLlama):
             return
         # A saved state is loaded in the place of what the memory holds, so what both begin with is set aside as well.
         prefix = [Run(0, 0, first, 0)] if saved and first else []
-        native.set_aside(0 if saved else first, [*prefix, *runs])
+        # Before the call, as Ctrl-C may come right after it, with runs set aside.
         self.n_tokens, self._requires_eval, self._fills = 0 if saved else first, True, True
         try:
+            native.set_aside(self.n_tokens, [*prefix, *runs])
             for each, theirs in saved:
                 runs += self._set_aside_saved(each, theirs)
             native.take_back(first)
@@ -108,8 +111,7 @@ class EditedPromptsLlama(SelfDescribingLlama):
         """Return which saved prompts have runs for places that are not taken, and these runs; those with most first."""
         chosen, known = [], []
         for each in self.saved_prompts:
-            if each.model != self.model_info:
-                raise StateError("saved_prompts has a prompt of another model; save prompts with this one.")
+            self._check_saved(each)
             first, runs = self._known(each.tokens, prompt)
             runs = [run if run.n_moves < WIDE else run._replace(n_moves=APART) for run in runs]
             runs = [run for run in runs if run.n_moves <= edits.most_moves]
@@ -139,6 +141,7 @@ class EditedPromptsLlama(SelfDescribingLlama):
         finally:
             self._ctx.kv_cache_seq_rm(0, -1, -1)
 
+    @alone
     def save_prompt(self) -> Saved:
         """Return a copy of the tokens in memory with their K and V, about ``kv_bytes`` bytes, for ``saved_prompts``.
 
@@ -152,19 +155,23 @@ class EditedPromptsLlama(SelfDescribingLlama):
             raise StateError("the memory holds an image, which has positions of its own; save a prompt of text.")
         if (state := self._save_sequence()) is None:
             raise StateError("llama.cpp could not save what is in memory; call reset() and read the prompt again.")
-        return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state, self.model_info)
+        return Saved(self.input_ids[: self.n_tokens].copy(), lambda: state, self.model_info, self.elided_kv)
 
+    @alone
     def load_prompt(self, saved: Saved) -> None:
         """Put a saved prompt in the place of what is in memory.
 
         A prompt of another model, or one that is gone or that llama.cpp refuses, is a StateError. Only the latter two
         leave the memory empty.
         """
-        if saved.model != self.model_info:
-            raise StateError("the saved prompt is of another model; save it again with this one.")
+        self._check_saved(saved)
         state = saved.take()
         if state is None or not self._put(saved.tokens, state):
             raise StateError("llama.cpp could not load the saved prompt; read it again.")
+
+    def _check_saved(self, saved: Saved) -> None:
+        if (saved.model, saved.elided_kv) != (self.model_info, self.elided_kv):
+            raise StateError("a saved prompt is of another model, or has KV of other layers; save it with this model.")
 
     def _put(self, tokens: Tokens, state: bytearray) -> bool:
         """Replace the memory by a saved state. If it does not fit or llama.cpp refuses it, the memory is empty."""

@@ -24,6 +24,7 @@ from ..model.settings import FlashAttention, Repack
 from .edited_prompts import EditedPromptsLlama
 from .grammar import check_grammar
 from .native import OnlineResult, elide_kv
+from .one_thread import alone
 from .refit import Refit
 from .settings import is_here
 from .statistics import StatisticsSink
@@ -52,6 +53,8 @@ class AdaSkipLlama(EditedPromptsLlama):
     A plan may be changed at any time. A cached token is used again if two conditions hold. It has K and V for all
     sublayers that run now. And it was computed by the whole model, under a set of the plan in force, or in the bulk of
     a plan in ``readable``. All tokens from the first other one on are evaluated again.
+
+    A model generates one answer at a time, for one thread at a time. A second thread or answer gets a StateError.
 
     Args:
         model_path: a GGUF file.
@@ -107,18 +110,10 @@ class AdaSkipLlama(EditedPromptsLlama):
     """
 
     def __init__(
-        self,
-        model_path: StrPath,
-        *,
-        plan: SkipPlan | Frontier | Literal["auto"] | None = None,
-        max_loss: float | None = None,
-        exact_batches: bool = False,
-        flash_attn: FlashAttention | None = None,
-        repack: Repack | None = None,
-        unpack: Sequence[str] | None = None,
-        reuse: Reuse = "auto",
-        **kwargs: Any,
-    ) -> None:
+        self, model_path: StrPath, *, plan: SkipPlan | Frontier | Literal["auto"] | None = None,
+        max_loss: float | None = None, exact_batches: bool = False, flash_attn: FlashAttention | None = None,
+        repack: Repack | None = None, unpack: Sequence[str] | None = None, reuse: Reuse = "auto", **kwargs: Any
+    ) -> None:  # fmt: skip
         model_path = os.fspath(model_path)
         check_gguf(model_path)
         given = {"flash_attn": flash_attn, "repack": repack, "unpack": unpack}
@@ -146,6 +141,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         self._plan_opened = plan  # decides the KV layout
         self._refit: Refit | None = None  # the maps of the last bulk that were fitted to its prompt
         self._phase: Phase = "prefill"
+        self._n_requests = 0  # answers begun, so that one notices another
         self._prompt_rows: Rows | None = None  # takes these logits; None: they go to scores
         # In a plan, decode skips every attention that prefill skips, so these are skipped in both.
         elided = None if plan is None else np.isin(np.arange(plan.n_layer), plan.without_kv)
@@ -176,13 +172,11 @@ class AdaSkipLlama(EditedPromptsLlama):
             return None
         return self.frontier.point(n_tokens, self.max_loss, edited=self._leaves_share)
 
+    @alone
     def set_plan(
-        self,
-        plan: SkipPlan | Literal["auto"] | None,
-        *,
-        max_loss: float | None = None,
-        readable: Sequence[SkipPlan] = (),
-    ) -> None:
+        self, plan: SkipPlan | Literal["auto"] | None, *, max_loss: float | None = None,
+        readable: Sequence[SkipPlan] = ()
+    ) -> None:  # fmt: skip
         """Set the plan from the next evaluation on. After an error, the old plan stays.
 
         Args:
@@ -288,15 +282,18 @@ class AdaSkipLlama(EditedPromptsLlama):
         if plan.model is not None:
             plan.model.check(self.model_info, "the plan", path)
 
+    @alone
     def reset(self) -> None:
         """Forget all tokens, as ``llama_cpp.Llama.reset``."""
         super().reset()  # type: ignore[no-untyped-call]
 
+    @alone
     def truncate(self, n: int) -> None:
         """Forget all tokens but the first ``n``. With a recurrent state, the next evaluation reads these again."""
         if 0 <= n < self.n_tokens:
             self.n_tokens, self._requires_eval = n, True
 
+    @alone
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate token ids after the cached ones, as a prompt. While ``generate`` generates, they are an answer.
 
@@ -309,10 +306,12 @@ class AdaSkipLlama(EditedPromptsLlama):
             self._choose(self.n_tokens + len(tokens))
         self._eval(self._phase, tokens)
 
+    @alone
     def eval_decode(self, tokens: Sequence[int]) -> None:
         """Evaluate token ids as ``eval``, but as an answer: they count in the plan's online stage or schedule."""
         self._eval("decode", tokens)
 
+    @alone
     def logits_after(self, tokens: Sequence[int]) -> Vectors:
         """Evaluate tokens as ``eval_decode``; return the logits after each, float32 ``[len(tokens), n_vocab]``.
 
@@ -329,6 +328,7 @@ class AdaSkipLlama(EditedPromptsLlama):
         self._eval("decode", tokens, keep)
         return found
 
+    @alone
     def eval_bulk(self, tokens: Sequence[int]) -> None:
         """Evaluate token ids as ``eval``, but as the middle of a prompt: all in the bulk, without head and tail.
 
@@ -361,8 +361,13 @@ class AdaSkipLlama(EditedPromptsLlama):
             self._evaluate_prompt(tokens)
 
     def _evaluate_prompt(self, tokens: list[int], n_later: int = 0) -> None:
-        """Evaluate tokens of a prompt, its bulk under the bulk set; ``n_later`` tokens of the prompt are to follow."""
-        bulk = None if self.plan is None or self._reads_prompt or self.context_params.embeddings else self.plan.bulk
+        """Evaluate tokens of a prompt, its bulk under the bulk set; ``n_later`` tokens of the prompt are to follow.
+
+        A prompt with an image runs whole. Several tokens of an image may have one position, so windows cannot be.
+        """
+        has_image = self.n_tokens > 0 and np.min(self.input_ids[: self.n_tokens]) < 0
+        is_whole = self.plan is None or self._reads_prompt or self.context_params.embeddings or has_image
+        bulk = None if is_whole or self.plan is None else self.plan.bulk
         begin, end = bulk.span(self.n_tokens, len(tokens) + n_later) if bulk else (0, 0)
         if bulk and end:
             self._evaluate("prefill", tokens[:begin], is_last=False)
@@ -412,15 +417,9 @@ class AdaSkipLlama(EditedPromptsLlama):
             fit.tokens, self._refit = self.input_ids[: self.n_tokens].copy(), fit
 
     def _evaluate(
-        self,
-        phase: Phase,
-        tokens: list[int],
-        *,
-        is_last: bool,
-        is_read: bool = True,
-        narrow: bool = False,
-        rows: Rows | None = None,
-    ) -> None:
+        self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, narrow: bool = False,
+        rows: Rows | None = None
+    ) -> None:  # fmt: skip
         """Evaluate tokens in one phase; ``rows``, if given, gets the logits after each token, a batch at a time."""
         native = self._adaskip
         native.set_phase(phase, narrow=narrow)
@@ -489,38 +488,50 @@ class AdaSkipLlama(EditedPromptsLlama):
 
         Raises:
             RequestError: the context has no room, or the grammar is wrong, allows no token or goes on in too many ways.
-            StateError: as in ``logits_after``, or ``saved_prompts`` has a prompt of another model.
+            StateError: as in ``logits_after``; ``saved_prompts`` has a prompt of another model; or another answer was
+                begun before this one ended.
         """
-        self._check_logits()
         tokens = list(tokens)
+        with self._one_thread:
+            self._begin(tokens, resets=kwargs.get("reset", True))
+            number = self._n_requests
+        with closing(super().generate(tokens, *args, **kwargs)) as steps:
+            phase: Phase = "prefill"
+            sent: Sequence[int] | None = None
+            while True:
+                with self._one_thread:
+                    if number != self._n_requests:
+                        raise StateError("another answer was begun meanwhile, and its tokens are in memory; ask again.")
+                    # Set for this step alone: the caller may evaluate something else between two steps.
+                    self._phase = phase
+                    try:
+                        token = steps.send(sent)
+                    except StopIteration:
+                        return
+                    finally:
+                        self._phase = "prefill"
+                phase = "decode"
+                sent = yield token
+
+    def _begin(self, tokens: list[int], *, resets: bool) -> None:
+        """Prepare for the answer to a prompt: choose a plan, and read what moves runs of earlier prompts."""
+        self._check_logits()
         self._check_room(len(tokens))
+        self._n_requests += 1
         self._notice_edit(tokens)
         self._choose(len(tokens))
         self.begin_request()
         if self._prompt_rows is not None or (self._reads_prompt and self.plan and self.plan.bulk):
             self.reset()  # cached tokens have no usable logits, for example the bulk of an earlier prompt
-        if kwargs.get("reset", True):
+        if resets:
             self._read_edited(tokens)
-        with closing(super().generate(tokens, *args, **kwargs)) as steps:
-            phase: Phase = "prefill"
-            sent: Sequence[int] | None = None
-            while True:
-                # Set for this step alone: the caller may evaluate or generate something else between two steps.
-                self._phase = phase
-                try:
-                    token = steps.send(sent)
-                except StopIteration:
-                    return
-                finally:
-                    self._phase = "prefill"
-                phase = "decode"
-                sent = yield token
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("grammar") is not None:
             check_grammar(self._model.vocab, kwargs["grammar"])
         return super()._init_sampler(*args, **kwargs)
 
+    @alone
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """Return a token id, as ``llama_cpp.Llama.sample`` does; raises RequestError as ``generate``."""
         token = int(super().sample(*args, **kwargs))

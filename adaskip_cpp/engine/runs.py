@@ -32,11 +32,13 @@ class Saved(NamedTuple):
         tokens: int32 ``[n_tokens]``: its token ids.
         take: returns the saved state of sequence 0; None if it is gone.
         model: the model that read it; others refuse it.
+        elided_kv: layers without KV in that model.
     """
 
     tokens: Tokens
     take: Callable[[], bytearray | None]
     model: ModelInfo
+    elided_kv: tuple[int, ...]
 
 
 def n_common(a: Tokens, b: Tokens) -> int:

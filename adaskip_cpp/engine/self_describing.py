@@ -15,23 +15,15 @@ from llama_cpp.llama_tokenizer import LlamaTokenizer
 
 from ..errors import ModelFileError, NativeError, RequestError, StateError
 from ..files import StrPath
-from ..model.identity import ModelInfo, check_gguf, fingerprint
-from ..model.settings import MOST_THREADS, FlashAttention, Repack
+from ..model.identity import ModelInfo, fingerprint
+from ..model.settings import FlashAttention, Repack
+from .arguments import check_arguments, type_bits
 from .binding import last_error
 from .native import Counters, NativeContext, Sublayer
+from .one_thread import OneThread, alone
 
 _ERROR = 4  # ggml_log_level; llama-cpp-python numbers levels otherwise, and hides errors unless verbose
 _FLASH_TILE = 64  # ggml's GGML_FA_TILE_Q: with fewer tokens, its CPU backend computes flash attention row by row
-_V_TYPES = {None, 0, 1, 30}  # ggml_type of V that can be transposed: the default, F32, F16, BF16
-# Arguments with which llama.cpp or llama_cpp.Llama would end the process, with their smallest and largest value.
-_BOUNDS = (
-    ("n_batch", 1, 2**31 - 1),
-    ("n_ubatch", 1, 2**31 - 1),
-    ("n_threads", -1, MOST_THREADS),  # 0: the default of llama_cpp.Llama; -1: that of llama.cpp
-    ("n_threads_batch", -1, MOST_THREADS),
-)
-# ggml_type of K and V that llama.cpp has for its cache: F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, BF16
-_KV_TYPES = {None, 0, 1, 2, 3, 6, 7, 8, 20, 30}
 _FREED = ("_model", "_ctx", "_batch", "tokenizer_")  # attributes of llama_cpp.Llama that a closed model lacks
 _NOT_TOKENIZED = -(2**31)  # llama_tokenize returns this if it fails
 
@@ -47,32 +39,13 @@ class SelfDescribingLlama(llama_cpp.Llama):
     """A model with its native side. :class:`AdaSkipLlama` adds the plan."""
 
     def __init__(
-        self,
-        model_path: StrPath,
-        *,
-        flash_attn: FlashAttention = False,
-        repack: Repack = True,
-        unpack: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> None:
-        for name, value, word in (("flash_attn", flash_attn, "prompts"), ("repack", repack, "all")):
-            if isinstance(value, str) and value != word:
-                raise RequestError(f'{name} is {value!r}; use True, False or "{word}".')
-        if flash_attn == "prompts":
-            is_split = kwargs.get("split_mode") == llama_cpp.LLAMA_SPLIT_MODE_TENSOR
-            if is_split or kwargs.get("type_v") not in _V_TYPES:
-                needs = "a quantized V (type_v), or tensors split between GPUs, need flash attention everywhere"
-                raise RequestError(f"{needs}; use flash_attn=True.")
-        for name in ("type_k", "type_v"):
-            if kwargs.get(name) not in _KV_TYPES:
-                raise RequestError(f"{name} is {kwargs[name]!r}; use a type of K and V: {_KV_TYPES - {None}}.")
-        if kwargs.get("lora_path") is not None:
-            check_gguf(kwargs["lora_path"])
-        for name, least, most in _BOUNDS:
-            if (n := kwargs.get(name)) is not None and not least <= n <= most:
-                raise RequestError(f"{name} is {n}; use a number from {least} to {most:,}.")
+        self, model_path: StrPath, *, flash_attn: FlashAttention = False, repack: Repack = True,
+        unpack: Sequence[str] = (), **kwargs: Any
+    ) -> None:  # fmt: skip
+        check_arguments(flash_attn, repack, kwargs)
+        self._one_thread = OneThread()
         self.repack: Repack = "all" if repack == "all" else bool(repack)
-        self.unpack, unpacked = tuple(unpack), _type_bits(unpack)
+        self.unpack, unpacked = tuple(unpack), type_bits(unpack)
         self.flash_attn: FlashAttention = "prompts" if flash_attn == "prompts" else bool(flash_attn)
         try:
             with _errors_logged() as reasons:
@@ -107,8 +80,10 @@ class SelfDescribingLlama(llama_cpp.Llama):
 
     def close(self) -> None:
         """Free the model. It cannot be used afterwards."""
-        self.__dict__.pop("_adaskip", None)
-        if hasattr(self, "_stack"):  # absent where the constructor refused its arguments
+        if not hasattr(self, "_stack"):  # the constructor refused its arguments
+            return
+        with self._one_thread:
+            self.__dict__.pop("_adaskip", None)
             super().close()
             for name in _FREED:
                 self.__dict__.pop(name, None)
@@ -200,6 +175,7 @@ class SelfDescribingLlama(llama_cpp.Llama):
                 raise RequestError(f"the text cannot be tokenized: {last_error()}; put spaces into it, or shorten it")
         return list(tokens[:n])
 
+    @alone
     def embed(self, input: str | list[str], *args: Any, **kwargs: Any) -> Any:
         """As ``llama_cpp.Llama.embed``, with the same arguments. A text without tokens is a RequestError."""
         # For a text without tokens, llama_cpp.Llama writes out of bounds.
@@ -281,12 +257,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
             return n
         return last + 1 if last < n else 0 if self.has_state else n
 
+    @alone
     def save_state(self) -> AdaSkipState:
         """Return the state as ``llama_cpp.Llama.save_state`` does, with the model's identity."""
         state = AdaSkipState.__new__(AdaSkipState)
         state.__dict__.update(vars(super().save_state()), model=self.model_info, elided_kv=self.elided_kv)
         return state
 
+    @alone
     def load_state(self, state: LlamaState) -> None:
         """Load a state of this class, or of ``llama_cpp.Llama``, which counts as one of the whole model.
 
@@ -306,18 +284,6 @@ class SelfDescribingLlama(llama_cpp.Llama):
             self._ctx.kv_cache_clear()
             self.reset()  # type: ignore[no-untyped-call]
             raise StateError(f"llama.cpp refused the state ({error}); the cache is empty, read the prompt.") from error
-
-
-def _type_bits(types: Sequence[str]) -> int:
-    """Return a bit for each of these types of ggml."""
-    if not types:
-        return 0
-    from gguf import GGMLQuantizationType
-
-    for each in types:
-        if each not in GGMLQuantizationType.__members__:
-            raise RequestError(f'unpack has {each!r}; use a list of types of quantized weights, such as ["Q4_1"].')
-    return sum(1 << int(GGMLQuantizationType[each]) for each in set(types))
 
 
 @contextmanager

@@ -6,14 +6,15 @@ from typing import Any
 
 from ..model.cost_model import CostSettings
 from .binding import ffi, lib
+from .cores import physical_cores
 from .self_describing import SelfDescribingLlama
 
 
-def devices() -> tuple[str, tuple[str, ...]]:
-    """Return the name of the CPU, and the names of all devices that ggml computes on."""
+def devices() -> tuple[str, int, tuple[str, ...]]:
+    """Return the name of the CPU, its cores for this process, and the names of all devices that ggml computes on."""
     cpu = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
     every = map(lib.ggml_backend_dev_get, range(lib.ggml_backend_dev_count()))
-    return _description(cpu) if cpu else platform.machine(), tuple(map(_description, every))
+    return _description(cpu) if cpu else platform.machine(), physical_cores(), tuple(map(_description, every))
 
 
 def _description(device: Any) -> str:
@@ -23,7 +24,7 @@ def _description(device: Any) -> str:
 def is_here(machine: CostSettings | None) -> bool:
     """Whether times were measured on this machine, with this release of llama-cpp-python."""
     here = (*devices(), metadata.version("llama-cpp-python"))
-    return machine is not None and (machine.cpu, machine.devices, machine.llama_cpp_python) == here
+    return machine is not None and (machine.cpu, machine.n_cores, machine.devices, machine.llama_cpp_python) == here
 
 
 def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
@@ -31,7 +32,7 @@ def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
 
     parameters: Any = llm.context_params
     model: Any = llm.model_params
-    cpu, every = devices()
+    cpu, n_cores, every = devices()
     return CostSettings(
         cpu=cpu,
         devices=every,
@@ -47,4 +48,5 @@ def cost_settings(llm: SelfDescribingLlama) -> CostSettings:
         llama_cpp_python=metadata.version("llama-cpp-python"),
         repack=llm.repack,
         unpack=llm.unpack,
+        n_cores=n_cores,
     )

@@ -108,6 +108,10 @@ def prepared(
     ``open_model`` opens the model for a context of so many tokens. Yields the model, the work, notes for the user, and
     descriptions of the work by name.
     """
+    if unknown := {*options.builtin} - _BUILTIN.keys():
+        raise DataError(f"there is no text {min(unknown)!r}; use one of: {', '.join(_BUILTIN)}")
+    if not (options.lengths and options.depths and options.n_continuation > 0):
+        raise DataError("lengths or depths are empty, or n_continuation is less than 1; give at least one")
     with closing(open_model(256)) as llm:
         if profile is not None:
             profile.model.check(llm.model_info, "the profile", model)

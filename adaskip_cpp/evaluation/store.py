@@ -82,7 +82,10 @@ def open_store(folder: StrPath, settings: Mapping[str, Any], facts: Mapping[str,
     Results with equal settings (plain JSON values) belong together. Facts are stored with them, but not compared.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
     path = folder / f"items-{content_hash(settings)[:12]}.jsonl"
     with _opened(folder / ".lock", "wb") as lock:
         try:
@@ -109,7 +112,10 @@ def open_store(folder: StrPath, settings: Mapping[str, Any], facts: Mapping[str,
 @contextlib.contextmanager
 def _opened(path: Path, mode: str) -> Iterator[FileIO]:
     """Open a file without a buffer. Its content is synced by then, so errors while closing it do not matter."""
-    file = FileIO(path, mode)
+    try:
+        file = FileIO(path, mode)
+    except OSError as error:
+        raise write_error(path, error) from error
     try:
         yield file
     finally:

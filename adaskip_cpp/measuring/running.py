@@ -10,13 +10,14 @@ from functools import partial
 from importlib import metadata
 from typing import Any, TypeVar
 
+from ..engine.cores import physical_cores
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import is_here
 from ..files import StrPath
 from ..model.frontier import Frontier
+from ..model.identity import model_files
 from ..model.plan_file import frontier_beside
 from ..model.settings import FlashAttention, Settings
-from .cores import physical_cores
 
 _Llama = TypeVar("_Llama", bound=AdaSkipLlama)
 
@@ -75,7 +76,7 @@ def described(llm: AdaSkipLlama) -> dict[str, str]:
     path, info, weights = llm.model_path, llm.model_info, weights.removeprefix("MOSTLY_").removeprefix("ALL_")
     return {
         "Model": f"{os.path.basename(path)} ({info.architecture}, {info.n_layer} layers, {weights}, "
-        f"{os.path.getsize(path) / 1e6:,.0f} MB, fingerprint {info.fingerprint[:12]})",
+        f"{sum(map(os.path.getsize, model_files(path))) / 1e6:,.0f} MB, fingerprint {info.fingerprint[:12]})",
         "Versions": f"adaskip-cpp {metadata.version('adaskip-cpp')}, llama-cpp-python "
         f"{metadata.version('llama-cpp-python')}, Python {platform.python_version()}, {platform.system()} "
         f"{platform.machine()}",

@@ -28,6 +28,7 @@ class CostSettings:
         type_v: type of V in the cache.
         swa_full: whether the cache holds all tokens of sliding windows.
         llama_cpp_python: release of llama-cpp-python.
+        n_cores: physical cores that the process could use.
     """
 
     cpu: str
@@ -44,6 +45,7 @@ class CostSettings:
     llama_cpp_python: str
     repack: Repack = True  # missing in older profiles, which were measured with it
     unpack: tuple[str, ...] = ()  # missing in older profiles, which were measured without it
+    n_cores: int = 0  # missing in older profiles
 
     @property
     def words(self) -> str:

@@ -13,7 +13,7 @@ from .frontier import Frontier
 from .identity import PLAN_SUFFIX, ModelInfo, fingerprint, plan_path
 from .plan import SkipPlan
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 _FORMAT = "adaskip-plan"
 
 
@@ -89,13 +89,11 @@ def load_plan(path: StrPath, *, model: StrPath | None = None) -> PlanFile:
 
 def is_plan_file(path: StrPath) -> bool:
     """Return whether a file holds plans, and not a profile. Of a missing file, the name decides."""
-    try:
-        with open(path, "rb") as file:
-            return f'"format": "{_FORMAT}"'.encode() in file.read(256)
-    except FileNotFoundError:
+    if not os.path.isfile(path):
         return os.fspath(path).endswith(PLAN_SUFFIX)
-    except OSError:
-        return False
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return f'"format": "{_FORMAT}"'.encode() in file.read(256)
+    return False
 
 
 def frontier_beside(model: StrPath) -> Frontier | None:

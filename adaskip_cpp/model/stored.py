@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import DataError, FileError
 from ..files import StrPath, json_text, write_atomically, write_pair
 from .skip_set import KINDS, marked
 
@@ -112,9 +113,34 @@ def plain(value: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
     return msgspec.to_builtins(value, enc_hook=encode), b"".join(parts)
 
 
+def check_output(path: str, *inputs: str) -> None:
+    """Raise a DataError if :func:`save` could not write there, or would replace an input, before minutes of work."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise DataError(f"there is no folder {folder!r}; create it or choose another place with -o FILE")
+    if not path or os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise DataError(f"cannot write {path!r}; choose another place with -o FILE")
+    written, read = ({os.path.realpath(f(x)) for x in of for f in (str, vectors_path)} for of in ([path], inputs))
+    if both := written & read:
+        raise DataError(f"{min(both)!r} is an input, which would be replaced; choose another name with -o FILE")
+    _check_replaced(os.path.realpath(path))
+
+
+def _check_replaced(target: str) -> None:
+    """Raise a FileError if a file that :func:`save` would replace is a model, or a ``.bin`` of something else."""
+    beside = vectors_path(target)
+    for name in filter(os.path.isfile, (target, beside)):
+        with open(name, "rb") as file:
+            if file.read(4) == b"GGUF":
+                raise FileError(f"{name!r} is a model, which would be replaced; choose another name")
+    if os.path.exists(beside) and not os.path.exists(target):
+        raise FileError(f"{beside!r} would be replaced; choose another name, or delete it")
+
+
 def save(path: StrPath, form: str, version: int, value: Any) -> None:
     """Write the fields of a dataclass as a JSON file of a format, and its arrays of float32 to the file beside it."""
     target = os.path.realpath(path)
+    _check_replaced(target)
     data, content = plain({"format": form, "version": version, **vars(value)})
     if not content:
         write_atomically(target, json_text({**data, "vectors": None}))
@@ -197,10 +223,9 @@ def load_json(path: StrPath, form: str, version: int) -> dict[str, Any]:
 
 
 def _read_bounded(path: StrPath, most: int) -> bytes:
+    if not stat.S_ISREG((facts := os.stat(path)).st_mode):  # a pipe would be waited for
+        raise ValueError(f"{os.fspath(path)!r} is not a regular file")
     with open(path, "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise ValueError(f"{os.fspath(path)!r} is not a regular file")
         if file.read(4) == b"GGUF":
             raise ModelGivenError("it is a model")
         file.seek(0)

@@ -35,10 +35,11 @@ def explained(error: Exception, *, logs_text: bool) -> tuple[int, str, str | Non
         return status, message, code
     if "exceed context window" in message:  # llama_cpp.Llama's words, and AdaSkipLlama's
         return 400, message, "context_length_exceeded"
-    if isinstance(error, jinja2.TemplateError):
-        return 400, f"the model's chat template refuses these messages: {message}; change their roles or order", None
     if isinstance(error, MemoryError):
         return 503, "out of memory; send a shorter prompt, or start the server with a smaller --ctx", None
+    files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+    if isinstance(error, jinja2.TemplateError) or "<template>" in files:  # templates raise llama_cpp's ValueError
+        return 400, f"the model's chat template refuses these messages: {message}; change their roles or order", None
     if isinstance(error, AdaSkipError) and not isinstance(error, NativeError | StateError):
         return 400, message, None
     if logs_text:
@@ -120,6 +121,7 @@ def encoded(answer: Json | Iterator[Json], request: ServedRequest, tell: Callabl
     """Return the model's answer as JSON, with our figures. Of a stream, pass all events to ``tell`` but the last."""
     dialect = DIALECTS.get(request.path)
     if isinstance(answer, dict):
+        _correct(answer, request, set())
         if dialect is not None:
             answer = dialect.answer([*pieces_of(answer["choices"][0]["message"])], request)
         else:
@@ -129,13 +131,29 @@ def encoded(answer: Json | Iterator[Json], request: ServedRequest, tell: Callabl
         for event in dialect.events(answer, request):
             tell(_event(event))
         return b""
-    head = _head(request)
+    head, named = _head(request), set[str]()
     for chunk in answer:
+        _correct(chunk, request, named)
         is_end = any(choice.get("finish_reason") for choice in chunk["choices"])
         tell(_event({**chunk, **head, **(request.figures if is_end else {})}))
     if request.includes_usage:
         tell(_event({**head, "choices": [], "usage": request.usage}))
     return b"data: [DONE]\n\n"
+
+
+def _correct(answer: Json, request: ServedRequest, named: set[str]) -> None:
+    """Correct what llama-cpp-python says of a tool: clients join the parts of a stream, so ids and names come once."""
+    for choice in answer["choices"]:
+        if choice["finish_reason"] == "tool_calls" and request.finish == "length":
+            choice["finish_reason"] = "length"
+        delta = choice.get("delta") or {}
+        for call in delta.get("tool_calls") or ():
+            if call["id"] not in named:
+                named.add(call["id"])
+                continue
+            old = delta.get("function_call") or {}
+            for part, name in ((call, "id"), (call, "type"), (call["function"], "name"), (old, "name")):
+                part.pop(name, None)
 
 
 def progress_event(request: ServedRequest) -> bytes:

@@ -1,5 +1,6 @@
 """Checks the body of a request by the schemas of llama-cpp-python's server, and more. Start at :func:`read_body`."""
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -22,6 +23,9 @@ SCHEMAS: dict[str, type[BaseModel]] = {
 """The paths that the model answers, and their schemas. A body of :data:`.DIALECTS` first becomes a chat."""
 
 MOST_LOGPROBS, MOST_BIAS = 20, 100  # OpenAI's own limits
+# Most entries. Pydantic makes several errors of each wrong one.
+_MOST = {"messages": 4096, "tools": 4096, "functions": 4096, "stop": 32}
+_ROLES = ("system", "user", "assistant", "tool", "function")
 
 _TEXTS = ("text", "input_text", "output_text")  # types of parts; the last two are of /v1/responses
 _NOT_WITH_MIN_TOKENS = ("grammar", "response_format", "tools", "functions", "logit_bias")
@@ -63,7 +67,12 @@ def read_body(path: str, content: bytes) -> ServedRequest:
     _check_bounds(body)
     body.setdefault("repeat_penalty", 1.0)  # OpenAI's API has no such penalty; the stock server's default is 1.1
     if "messages" in body:
-        _simplify(body["messages"])
+        body["messages"] = _simplify(body["messages"])
+    for function in _functions(body):
+        function["parameters"] = function.get("parameters") or {"type": "object", "properties": {}}
+        function["description"] = function.get("description") or ""
+    if isinstance(stops := body.get("stop"), str | list):  # llama-cpp-python would end at an empty one at once
+        body["stop"] = [each for each in ([stops] if isinstance(stops, str) else stops) if each != ""]
     if body.get("logprobs") is True:
         body.setdefault("top_logprobs", 0)
     match body.get("response_format"):
@@ -74,8 +83,9 @@ def read_body(path: str, content: bytes) -> ServedRequest:
     try:
         request.body = SCHEMAS[path].model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "body"
+        found = error.errors(include_url=False, include_input=False)
+        first = next((each for each in found if each["loc"][-1] != "role"), found[0])  # roles are right by now
+        where = ".".join(str(each) for each in first["loc"] if not str(each).startswith("ChatCompletion")) or "body"
         raise RequestError(f"{where}: {first['msg']}; correct this part of the request") from error
     _check_numbers(request.body)
     if isinstance(request.body, CreateChatCompletionRequest):
@@ -88,6 +98,9 @@ def _check_bounds(body: dict[str, Any]) -> None:
     for name in ("n", "best_of"):
         if body.get(name, 1) != 1:
             raise RequestError(f"{name} is {body[name]!r}, but this server gives one choice; leave it out or send 1")
+    for name, most in _MOST.items():
+        if isinstance(found := body.get(name), list) and len(found) > most:
+            raise RequestError(f"{name} has {len(found):,} entries; send at most {most:,}")
     bias = body.get("logit_bias")
     for value in bias.values() if isinstance(bias, dict) else ():
         if not (isinstance(value, int | float) and abs(value) <= MOST_BIAS):
@@ -141,11 +154,16 @@ def _wishes(asked: Any) -> tuple[Any, Any]:
     return plan, reuse
 
 
-def _simplify(messages: Any) -> None:
-    """Join the text parts of each content, and rename the role "developer" to "system"."""
+def _simplify(messages: Any) -> list[dict[str, Any]]:
+    """Return messages with the text parts of each content joined, without nulls, "developer" renamed to "system"."""
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is empty; send at least one")
-    for message in (each for each in messages if isinstance(each, dict)):  # the schema refuses others
+    found, n_calls = [], 0
+    for n, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        role = "system" if role == "developer" else role
+        if role not in _ROLES:
+            raise RequestError(f"messages.{n} has the role {role!r}; use one of: {', '.join(_ROLES)}")
         content = message.get("content") or ""  # a message that calls a tool has no content
         if isinstance(content, list):
             typed = (part for part in content if isinstance(part, dict) and part.get("type") in _TEXTS)
@@ -153,8 +171,24 @@ def _simplify(messages: Any) -> None:
             if len(texts) < len(content):
                 raise RequestError("content has a part that is not text; send parts of text only")
             content = "".join(texts)
-        role = message.get("role")
-        message.update(role="system" if role == "developer" else role, content=content)
+        if not isinstance(content, str):
+            raise RequestError(f"messages.{n}.content is neither text nor a list of parts; send one of them")
+        about = {name: value for name, value in message.items() if value is not None}
+        found.append({**about, "role": role, "content": content})
+        calls = about.get("tool_calls", ())
+        n_calls += len(calls) if isinstance(calls, list) else 0
+        if n_calls > _MOST["tools"]:
+            raise RequestError(f"the messages have too many tool_calls; send at most {_MOST['tools']:,}")
+    return found
+
+
+def _functions(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the functions of a body that are objects, as the schema demands of all."""
+    for name in ("tools", "functions"):
+        for each in body[name] if isinstance(body.get(name), list) else ():
+            function = each.get("function") if name == "tools" and isinstance(each, dict) else each
+            if isinstance(function, dict):
+                yield function
 
 
 def _prompt(prompt: list[Any]) -> tuple[list[int] | None, str]:

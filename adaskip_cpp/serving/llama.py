@@ -1,6 +1,7 @@
 """The server's model: answers each request under its plan, reads no known text again. Start at ServedLlama.answer."""
 
 import re
+import secrets
 import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -68,6 +69,10 @@ class ServedLlama(AdaSkipLlama):
             if not (prompt and 0 <= min(prompt) <= max(prompt) < n_vocab):
                 raise RequestError(f"prompt has no token ids, or wrong ones; use ids from 0 to {n_vocab - 1}")
             kwargs["prompt"] = prompt
+        if kwargs.pop("suffix", None):
+            kwargs["prompt"] = self._around(kwargs["prompt"], body.suffix)
+        if body.seed is None:  # llama_cpp.Llama would take one that follows from the last client's
+            kwargs["seed"] = secrets.randbits(31)
         if body.logit_bias and body.logit_bias_type == "tokens":
             texts = {text: self.tokenize(text.encode(), add_bos=False, special=True) for text in body.logit_bias}
             kwargs["logit_bias"] = {str(id): body.logit_bias[text] for text, ids in texts.items() for id in ids}
@@ -81,6 +86,18 @@ class ServedLlama(AdaSkipLlama):
             kwargs["logits_processor"] = llama_cpp.LogitsProcessorList([longer])
         chats = isinstance(body, CreateChatCompletionRequest)
         return self.create_chat_completion(**kwargs) if chats else self.create_completion(**kwargs)
+
+    def _around(self, prompt: str | list[int], suffix: str) -> list[int]:
+        """Return the prompt that asks for the text between two texts, with the model's own tokens for that."""
+        # llama_cpp.Llama takes token 0 for all of them.
+        vocab = self._model.vocab
+        marks = [getattr(llama_cpp, f"llama_vocab_fim_{name}")(vocab) for name in ("pre", "suf", "mid")]
+        if min(marks) < 0:
+            raise RequestError("this model has no tokens for a suffix; leave suffix out")
+        before = self.tokenize(prompt.encode(), add_bos=False) if isinstance(prompt, str) else prompt
+        after = self.tokenize(suffix.encode(), add_bos=False)
+        bos = [self.token_bos()] if llama_cpp.llama_vocab_get_add_bos(vocab) else []
+        return [*bos, marks[0], *before, marks[1], *after, marks[2]]
 
     def count_prompt(self, request: ServedRequest) -> int:
         """Return the number of tokens in the prompt of a chat. Another thread may answer a request meanwhile."""
@@ -178,7 +195,8 @@ class ServedLlama(AdaSkipLlama):
             if state is not None and self._put(found.tokens, state):
                 self._n_kept = n_common(found.tokens, prompt)  # the others make room for the rest of the prompt
         known = [each for each in cache.entries if each.key in keys]
-        self.saved_prompts = [Saved(each.tokens, partial(cache.take, each), self.model_info) for each in known]
+        mine = self.model_info, self.elided_kv
+        self.saved_prompts = [Saved(each.tokens, partial(cache.take, each), *mine) for each in known]
         if self._prompt_rows is not None:  # the whole prompt is read again
             self._n_kept, request.known = 0, {"logprobs": len(prompt)}
             return

@@ -28,6 +28,7 @@ LEAVE = 5.0  # seconds that a request may go on after its client left; or twice 
 
 _PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a restart: at first, doubled each time, and at most
 _MOST_VAIN = 3  # processes in a row that may end before the model is ready
+_MOST_CALLS = 16  # texts of all clients that are being tokenized
 _LOADING = 10  # loading may take this many times the limit of a step
 _LOGGER = logging.getLogger(__name__)
 
@@ -99,11 +100,14 @@ class Worker:
         await (sent.event(done.content, is_last=True) if request.is_stream else sent.json(200, done.content))
 
     async def call(self, name: str, *arguments: Any) -> bytes:
-        """Call a method of :class:`.Service`, and return its result as JSON."""
+        """Call a method of :class:`.Service`, and return its result as JSON. Raises Refused if too many are called."""
+        if sum(isinstance(each.message, Call) for each in self._asked.values()) >= _MOST_CALLS:
+            raise Refused(429, f"{_MOST_CALLS} other texts are being tokenized; ask again later")
         asked = self._ask(Call(uuid.uuid4().hex, name, arguments))
+        # A late one, or one whose client has left, still keeps the process busy.
+        asked.done.add_done_callback(lambda _: self._asked.pop(asked.message.id))
         await asyncio.wait({asked.done}, timeout=self._stuck_timeout)
         self.used = time.monotonic()
-        del self._asked[asked.message.id]
         done = asked.done.result() if asked.done.done() else None
         if done is None or done.content is None:
             raise Refused(*((done and done.error) or (503, "the model did not answer in time; ask again later")))

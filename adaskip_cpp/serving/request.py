@@ -102,7 +102,8 @@ class ServedRequest:
 
     @property
     def n_reused(self) -> int:
-        return max(self.n_prompt - self.n_read, 0)
+        """Tokens of the prompt that were not evaluated; 0 until it was read."""
+        return max(self.n_prompt - self.n_read, 0) if self.first else 0
 
     @property
     def reread_because(self) -> Reread | None:

@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..calibration.cost import can_fill, fill
+from ..engine.cores import logical_cores, physical_cores
 from ..engine.llama import AdaSkipLlama
 from ..errors import AdaSkipError, RequestError
-from ..measuring.cores import logical_cores, physical_cores
 from ..measuring.timing import SecondsByDepth
 from ..model.settings import Repack, Settings, Tried, in_words
 from ..progress import OnProgress
@@ -42,13 +42,9 @@ class FoundSettings:
 
 
 def fastest_settings(
-    open_model: Callable[[Settings, int], AdaSkipLlama],
-    *,
-    context: int,
-    n_answer: int,
-    given: Mapping[str, Any] = MappingProxyType({}),
-    on_progress: OnProgress = lambda fraction, words="": None,
-) -> FoundSettings:
+    open_model: Callable[[Settings, int], AdaSkipLlama], *, context: int, n_answer: int,
+    given: Mapping[str, Any] = MappingProxyType({}), on_progress: OnProgress = lambda fraction, words="": None
+) -> FoundSettings:  # fmt: skip
     """Find the settings under which the whole model answers a request fastest on this machine.
 
     Settings are varied one at a time: threads for answers, flash attention, repacking, repacking of Q5_0 too, unpacking

@@ -78,6 +78,6 @@ class Memo:
     def remove(self) -> None:
         """Remove the files, after the run has finished."""
         if self._path is not None:
-            for path in (self._path, self._profile_path, vectors_path(self._profile_path)):
+            for path in (self._path, vectors_path(self._profile_path), self._profile_path):
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)

@@ -19,11 +19,11 @@ from typing import Any
 
 from ..calibration.calibrate import calibrate
 from ..calibration.cost import measure_cost
+from ..engine.cores import busy_warning, load_average
 from ..engine.llama import AdaSkipLlama
 from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..measuring import corpus
-from ..measuring.cores import busy_warning, load_average
 from ..measuring.judge import Judge
 from ..measuring.probes import KINDS
 from ..model.frontier import DEFAULT_LOSS, GROWTH, EditPoint, Frontier, Point, contexts, growth
@@ -65,18 +65,10 @@ _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
 def tune(
-    model: str,
-    *,
-    context: int = 8192,
-    n_answer: int = 128,
-    data: Mapping[str, str] | None = None,
-    texts: Mapping[str, str] | None = None,
-    given: Mapping[str, Any] | None = None,
-    memo: Memo | None = None,
-    on_stage: Stage = progress_bar,
-    tell: Callable[[str], object] = lambda line: None,
-    **kwargs: Any,
-) -> Frontier:
+    model: str, *, context: int = 8192, n_answer: int = 128, data: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None, given: Mapping[str, Any] | None = None, memo: Memo | None = None,
+    on_stage: Stage = progress_bar, tell: Callable[[str], object] = lambda line: None, **kwargs: Any
+) -> Frontier:  # fmt: skip
     """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
     At most 120,000 tokens are read, besides those that time sublayers and the result. Let nothing else run meanwhile,

@@ -88,7 +88,7 @@ def test_ours_has_the_settings_that_tune_found_on_this_machine_and_stock_its_own
     result = run("bench", model, *ONCE)
     for words in ("prompt of 16 tokens, 1 round\n", "measured once", "against stock", "KV in F16 and F16"):
         assert words in result.stdout
-    assert ("stock: with its own defaults" in result.stdout) == here and "nan" not in result.stdout
+    assert ("stock: its own defaults but for your options" in result.stdout) == here and "nan" not in result.stdout
     assert ("Warning: the load average is 2.50" in result.stderr) == (load == 2.5)
     assert ("load average before" in result.stdout) == (load is not None)
 
@@ -139,3 +139,14 @@ def test_ratios_stand_below_what_they_compare_with_and_machine_and_plans_are_des
         "2 of 6 sublayers skipped",
     ):
         assert words in printed
+
+
+def test_flash_attention_in_prompts_alone_is_not_what_stock_would_make_of_it(model: Path) -> None:
+    data = json.loads(run("bench", model, *ONCE, "--flash-attn", "prompts", "--json").stdout)
+    settings = data["settings"]
+    assert settings["options"]["flash_attn"] == "prompts" and "flash_attn" not in settings["stock_options"]
+
+
+def test_one_decoded_token_after_the_only_prompt_can_be_timed(model: Path) -> None:
+    result = run("bench", model, "--contexts", 16, "--repeats", 1, "--decode-tokens", 1, "--threads", 1)
+    assert "prompt of 16 tokens, 1 round" in result.stdout

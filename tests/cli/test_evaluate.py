@@ -18,8 +18,10 @@ from oracles.tiny_families import N_CTX_TRAIN
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.evaluation import evaluate
+from adaskip_cpp.measuring import running
 from adaskip_cpp.model.identity import ModelInfo, fingerprint, plan_path
 from adaskip_cpp.model.plan_file import save_plan
+from adaskip_cpp.model.settings import Settings
 from adaskip_cpp.pictures import plots
 
 Run = Callable[..., Result]
@@ -120,6 +122,18 @@ def test_a_plan_file_is_compared_too_that_beside_the_model_unless_another_is_nam
     assert len([*(tmp_path / "out").glob("items-*.jsonl")]) == 2
     Path(plan_path(model)).write_text("{")
     assert "the tuned plan is left out" in run(*arguments, model=model).stderr
+
+
+def test_a_named_plan_file_brings_its_settings(
+    run: Run, model: Path, tmp_path: Path, results: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "is_here", lambda machine: True)
+    monkeypatch.setattr("adaskip_cpp.model.frontier.LEAST_CONTEXT", 10)
+    for path, n_ubatch in ((plan_path(model), 16), (tmp_path / "other.json", 8)):
+        save_plan(path, replace(frontier_of(3), settings=Settings(n_batch=16, n_ubatch=n_ubatch)))
+    for more, n_ubatch in (((), 16), (("--plan", tmp_path / "other.json"), 8)):
+        run("--texts", 0, "--rounds", 1, *more, model=model, has_profile=False)
+        assert f"ubatches of {n_ubatch}, " in results()["about"]["configuration"]["Machine"]
 
 
 def test_promises_are_measured_with_and_without_a_profile(

@@ -1,8 +1,10 @@
 """``adaskip-cpp inspect``: the sublayers of a model."""
 
+from pathlib import Path
 from typing import Any
 
 from oracles.command_line import run
+from oracles.tiny_models import with_metadata
 
 
 def test_inspect_lists_the_sublayers(tiny: Any) -> None:
@@ -14,3 +16,8 @@ def test_inspect_lists_the_sublayers(tiny: Any) -> None:
     sharing = run("inspect", tiny("gemma4")).stdout
     assert "6 of 8 sublayers can be skipped, 2 more in the bulk of a prompt." in sharing
     assert "in the bulk only, window of 8: its KV is shared" in " ".join(sharing.split())
+
+
+def test_the_name_in_a_model_is_printed_as_it_is(tiny: Any, tmp_path: Path) -> None:
+    path = with_metadata(tiny(), tmp_path / "named.gguf", **{"general.name": "a [/INST] [b]"})
+    assert "a [/INST] [b]  llama, 3 layers" in run("inspect", path).stdout

@@ -193,3 +193,10 @@ def test_wrong_repacking_is_refused_and_other_types_are_left_alone(open_tiny: Op
     llm = open_tiny(repack="all")
     assert llm.repackable == 0 and lib.adaskip_repackable(llm._adaskip._ctx, ffi.NULL) == lib.ADASKIP_ERROR_ARGUMENT
     np.testing.assert_array_equal(eval_logits(llm, PIECES), stock(tiny()))
+
+
+def test_flash_attention_in_prompts_alone_needs_no_v_in_each_cache(open_model: Open, tmp_path: Path) -> None:
+    """Without a layer that sees all tokens, one of the two caches has no layers; a cache of MLA has no V."""
+    llm = open_model(write_model(tmp_path / "model.gguf", "gemma3", n_layer=1), flash_attn="prompts")
+    llm.eval(tokens(9))
+    assert llm.flash_attn == "prompts"

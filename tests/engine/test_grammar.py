@@ -1,5 +1,6 @@
 """Grammars that would end or block the process: each is refused, and the model can be used afterwards."""
 
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import llama_cpp
 import pytest
 from llama_cpp import LlamaGrammar
+from oracles.fixtures import Open
 from oracles.grammars import BOTH, CHAIN, FORK, WAYS, rules
 
 from adaskip_cpp import AdaSkipLlama
@@ -100,3 +102,17 @@ def test_what_is_within_the_bounds_is_sampled_by(llm: AdaSkipLlama) -> None:
     assert complete(llm, "root ::= [a]{0,2000}", logit_bias={2: -100}) == "aaaaaa"
     assert complete(llm, "root ::= " + '"a"? ' * 100, logit_bias={2: -100}) == "aaaaaa"
     assert complete(llm, "") == complete(llm), "an empty one is none"
+
+
+def test_work_is_counted_only_where_an_exception_can_be_reported(open_tiny: Open) -> None:
+    """A chain of one's own calls ``llama_sampler_apply``, where one would end the process."""
+    llm = open_tiny()
+    letters = "".join(map(chr, range(0x4E00, 0x4E00 + 8000)))
+    sampler = llama_cpp.llama_sampler_init_grammar(llm._model.vocab, f"root ::= [{letters}]+".encode(), b"root")
+    n = llm.n_vocab()
+    data = (llama_cpp.llama_token_data * n)(*((id, 0.0, 0.0) for id in range(n)))
+    tokens = llama_cpp.llama_token_data_array(data, n, -1, False)
+    for _ in range(600):  # some 2 million characters each
+        llama_cpp.llama_sampler_apply(sampler, ctypes.byref(tokens))
+    llama_cpp.llama_sampler_reset(sampler)
+    llama_cpp.llama_sampler_free(sampler)

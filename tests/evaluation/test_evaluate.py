@@ -15,11 +15,14 @@ from oracles.frontiers import frontier, point
 from oracles.reference import ReferenceModel, ReferenceRun, Windows
 from oracles.tiny_families import N_LAYER, tokens
 
+import adaskip_cpp
 from adaskip_cpp import SkipPlan
+from adaskip_cpp.errors import DataError, FileError
 from adaskip_cpp.evaluation import evaluate
 from adaskip_cpp.evaluation.contenders import FULL, Contender
 from adaskip_cpp.evaluation.evaluate import Work, run
 from adaskip_cpp.evaluation.figures import evaluation_results
+from adaskip_cpp.evaluation.items import EvaluationOptions
 from adaskip_cpp.evaluation.results import About
 from adaskip_cpp.evaluation.store import Record, open_store
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem, greedy_text
@@ -194,3 +197,22 @@ def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(llm: Any, 
         folder.mkdir()
         (folder / store.path.name).write_bytes(b"".join(lines[:n_done]))
         assert evaluation_results(work, measured(work, llm, folder), ABOUT).to_json() == expected, n_done
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"builtin": ("page",)}, "there is no text 'page'; use one of: pages, sources"),
+        ({"synthetic": ("passkey",), "lengths": ()}, "lengths or depths are empty"),
+        ({"n_continuation": 0, "n_texts": 0}, "n_continuation is less than 1"),
+    ],
+)
+def test_impossible_options_are_our_errors(tiny: Any, tmp_path: Path, options: Any, why: str) -> None:
+    with pytest.raises(DataError, match=why):
+        adaskip_cpp.evaluate(tiny(), None, tmp_path / "out", EvaluationOptions(**options))
+
+
+def test_a_folder_that_is_a_file_is_our_error(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(FileError, match="cannot write"), open_store(tmp_path / "out", {"n": 1}):
+        pass

@@ -19,10 +19,10 @@ from adaskip_cpp import files
 from adaskip_cpp.cli import chat
 from adaskip_cpp.cli.main import main
 from adaskip_cpp.cli.terminal import is_broken_pipe
+from adaskip_cpp.engine import cores
 from adaskip_cpp.engine.binding import Libraries
 from adaskip_cpp.errors import DataError, FileError
 from adaskip_cpp.evaluation import store
-from adaskip_cpp.measuring import cores
 
 Refuse = Callable[..., Iterator[int]]
 

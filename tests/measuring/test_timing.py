@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from adaskip_cpp.engine import cores
+from adaskip_cpp.engine.cores import physical_cores
 from adaskip_cpp.measuring import timing
-from adaskip_cpp.measuring.cores import physical_cores
 from adaskip_cpp.measuring.timing import RequestTime, in_turn, time_request
 
 
@@ -53,3 +54,11 @@ def test_every_second_round_is_reversed() -> None:
 
 def test_there_is_a_core_to_run_on() -> None:
     assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_system_without_proc_tells_no_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("Load averages are unobtainable")
+
+    monkeypatch.setattr(os, "getloadavg", fail)
+    assert cores.load_average() is None

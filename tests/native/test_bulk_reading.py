@@ -154,3 +154,12 @@ def test_sliding_windows_and_recurrent_states_follow_the_rule(
     llm.eval([8])
     fresh.eval([*tokens(60), 7, 8])
     np.testing.assert_array_equal(llm.scores[61], fresh.scores[61])
+
+
+def test_a_prompt_with_an_image_runs_whole(open_tiny: Open) -> None:
+    """Several tokens of an image may have one position, and a window counts cells."""
+    llm = open_tiny(under=plan(BULK))
+    llm.eval(tokens(9))
+    assert in_bulk(llm, lambda: llm.eval(tokens(50, seed=1)))
+    llm.input_ids[3] = -7  # as llama-cpp-python records an image
+    assert not in_bulk(llm, lambda: llm.eval(tokens(50, seed=2)))

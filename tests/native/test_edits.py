@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,7 +22,8 @@ from oracles.fixtures import Open
 from oracles.frontiers import edit_points, frontier, point
 from oracles.reference import ReferenceModel, ReferenceRun, relative_error
 from oracles.sequence_oracle import common_prefix
-from oracles.tiny_families import N_LAYER, N_VOCAB, tokens
+from oracles.tiny_families import FAMILIES, N_LAYER, N_VOCAB, Family, tokens
+from oracles.tiny_models import write_model
 
 from adaskip_cpp import Frontier, SkipPlan
 from adaskip_cpp.engine.runs import Run, find_runs, n_common
@@ -93,12 +95,49 @@ def test_a_saved_prompt_is_put_back_or_the_memory_says_so(opened: Open) -> None:
     assert llm.input_ids[: llm.n_tokens].tolist() == text
     np.testing.assert_allclose(llm.logits_after(more), expected, rtol=1e-5, atol=1e-5)
     other = saved._replace(model=replace(saved.model, fingerprint="ab" * 32))
-    with pytest.raises(StateError, match="the saved prompt is of another model"):
+    with pytest.raises(StateError, match="a saved prompt is of another model"):
         llm.load_prompt(other)
+    with pytest.raises(StateError, match="has KV of other layers"):
+        llm.load_prompt(saved._replace(elided_kv=(1,)))
     assert llm.n_tokens == 49, "nothing has changed"
     for gone in (saved._replace(take=lambda: None), saved._replace(take=lambda: bytearray(8))):
         with pytest.raises(StateError, match="could not load the saved prompt"):
             llm.load_prompt(gone)
+
+
+LLAMA = FAMILIES["llama"]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "can_move"),
+    [
+        (LLAMA, {}, True),
+        (
+            replace(LLAMA, head_dim=64),
+            {"type_k": 8, "flash_attn": True},
+            True,
+        ),  # Q8_0: Q is multiplied by another rotation
+        (FAMILIES["gemma3"], {}, True),
+        (FAMILIES["phi3"], {}, True),
+        (FAMILIES["gptneox-parallel"], {}, True),
+        (FAMILIES["gpt2"], {}, False),
+        (replace(LLAMA, architecture="smollm3", n_layer=4), {}, False),
+        (replace(LLAMA, architecture="smollm3", n_layer=3), {}, True),  # the fourth would have no rotation
+        (replace(LLAMA, metadata={"rope.scaling.attn_factor": 1.2}), {}, False),
+    ],
+    ids=lambda value: value.architecture if isinstance(value, Family) else str(value),
+)
+def test_what_llama_cpp_shifts_wrong_is_not_moved(
+    family: Family, options: Any, can_move: bool, tmp_path: Path, open_model: Open
+) -> None:
+    """It rotates K of layers without a rotary embedding too, and one that scales K would scale all of it again."""
+    path = write_model(tmp_path / "model.gguf", family)
+    llm = open_model(path, **{**OPTIONS, "reuse": EDITS, **options})
+    assert llm.can_move == can_move
+    text = tokens(100)
+    for prompt in (text, [*text[:20], *tokens(9, seed=1), *text[20:]]):
+        next(llm.generate(prompt, temp=0))
+    assert (llm.n_moved > 0) == can_move
 
 
 def test_repeated_text_that_is_used_up_is_not_compared_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import llama_cpp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,6 +162,29 @@ def test_a_reading_that_is_cut_short_leaves_nothing_half_moved(
     assert relative_error(logits_of(llm, prompt), expected) < 1e-5
     llm.set_reuse("prefix")
     assert relative_error(logits_of(llm, prompt), whole(prompt)) < 1e-5
+
+
+def test_ctrl_c_right_after_runs_were_set_aside_leaves_no_cells_there(
+    open_tiny: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal during a native call is seen when it returns."""
+    llm, text = open_tiny(**OPTIONS, reuse=EDITS), tokens(120)
+    prompt = [*text[:20], *tokens(9, seed=1), *text[20:]]
+    logits_of(llm, text)
+    set_aside = llm._adaskip.set_aside
+
+    def interrupted(*args: Any) -> None:
+        set_aside(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(llm._adaskip, "set_aside", interrupted)
+        logits_of(llm, prompt)
+    memory = llama_cpp.llama_get_memory(llm.ctx)
+    assert [llama_cpp.llama_memory_seq_pos_max(memory, sequence) for sequence in (254, 255)] == [-1, -1]
+    logits_of(llm, text)
+    logits_of(llm, prompt)
+    assert llm.n_moved > 0
 
 
 def test_places_that_are_taken_are_refused(open_tiny: Open) -> None:

@@ -87,9 +87,15 @@ def write_lora(path: str | Path, *, seed: int = 0, rank: int = 2, alpha: float =
 
 def add_chat_template(source: Path, target: Path) -> Path:
     """Write a copy of a model that has a chat template, ``TEMPLATE``."""
-    writer = GGUFWriter(target, "llama")
-    template = MetadataDetails(GGUFValueType.STRING, TEMPLATE)
-    copy_with_new_metadata(GGUFReader(source), writer, {"tokenizer.chat_template": template}, [])
+    return with_metadata(source, target, **{"tokenizer.chat_template": TEMPLATE})
+
+
+def with_metadata(source: Path, target: Path, **values: str | int) -> Path:
+    """Write a copy of a model with other metadata, texts and ids of tokens."""
+    types = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32}
+    details = {name: MetadataDetails(types[type(value)], value) for name, value in values.items()}
+    replaced = [name for name in details if GGUFReader(source).fields.get(name)]
+    copy_with_new_metadata(GGUFReader(source), GGUFWriter(target, "llama"), details, replaced)
     return target
 
 

@@ -168,7 +168,9 @@ def called(id: str, arguments: str, name: str | None = None) -> dict[str, Any]:
 def told(path: str, chunks: Any, **about: Any) -> list[dict[str, Any]]:
     """The events of an answer in these chunks of chat, whose names are their types."""
     request, content = read(path, SAME[path]), bytearray()
-    vars(request).update({"n_layer": 3, "begun": 1.0, "n_prompt": 9, "n_generated": 4, "finish": "stop", **about})
+    vars(request).update(
+        {"n_layer": 3, "begun": 1.0, "n_prompt": 9, "n_generated": 4, "finish": "stop", "first": 2.0, **about}
+    )
     request.n_evaluated["prefill"] = 3
     assert encoded(iter(chunks), request, content.extend) == b""
     events = [each.split("\n") for each in content.decode().removesuffix("\n\n").split("\n\n")]
@@ -376,3 +378,16 @@ def test_tokens_are_counted_while_another_request_is_answered(clients: Clients) 
         begun: Any = next(iter(stream))
         assert begun.message.usage.input_tokens + begun.message.usage.cache_read_input_tokens == expected
         assert claude.messages.count_tokens(**asked).input_tokens == expected
+
+
+def test_clients_that_join_the_parts_of_a_stream_get_each_name_once() -> None:
+    """As the openai package does: every text but ``type`` is added to what came before."""
+    request, content = read(CHAT, {"messages": ASKED}), bytearray()
+    vars(request).update({"n_layer": 3, "begun": 1.0, "first": 2.0, "finish": "length"})
+    encoded(iter(BOTH), request, content.extend)
+    told = [json.loads(each.removeprefix("data: ")) for each in content.decode().split("\n\n") if each]
+    calls = [call for each in told for call in each["choices"][0]["delta"].get("tool_calls") or ()]
+    assert [call.get("id") for call in calls] == ["1", None, None, "2"]
+    assert [call["function"].get("name") for call in calls] == ["go", None, None, "stay"]
+    assert "".join(call["function"]["arguments"] for call in calls[:3]) == '{"a": true}'
+    assert told[-1]["choices"][0]["finish_reason"] == "length", "the arguments were cut"

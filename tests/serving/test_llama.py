@@ -12,12 +12,14 @@ import pytest
 from oracles.fixtures import Open, Tiny
 from oracles.served import BULK_PLAN, FRONTIER, edited_frontier, frontier_of
 from oracles.tiny_families import tokens
+from oracles.tiny_models import with_metadata
 
 from adaskip_cpp import AdaSkipLlama, SkipPlan
 from adaskip_cpp.engine.settings import cost_settings
 from adaskip_cpp.measuring.running import Running, quietly
 from adaskip_cpp.model.frontier import Frontier
 from adaskip_cpp.model.settings import Settings
+from adaskip_cpp.serving.answer import explained
 from adaskip_cpp.serving.body import read_body
 from adaskip_cpp.serving.llama import ServedLlama
 from adaskip_cpp.serving.plans import Plans
@@ -36,12 +38,17 @@ def open_served(tiny: Tiny) -> Iterator[Open]:
     with ExitStack() as opened:
 
         def open_(
-            family: str = "llama", plan: Any = BULK_PLAN, folder: Path | None = None, n_ctx: int = 1024, **options: Any
+            family: str | Path = "llama",
+            plan: Any = BULK_PLAN,
+            folder: Path | None = None,
+            n_ctx: int = 1024,
+            **options: Any,
         ) -> ServedLlama:
             own, frontier = (None, plan) if isinstance(plan, Frontier) else (plan, None)
             plans, cache = Plans(own, frontier, 0.07, n_ctx), PrefixCache(10**8, folder)
             options = {"plan": frontier, "plans": plans, "cache": cache, "n_ctx": n_ctx, "verbose": False, **options}
-            return opened.enter_context(closing(ServedLlama(str(tiny(family)), **options)))
+            path = family if isinstance(family, Path) else tiny(family)
+            return opened.enter_context(closing(ServedLlama(str(path), **options)))
 
         yield open_
 
@@ -284,3 +291,46 @@ def test_a_piece_of_a_stream_has_the_logprobs_of_its_own_text(served: ServedLlam
     assert "".join(told[0]) == f" {choices[0]['text']}"  # the echoed prompt
     assert ["".join(tokens) for tokens in told[1:]] == [each["text"] for each in choices[1:]]
     assert [token for tokens in told for token in tokens] == whole
+
+
+def test_a_template_that_refuses_messages_is_the_clients_mistake(
+    served_model: Path, open_served: Open, tmp_path: Path
+) -> None:
+    """llama-cpp-python's ``raise_exception`` raises a ValueError, and a filter a TypeError: none is jinja's own."""
+    fails = "{{ raise_exception('no such role') }}", "{% for each in messages[0].content | items %}{% endfor %}"
+    for number, template in enumerate(fails):
+        path = with_metadata(served_model, tmp_path / f"{number}.gguf", **{"tokenizer.chat_template": template})
+        llm = open_served(path, None, **OPTIONS)
+        asked = {"messages": [{"role": "user", "content": "a"}]}
+        with pytest.raises((ValueError, TypeError)) as refused:
+            llm.answer(read_body("/v1/chat/completions", json.dumps(asked).encode()))
+        status, message, _ = explained(refused.value, logs_text=False)
+        assert status == 400 and "the model's chat template refuses these messages" in message
+
+
+def test_a_suffix_is_asked_for_with_the_models_own_tokens(
+    served_model: Path, open_served: Open, tmp_path: Path
+) -> None:
+    """llama-cpp-python takes token 0 for all three."""
+    marks = {f"tokenizer.ggml.{name}_token_id": id for name, id in (("fim_pre", 11), ("fim_suf", 12), ("fim_mid", 13))}
+    llm = open_served(with_metadata(served_model, tmp_path / "fim.gguf", **marks), None, **OPTIONS)
+    before, after = (llm.tokenize(text.encode(), add_bos=False) for text in ("the to", " of a"))
+    complete(llm, "the to", suffix=" of a", max_tokens=1)
+    expected = [llm.token_bos(), 11, *before, 12, *after, 13]
+    assert llm.input_ids[: len(expected)].tolist() == expected
+    complete(llm, "the to", suffix="", max_tokens=1)
+    assert llm.input_ids[: len(before) + 1].tolist() == [llm.token_bos(), *before], "an empty one asks for nothing"
+
+
+def test_a_seed_is_of_one_request(served: ServedLlama) -> None:
+    def text(**body: Any) -> str:
+        answer, _ = complete(served, "the to", temperature=2, max_tokens=20, **body)
+        return str(answer["choices"][0]["text"])
+
+    assert text(seed=1) == text(seed=1)
+    assert len({(text(seed=1), text())[1] for _ in range(3)}) > 1, "another client's seed decides nothing"
+
+
+def test_tokens_of_a_prompt_that_was_not_read_are_not_reused() -> None:
+    assert ServedRequest(n_prompt=100).n_reused == 0
+    assert ServedRequest(n_prompt=100, first=1.0).n_reused == 100

@@ -1,5 +1,6 @@
 """The model in a process of its own: what its death costs, and that it never outlives who asks it."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,6 +19,10 @@ import httpx2 as httpx
 import psutil
 import pytest
 from oracles.served import Server, serving
+
+from adaskip_cpp.serving.process import _MOST_CALLS, Worker
+from adaskip_cpp.serving.request import Refused
+from adaskip_cpp.serving.worker import Call, Done, Opening
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes of models are ended by SIGKILL")
 
@@ -304,3 +309,22 @@ def test_it_does_not_outlive_who_asks_it(served_model: Path) -> None:
             next(events(answer))
             server.process.kill()
         until(lambda: not is_running(worker), 5)
+
+
+def test_texts_to_tokenize_are_bounded_and_late_ones_count_until_they_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        worker = Worker("a", Opening(lambda: None, logs_text=False), stuck_timeout=0.01)  # type: ignore[arg-type, return-value]
+        asked: list[Call] = []
+        monkeypatch.setattr(worker, "_tell", asked.append)
+        for _ in range(_MOST_CALLS):
+            with pytest.raises(Refused, match="in time"):
+                await worker.call("tokenize", "the")
+        with pytest.raises(Refused, match="other texts are being tokenized"):
+            await worker.call("tokenize", "the")
+        for each in asked:
+            await worker._hear(Done(each.id, b"1"))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="in time"):
+            await worker.call("tokenize", "the")
+
+    asyncio.run(ask())

@@ -4,6 +4,7 @@ Oracles: the figures of a Judge that the test calls itself, and a count of the t
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def noted(monkeypatch: pytest.MonkeyPatch) -> Calls:
     make_small(monkeypatch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)  # as in each test: see conftest.py
     calls = Calls()
     evaluate = AdaSkipLlama._evaluate
 

@@ -1,5 +1,6 @@
 """Counts the cores to compute with, and finds out whether other programs use the machine."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -10,10 +11,11 @@ _BUSY = 0.5  # with a load average above this, other programs disturb timings
 
 
 def load_average() -> float | None:
-    """Return the load average of the last minute, in CPUs; None on Windows, which has none."""
-    if sys.platform == "win32":  # a statement, as mypy knows no platform in an expression
-        return None
-    return os.getloadavg()[0]
+    """Return the load average of the last minute, in CPUs; None on Windows or without ``/proc``, which have none."""
+    if sys.platform != "win32":  # a statement, as mypy knows no platform in an expression
+        with contextlib.suppress(OSError):
+            return os.getloadavg()[0]
+    return None
 
 
 def busy_warning(load: float | None) -> str:
