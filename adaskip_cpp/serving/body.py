@@ -70,7 +70,8 @@ def read_body(path: str, content: bytes) -> ServedRequest:
         body["messages"] = _simplify(body["messages"])
     for function in _functions(body):
         function["parameters"] = function.get("parameters") or {"type": "object", "properties": {}}
-        function["description"] = function.get("description") or ""
+        if function.get("description", "") is None:
+            del function["description"]
     if isinstance(stops := body.get("stop"), str | list):  # llama-cpp-python would end at an empty one at once
         body["stop"] = [each for each in ([stops] if isinstance(stops, str) else stops) if each != ""]
     if body.get("logprobs") is True:

@@ -59,7 +59,7 @@ def test_nulls_in_messages_and_what_a_tool_may_lack_are_left_out() -> None:
     body: Any = read(CHAT, {"messages": [*ASKED, said], "tools": [tool]}).body
     assert body.messages[1] == {"role": "assistant", "content": "hi"}
     none = {"type": "object", "properties": {}}
-    assert body.tools == [{"type": "function", "function": {"name": "now", "description": "", "parameters": none}}]
+    assert body.tools == [{"type": "function", "function": {"name": "now", "parameters": none}}]
 
 
 def test_an_empty_text_ends_no_answer() -> None:
