@@ -66,10 +66,27 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
-    "AdaSkipError", "AdaSkipLlama", "Bulk", "Edits", "EvaluationOptions", "Frontier", "PlanFileError", "PlanRequest",
-    "Profile", "Running", "SkipPlan", "__version__", "bench", "calibrate", "evaluate", "load_plan", "plan_path",
-    "replace_llama", "save_plan", "tune",
-]  # fmt: skip
+    "AdaSkipError",
+    "AdaSkipLlama",
+    "Bulk",
+    "Edits",
+    "EvaluationOptions",
+    "Frontier",
+    "PlanFileError",
+    "PlanRequest",
+    "Profile",
+    "Running",
+    "SkipPlan",
+    "__version__",
+    "bench",
+    "calibrate",
+    "evaluate",
+    "load_plan",
+    "plan_path",
+    "replace_llama",
+    "save_plan",
+    "tune",
+]
 
 __version__: str = _version("adaskip-cpp")
 """Version of the package."""

@@ -112,9 +112,14 @@ class Bench:
     """A benchmark of plans and frontiers, by contender, with or without stock. Longer contexts repeat ``tokens``."""
 
     def __init__(
-        self, settings: BenchSettings, plans: Mapping[str, SkipPlan | Frontier], tokens: Sequence[int], *,
-        stock: bool = True, on_progress: OnProgress = lambda fraction, words="": None
-    ) -> None:  # fmt: skip
+        self,
+        settings: BenchSettings,
+        plans: Mapping[str, SkipPlan | Frontier],
+        tokens: Sequence[int],
+        *,
+        stock: bool = True,
+        on_progress: OnProgress = lambda fraction, words="": None,
+    ) -> None:
         self._settings, self._on_progress = settings, on_progress
         self._tokens = list(itertools.islice(itertools.cycle(tokens), max(settings.contexts)))
         contenders = [*([STOCK] if stock else []), NO_PLAN, *plans]
@@ -170,10 +175,17 @@ class Bench:
 
 
 def bench(
-    model: StrPath, plans: Mapping[str, SkipPlan | Frontier] | None = None, *, contexts: Sequence[int] | None = None,
-    n_rounds: int = 12, n_decode: int = 32, stock: bool = True, running: Running | None = None,
-    on_progress: OnProgress = lambda fraction, words="": None, tell: Callable[[str], None] = lambda note: None
-) -> BenchResult:  # fmt: skip
+    model: StrPath,
+    plans: Mapping[str, SkipPlan | Frontier] | None = None,
+    *,
+    contexts: Sequence[int] | None = None,
+    n_rounds: int = 12,
+    n_decode: int = 32,
+    stock: bool = True,
+    running: Running | None = None,
+    on_progress: OnProgress = lambda fraction, words="": None,
+    tell: Callable[[str], None] = lambda note: None,
+) -> BenchResult:
     """Measure the speed of plans, of the whole model and of stock llama-cpp-python.
 
     Each contender runs in processes of its own, which take turns. Ctrl-C, or the end of a contender's process, ends the

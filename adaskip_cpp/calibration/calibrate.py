@@ -27,10 +27,17 @@ Request: TypeAlias = "str | Sequence[SupportsIndex]"  # a text, or token ids
 
 
 def calibrate(
-    llm: AdaSkipLlama, requests: Iterable[Request] | None = None, *, n_requests: int = corpus.N_REQUESTS,
-    n_tokens: int = corpus.N_TOKENS, n_decode: int = 32, rank: int = DEFAULT_RANK, cost: bool = True,
-    on_stage: Stage = progress_bar, description: str | None = None
-) -> Profile:  # fmt: skip
+    llm: AdaSkipLlama,
+    requests: Iterable[Request] | None = None,
+    *,
+    n_requests: int = corpus.N_REQUESTS,
+    n_tokens: int = corpus.N_TOKENS,
+    n_decode: int = 32,
+    rank: int = DEFAULT_RANK,
+    cost: bool = True,
+    on_stage: Stage = progress_bar,
+    description: str | None = None,
+) -> Profile:
     """Calibrate a model: measure the effect and the time of each sublayer on sample texts, as a profile to plan with.
 
     This is the paper's offline importance learning, for prompts and for answers. The whole model reads every request,

@@ -25,9 +25,13 @@ _SUBSET = 10  # growth with the context is measured on one attention in 10, so d
 
 
 def measure_cost(
-    llm: AdaSkipLlama, *, contexts: Sequence[int] = (512, 2048, 6144), seconds: float = 15.0, rank: int = 0,
-    on_progress: Callable[[float], object] = lambda fraction: None
-) -> CostModel:  # fmt: skip
+    llm: AdaSkipLlama,
+    *,
+    contexts: Sequence[int] = (512, 2048, 6144),
+    seconds: float = 15.0,
+    rank: int = 0,
+    on_progress: Callable[[float], object] = lambda fraction: None,
+) -> CostModel:
     """Measure the time of each sublayer on this machine, which should be idle, with this model's settings.
 
     3 to 12 rounds take ``seconds``, at most half of them on deep contexts. Attentions are timed at ``contexts``, in

@@ -68,9 +68,18 @@ def tune(
     key = content_hash([fingerprint(model), context, n_answer, here, data, judged, running.given(), running.gpu_layers])
     memo = Memo(f"{target.removesuffix('.json')}-unfinished.json", key)
     tell("This measures the speed of this machine, so run nothing else. After Ctrl-C, the same command continues.")
-    find = partial(tuning.tune, model, context=context, n_answer=n_answer, memo=memo, n_gpu_layers=running.gpu_layers)
-    on_stage = partial(progress_bar, lines=True)
-    frontier = find(data=data or None, texts=texts or None, given=running.given(), on_stage=on_stage, tell=tell)
+    frontier = tuning.tune(
+        model,
+        context=context,
+        n_answer=n_answer,
+        data=data or None,
+        texts=texts or None,
+        given=running.given(),
+        memo=memo,
+        on_stage=partial(progress_bar, lines=True),
+        tell=tell,
+        n_gpu_layers=running.gpu_layers,
+    )
     save_plan(target, frontier)
     memo.remove()
     out = console()

@@ -110,10 +110,18 @@ class AdaSkipLlama(EditedPromptsLlama):
     """
 
     def __init__(
-        self, model_path: StrPath, *, plan: SkipPlan | Frontier | Literal["auto"] | None = None,
-        max_loss: float | None = None, exact_batches: bool = False, flash_attn: FlashAttention | None = None,
-        repack: Repack | None = None, unpack: Sequence[str] | None = None, reuse: Reuse = "auto", **kwargs: Any
-    ) -> None:  # fmt: skip
+        self,
+        model_path: StrPath,
+        *,
+        plan: SkipPlan | Frontier | Literal["auto"] | None = None,
+        max_loss: float | None = None,
+        exact_batches: bool = False,
+        flash_attn: FlashAttention | None = None,
+        repack: Repack | None = None,
+        unpack: Sequence[str] | None = None,
+        reuse: Reuse = "auto",
+        **kwargs: Any,
+    ) -> None:
         model_path = os.fspath(model_path)
         check_gguf(model_path)
         given = {"flash_attn": flash_attn, "repack": repack, "unpack": unpack}
@@ -174,9 +182,12 @@ class AdaSkipLlama(EditedPromptsLlama):
 
     @alone
     def set_plan(
-        self, plan: SkipPlan | Literal["auto"] | None, *, max_loss: float | None = None,
-        readable: Sequence[SkipPlan] = ()
-    ) -> None:  # fmt: skip
+        self,
+        plan: SkipPlan | Literal["auto"] | None,
+        *,
+        max_loss: float | None = None,
+        readable: Sequence[SkipPlan] = (),
+    ) -> None:
         """Set the plan from the next evaluation on. After an error, the old plan stays.
 
         Args:
@@ -363,11 +374,11 @@ class AdaSkipLlama(EditedPromptsLlama):
     def _evaluate_prompt(self, tokens: list[int], n_later: int = 0) -> None:
         """Evaluate tokens of a prompt, its bulk under the bulk set; ``n_later`` tokens of the prompt are to follow.
 
-        A prompt with an image runs whole. Several tokens of an image may have one position, so windows cannot be.
+        A prompt with an image runs whole. Several tokens of an image may have one position, but windows count cells.
         """
         has_image = self.n_tokens > 0 and np.min(self.input_ids[: self.n_tokens]) < 0
-        is_whole = self.plan is None or self._reads_prompt or self.context_params.embeddings or has_image
-        bulk = None if is_whole or self.plan is None else self.plan.bulk
+        is_whole = self._reads_prompt or self.context_params.embeddings or has_image
+        bulk = None if self.plan is None or is_whole else self.plan.bulk
         begin, end = bulk.span(self.n_tokens, len(tokens) + n_later) if bulk else (0, 0)
         if bulk and end:
             self._evaluate("prefill", tokens[:begin], is_last=False)
@@ -417,9 +428,15 @@ class AdaSkipLlama(EditedPromptsLlama):
             fit.tokens, self._refit = self.input_ids[: self.n_tokens].copy(), fit
 
     def _evaluate(
-        self, phase: Phase, tokens: list[int], *, is_last: bool, is_read: bool = True, narrow: bool = False,
-        rows: Rows | None = None
-    ) -> None:  # fmt: skip
+        self,
+        phase: Phase,
+        tokens: list[int],
+        *,
+        is_last: bool,
+        is_read: bool = True,
+        narrow: bool = False,
+        rows: Rows | None = None,
+    ) -> None:
         """Evaluate tokens in one phase; ``rows``, if given, gets the logits after each token, a batch at a time."""
         native = self._adaskip
         native.set_phase(phase, narrow=narrow)

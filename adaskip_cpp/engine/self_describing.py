@@ -39,9 +39,14 @@ class SelfDescribingLlama(llama_cpp.Llama):
     """A model with its native side. :class:`AdaSkipLlama` adds the plan."""
 
     def __init__(
-        self, model_path: StrPath, *, flash_attn: FlashAttention = False, repack: Repack = True,
-        unpack: Sequence[str] = (), **kwargs: Any
-    ) -> None:  # fmt: skip
+        self,
+        model_path: StrPath,
+        *,
+        flash_attn: FlashAttention = False,
+        repack: Repack = True,
+        unpack: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
         check_arguments(flash_attn, repack, kwargs)
         self._one_thread = OneThread()
         self.repack: Repack = "all" if repack == "all" else bool(repack)

@@ -38,9 +38,12 @@ FULL = Contender("full", "full", "", None, "none")  # the whole model: all other
 
 
 def contenders(
-    profile: Profile | None, requests: Iterable[PlanRequest], saved: PlanFile | None = None,
-    max_losses: Iterable[float] = (), lengths: Sequence[int] = ()
-) -> tuple[list[Contender], list[str]]:  # fmt: skip
+    profile: Profile | None,
+    requests: Iterable[PlanRequest],
+    saved: PlanFile | None = None,
+    max_losses: Iterable[float] = (),
+    lengths: Sequence[int] = (),
+) -> tuple[list[Contender], list[str]]:
     """Return the contenders, the whole model first, and a note for each one that is left out.
 
     A contender is also left out if it skips nothing, or the same as another one of its strategy. ``profile`` makes the

@@ -12,7 +12,7 @@ from ..engine.cores import busy_warning, load_average
 from ..engine.settings import cost_settings
 from ..files import StrPath, content_hash
 from ..measuring.running import Running, described, open_quietly, settings_here
-from ..model.plan_file import frontier_beside, load_plan
+from ..model.plan_file import frontier_beside, frontier_of
 from ..planning.profile import Profile
 from .evaluate import run
 from .figures import evaluation_results
@@ -23,10 +23,16 @@ from .store import open_store
 
 
 def evaluate(
-    model: StrPath, profile: Profile | StrPath | None, folder: StrPath, options: EvaluationOptions | None = None, *,
-    running: Running | None = None, command: str = "", on_progress: Callable[[float], None] = lambda fraction: None,
-    tell: Callable[[str], None] = lambda note: None
-) -> Results:  # fmt: skip
+    model: StrPath,
+    profile: Profile | StrPath | None,
+    folder: StrPath,
+    options: EvaluationOptions | None = None,
+    *,
+    running: Running | None = None,
+    command: str = "",
+    on_progress: Callable[[float], None] = lambda fraction: None,
+    tell: Callable[[str], None] = lambda note: None,
+) -> Results:
     """Measure the quality and the speed of plans against the whole model.
 
     Each result is kept in the folder, so a second call with the same arguments continues. At the end, and after Ctrl-C,
@@ -62,9 +68,9 @@ def evaluate(
     known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
     arguments = f"{model!r}, {'profile' if known else None}, {os.fspath(folder)!r}, {options!r}"
     facts = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load_average": load_average()}
-    named = None if options.plan_file is None else load_plan(options.plan_file, model=model).frontier
-    tuned = running.options(settings_here(named or frontier_beside(model)))
-    opened = partial(open_quietly, model, running=running, **tuned)
+    named = None if options.plan_file is None else frontier_of(options.plan_file)
+    tuned = settings_here(named or frontier_beside(model))
+    opened = partial(open_quietly, model, running=running, **running.options(tuned))
     with prepared(model, known, options, opened) as (llm, work, notes, words):
         machine = cost_settings(llm)
         settings = {  # other settings begin a new evaluation

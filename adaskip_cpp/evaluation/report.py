@@ -26,8 +26,13 @@ def write_results(results: Results, folder: Path) -> None:
 
 def rendered(results: Results, picture: plots.Figure | None) -> str:
     """Return the report as HTML, with its picture inside."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.loader = jinja2.PackageLoader(__package__)
-    environment.trim_blocks = environment.lstrip_blocks = environment.keep_trailing_newline = True
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     template = environment.get_template("report.html")
     return template.render(results=results, tables=tables(results), picture=picture, svg=plots.to_svg)

@@ -15,9 +15,13 @@ SPEEDS = {"prompt": "first_token", "prefill": "first_token", "decode": "per_toke
 TAILS = (99, 99.9)  # percentiles of the tokens' divergences, those that llama-perplexity reports
 SPEED_NAMES = {"first_token": "first token", "per_token": "later tokens", "request": "whole request"}
 _STRATEGY_NAMES = {
-    "full": "whole model", "adaskip": "AdaSkip", "early_exit": "Early Exit", "skip_decode": "SkipDecode",
-    "unified_skipping": "Unified Skipping", "tuned": "tuned plan",
-}  # fmt: skip
+    "full": "whole model",
+    "adaskip": "AdaSkip",
+    "early_exit": "Early Exit",
+    "skip_decode": "SkipDecode",
+    "unified_skipping": "Unified Skipping",
+    "tuned": "tuned plan",
+}
 
 
 @dataclass(frozen=True)

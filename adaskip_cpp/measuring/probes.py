@@ -55,9 +55,15 @@ def passkey_lines(tokenizer: AdaSkipLlama, i: int) -> list[list[int]]:
 
 
 def probes_of(
-    tokenizer: AdaSkipLlama, text: str, tokens: Sequence[int], cuts: Sequence[int], *, n_continued: int = N_CONTINUED,
-    n_copied: int = N_COPIED, key: tuple[int, float] | None = None
-) -> list[Probe]:  # fmt: skip
+    tokenizer: AdaSkipLlama,
+    text: str,
+    tokens: Sequence[int],
+    cuts: Sequence[int],
+    *,
+    n_continued: int = N_CONTINUED,
+    n_copied: int = N_COPIED,
+    key: tuple[int, float] | None = None,
+) -> list[Probe]:
     """Return the probes of a text: for each prompt length in ``cuts`` a continuation and, if it fits, a copy.
 
     A copy repeats the prompt from a quarter of its length on, after every second prompt from half of it on. If pass

@@ -219,9 +219,13 @@ class SkipPlan:
 
     @classmethod
     def manual(
-        cls, n_layer: int, attention: Iterable[SupportsIndex] = (), ffn: Iterable[SupportsIndex] = (),
-        scale: npt.ArrayLike | None = None, phase: Literal["both", "bulk", "decode"] = "both"
-    ) -> "SkipPlan":  # fmt: skip
+        cls,
+        n_layer: int,
+        attention: Iterable[SupportsIndex] = (),
+        ffn: Iterable[SupportsIndex] = (),
+        scale: npt.ArrayLike | None = None,
+        phase: Literal["both", "bulk", "decode"] = "both",
+    ) -> "SkipPlan":
         """Make a plan from lists of layers. Layers that the model lacks and other impossible values raise a PlanError.
 
         Args:

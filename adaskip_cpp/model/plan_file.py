@@ -97,9 +97,14 @@ def is_plan_file(path: StrPath) -> bool:
 
 
 def frontier_beside(model: StrPath) -> Frontier | None:
-    """Return the frontier beside a model without its points; None without one, or if its file cannot be read."""
+    """Return the frontier beside a model, as :func:`frontier_of`."""
+    return frontier_of(plan_path(model))
+
+
+def frontier_of(path: StrPath) -> Frontier | None:
+    """Return the frontier of a plan file without its points; None without one, or if the file cannot be read."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = stored.load_json(plan_path(model), _FORMAT, FORMAT_VERSION).get("frontier")
+        found = stored.load_json(path, _FORMAT, FORMAT_VERSION).get("frontier")
         if isinstance(found, dict):
             return msgspec.convert({**found, "points": ()}, Frontier)
     return None

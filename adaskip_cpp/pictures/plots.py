@@ -51,9 +51,14 @@ _ORANGE, _SKY = Look("#E69F00", "^", _DASH_DOT), Look("#56B4E9", "P", _LONG)
 
 PHASE = {"prefill": _BLUE, "decode": replace(_ORANGE, style=_DASHES)}
 STRATEGY = {
-    "full": Look(INK, "*", "none"), "adaskip": _BLUE, "paper": _SKY, "manual": _GREEN, "early_exit": _VERMILION,
-    "skip_decode": _PURPLE, "unified_skipping": _ORANGE,
-}  # fmt: skip
+    "full": Look(INK, "*", "none"),
+    "adaskip": _BLUE,
+    "paper": _SKY,
+    "manual": _GREEN,
+    "early_exit": _VERMILION,
+    "skip_decode": _PURPLE,
+    "unified_skipping": _ORANGE,
+}
 """By strategy; ``full`` is the whole model, a single point; ``paper`` is AdaSkip in the paper's exact mode."""
 _RESTYLED = replace(_ORANGE, style=_DOTS), replace(_PURPLE, style=_LONG), replace(_SKY, style=_DASH_DOT)
 OTHERS = (_BLUE, _VERMILION, _GREEN, *_RESTYLED, Look(INK, "X", "-"))

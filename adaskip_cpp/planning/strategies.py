@@ -82,9 +82,17 @@ def compensated_plan(
         size = window_size_for(request.context or 1) if request.window_size is None else request.window_size
         windowed, refit = profile.windowable[most - n :], 0 if chosen.up is None else DEFAULT_REFIT
         bulk = Bulk(chosen, head=request.head, tail=request.tail, windowed=windowed, window_size=size, refit=refit)
-    sets, schedule = [chosen if each else none for each in (mode.in_prefill, mode.in_decode)], in_turn if later else ()
-    plan = SkipPlan(*sets, schedule=schedule, online=online, bulk=bulk, model=profile.model, mode=request.mode)
-    return replace(plan, strategy=strategy, compensation=name)
+    return SkipPlan(
+        chosen if mode.in_prefill else none,
+        chosen if mode.in_decode else none,
+        schedule=in_turn if later else (),
+        online=online,
+        bulk=bulk,
+        model=profile.model,
+        strategy=strategy,
+        compensation=name,
+        mode=request.mode,
+    )
 
 
 def adaskip(profile: ProfileData, request: PlanRequest) -> SkipPlan:

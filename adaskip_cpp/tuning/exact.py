@@ -42,9 +42,13 @@ class FoundSettings:
 
 
 def fastest_settings(
-    open_model: Callable[[Settings, int], AdaSkipLlama], *, context: int, n_answer: int,
-    given: Mapping[str, Any] = MappingProxyType({}), on_progress: OnProgress = lambda fraction, words="": None
-) -> FoundSettings:  # fmt: skip
+    open_model: Callable[[Settings, int], AdaSkipLlama],
+    *,
+    context: int,
+    n_answer: int,
+    given: Mapping[str, Any] = MappingProxyType({}),
+    on_progress: OnProgress = lambda fraction, words="": None,
+) -> FoundSettings:
     """Find the settings under which the whole model answers a request fastest on this machine.
 
     Settings are varied one at a time: threads for answers, flash attention, repacking, repacking of Q5_0 too, unpacking

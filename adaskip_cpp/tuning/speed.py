@@ -17,9 +17,15 @@ _WARM_UP = 8  # untimed tokens that each process reads first: they read the weig
 
 
 def measure_speed(
-    model_path: str, settings: Settings, plan: SkipPlan | None, prompt: list[int], *, n_rounds: int,
-    kwargs: Mapping[str, Any] | None = None, on_progress: OnProgress = lambda fraction, words="": None
-) -> tuple[SpeedUp, ...]:  # fmt: skip
+    model_path: str,
+    settings: Settings,
+    plan: SkipPlan | None,
+    prompt: list[int],
+    *,
+    n_rounds: int,
+    kwargs: Mapping[str, Any] | None = None,
+    on_progress: OnProgress = lambda fraction, words="": None,
+) -> tuple[SpeedUp, ...]:
     """Time a prompt in processes that take turns: stock with its defaults, ours with settings, ours with a plan too.
 
     Each process reads the prompt ``n_rounds`` times. ``kwargs`` are arguments of ``llama_cpp.Llama`` for all of them,

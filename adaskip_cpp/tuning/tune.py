@@ -65,10 +65,18 @@ _N_ROUNDS = 3  # times that each prompt is timed at the end
 
 
 def tune(
-    model: str, *, context: int = 8192, n_answer: int = 128, data: Mapping[str, str] | None = None,
-    texts: Mapping[str, str] | None = None, given: Mapping[str, Any] | None = None, memo: Memo | None = None,
-    on_stage: Stage = progress_bar, tell: Callable[[str], object] = lambda line: None, **kwargs: Any
-) -> Frontier:  # fmt: skip
+    model: str,
+    *,
+    context: int = 8192,
+    n_answer: int = 128,
+    data: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] | None = None,
+    given: Mapping[str, Any] | None = None,
+    memo: Memo | None = None,
+    on_stage: Stage = progress_bar,
+    tell: Callable[[str], object] = lambda line: None,
+    **kwargs: Any,
+) -> Frontier:
     """Find the fastest settings of the whole model on this machine, then plans of growing speed with their losses.
 
     At most 120,000 tokens are read, besides those that time sublayers and the result. Let nothing else run meanwhile,

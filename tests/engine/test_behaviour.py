@@ -196,7 +196,7 @@ def test_wrong_repacking_is_refused_and_other_types_are_left_alone(open_tiny: Op
 
 
 def test_flash_attention_in_prompts_alone_needs_no_v_in_each_cache(open_model: Open, tmp_path: Path) -> None:
-    """Without a layer that sees all tokens, one of the two caches has no layers; a cache of MLA has no V."""
+    """Without a layer that sees all tokens, one of the two caches has no layers."""
     llm = open_model(write_model(tmp_path / "model.gguf", "gemma3", n_layer=1), flash_attn="prompts")
     llm.eval(tokens(9))
     assert llm.flash_attn == "prompts"
