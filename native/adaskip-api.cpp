@@ -94,7 +94,7 @@ static adaskip_topology sample_topology(llama_context & ctx, std::vector<bool> &
         for (const auto & layer : res.layers) {
             const auto * term = res.term(layer[ADASKIP_ATTENTION]);
             windowable.push_back(term && adaskip_kv_reads::find(gf, term->attention) && ctx.get_cparams().causal_attn);
-            ctx.adaskip.roped.push_back(!term || adaskip_is_roped(term->attention));
+            ctx.adaskip.roped.push_back(!term || term->is_roped());
         }
     };
     const uint32_t n_seqs   = ctx.n_seq_max();

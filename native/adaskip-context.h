@@ -81,7 +81,7 @@ public:
     adaskip_counters counters = {};
 
     std::vector<adaskip_sublayer> sublayers; // [n_layer][2], empty until the first use
-    std::vector<bool>             roped;     // [n_layer], known with them: see adaskip_is_roped
+    std::vector<bool>             roped;     // [n_layer], known with them: see adaskip_term
 
     // runs llama_context::encode or decode, and turns their exceptions into a failure
     template <typename F> int32_t guard(F && f) {

@@ -49,6 +49,35 @@ std::string adaskip_term::shape() const {
     return std::accumulate(parts.begin(), parts.end(), std::string());
 }
 
+bool adaskip_term::is_roped() const {
+    const ggml_tensor * kq = attention;
+    if (attention && attention->op == GGML_OP_SOFT_MAX) {
+        while (kq && kq->op != GGML_OP_MUL_MAT) {
+            kq = kq->src[0];
+        }
+    }
+    std::vector<const ggml_tensor *> left = { kq ? kq->src[kq->op == GGML_OP_MUL_MAT] : nullptr };
+    if (!left[0]) {
+        return true;
+    }
+    while (!left.empty()) {
+        const auto * t = left.back();
+        left.pop_back();
+        if (t->op == GGML_OP_ROPE) {
+            return true;
+        }
+        // a product with weights is Q's projection; one with an input rotates a Q whose K is quantized
+        const bool is_projection = t->op == GGML_OP_MUL_MAT_ID ||
+                                   (t->op == GGML_OP_MUL_MAT && !(t->src[0]->flags & GGML_TENSOR_FLAG_INPUT));
+        for (const auto * src : t->src) {
+            if (src && !is_projection) {
+                left.push_back(src);
+            }
+        }
+    }
+    return false;
+}
+
 static bool is_recurrent_op(ggml_op op) {
     switch (op) {
         case GGML_OP_SSM_CONV:

@@ -33,6 +33,9 @@ struct adaskip_term {
 
     bool is_sublayer() const { return il >= 0 && (kind == ADASKIP_TERM_ATTENTION || kind == ADASKIP_TERM_FFN); }
 
+    // Whether its attention rotates Q by the positions of tokens, and then K too. True if Q is not found.
+    bool is_roped() const;
+
     // names, types and sizes of the weights and of the caches per token, and whether it computes K and V
     std::string shape() const;
 };

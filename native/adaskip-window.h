@@ -30,9 +30,6 @@ struct adaskip_kv_reads {
     static std::optional<adaskip_kv_reads> find(ggml_cgraph * gf, ggml_tensor * attention);
 };
 
-// Whether Q of an attention is rotated by the positions of tokens; K then is too. True for null, or if Q is not found.
-bool adaskip_is_roped(const ggml_tensor * attention);
-
 class adaskip_window_input;
 
 // Makes attentions of one graph look back at a window.
