@@ -10,6 +10,7 @@ import click
 from ..engine.settings import devices
 from ..errors import DataError
 from ..files import content_hash
+from ..measuring.memo import Memo
 from ..measuring.running import Running
 from ..measuring.tasks import read_texts
 from ..model.frontier import DEFAULT_LOSS
@@ -19,7 +20,6 @@ from ..model.stored import check_output
 from ..progress import progress_bar
 from ..tuning import tune as tuning
 from ..tuning.hold_out import unseen_texts
-from ..tuning.memo import Memo
 from .terminal import console, model_options_with, option, output_option, tell, verb
 from .tune_report import minutes, print_frontier
 

@@ -4,21 +4,33 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 from statistics import fmean
+from typing import TypeAlias
 
+import msgspec
 import numpy as np
 
 from ..engine.llama import AdaSkipLlama
 from ..files import content_hash
 from ..measuring.judge import Judge
+from ..measuring.memo import Memo
 from ..measuring.probes import Probe
 from ..measuring.tasks import QuestionItem, TextItem, greedy_text
 from ..measuring.timing import N_SETTLE, RequestTime, in_turn, time_request
 from .contenders import Contender
-from .store import Key, Record, Store
 
 CONTINUATION, ANSWER, SPEED = "continuation", "answer", "speed"
 
 _WARM_UP = 32, 4  # tokens of the prompt and tokens decoded before a contender is timed
+
+Key: TypeAlias = tuple[str, str, str]  # item, contender and measure of a result
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One result."""
+
+    values: dict[str, float | None] = {}  # figures by name; NaN is null on disk. msgspec copies the default
+    text: str = ""  # the model's answer
+    divergences: tuple[float | None, ...] = ()  # KL(whole model || contender) of each judged token, in nats
 
 
 @dataclass(frozen=True)
@@ -51,43 +63,54 @@ class Work:
 
     @property
     def hash(self) -> str:
-        """A hash of everything that results depend on, and of their format (number 4)."""
+        """A hash of everything that results depend on, and of their format (number 5)."""
         contenders = [(each.name, each.key) for each in self.contenders]
         items = self.texts, self.questions, self.n_continuation, self.speed_prompt, self.n_rounds
-        return content_hash((contenders, items, 4))
+        return content_hash((contenders, items, 5))
 
 
-def run(work: Work, store: Store, llm: AdaSkipLlama, on_progress: Callable[[float], None] = lambda _: None) -> None:
-    """Measure the results that an open store lacks, and append each one at once."""
-    left = {key for key in work.results() if key not in store.records}
+def kept(work: Work, memo: Memo) -> dict[Key, Record]:
+    """Return the results that a memo has."""
+    found: dict[Key, Record | None] = {key: memo.find(_name(key), Record) for key in work.results()}
+    return {key: record for key, record in found.items() if record is not None}
+
+
+def _name(key: Key) -> str:
+    return " | ".join(key)
+
+
+def run(work: Work, memo: Memo, llm: AdaSkipLlama, on_progress: Callable[[float], None] = lambda _: None) -> None:
+    """Measure the results that a memo lacks, and keep each one at once."""
+    left = {*work.results()} - kept(work, memo).keys()
     total = len(left)
-    for record in chain(_times(work, llm, left), _continuations(work, llm, left), _answers(work, llm, left)):
-        store.append(record)
-        left.discard(record.key)
+    for records in chain(_times(work, llm, left), _continuations(work, llm, left), _answers(work, llm, left)):
+        memo.keep({_name(key): record for key, record in records.items()})
+        left -= records.keys()
         on_progress(1.0 - len(left) / total)
 
 
-def _times(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[Record]:
+def _times(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[dict[Key, Record]]:
+    """Time all contenders, a round after the other. A round is kept as a whole, so it is not split over two runs."""
     contenders, prompt, n_decoded = work.contenders, work.speed_prompt, work.n_continuation
     rounds = [i for i in range(work.n_rounds) if any((f"round/{i}", each.name, SPEED) in left for each in contenders)]
     for contender in contenders if rounds else ():
         llm.set_plan(contender.plan_for(len(prompt)))
         time_request(llm, prompt[: _WARM_UP[0]], min(_WARM_UP[1], n_decoded))
     for i in rounds:
-        records = []
+        records = {}
         for contender in (contenders[index] for index in in_turn(len(contenders), i)):
             llm.set_plan(contender.plan_for(len(prompt)))
             seconds = seconds_of(time_request(llm, prompt, n_decoded))
-            records.append(Record(f"round/{i}", contender.name, SPEED, seconds))
-        yield from records  # after all contenders have run: a round must not be split over two runs
+            records[f"round/{i}", contender.name, SPEED] = Record(seconds)
+        yield records
 
 
-def _continuations(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[Record]:
+def _continuations(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[dict[Key, Record]]:
     for item in work.texts:
         split = work.n_prompt(item)
         judge = Judge(llm, [Probe(item.id, "continuation", item.tokens, split, item.tokens[split:])])
         for contender in work.contenders:
-            if (item.id, contender.name, CONTINUATION) in left:
+            if (key := (item.id, contender.name, CONTINUATION)) in left:
                 [scores] = judge(contender.plan_for(split))
                 values: dict[str, float | None] = {
                     "loss": float(np.mean(judge.whole_losses[0] + scores.loss)),
@@ -95,18 +118,18 @@ def _continuations(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[Re
                     "agreement": float(scores.agrees.mean()),
                 }
                 divergences = tuple(float(f"{each:.4g}") for each in scores.divergence)
-                yield Record(item.id, contender.name, CONTINUATION, values, divergences=divergences)
+                yield {key: Record(values, divergences=divergences)}
 
 
-def _answers(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[Record]:
+def _answers(work: Work, llm: AdaSkipLlama, left: Set[Key]) -> Iterator[dict[Key, Record]]:
     """Score answers. A prefix shared with the previous question, such as a document, is not read again."""
     for contender in work.contenders:
         llm.reset()
         for item in work.questions:
-            if (item.id, contender.name, ANSWER) in left:
+            if (key := (item.id, contender.name, ANSWER)) in left:
                 llm.set_plan(contender.plan_for(len(item.prompt)))
                 text = greedy_text(llm, item.prompt, item.max_tokens, first_line=item.first_line)
-                yield Record(item.id, contender.name, ANSWER, {"score": item.score(text)}, text)
+                yield {key: Record({"score": item.score(text)}, text)}
 
 
 def seconds_of(time: RequestTime) -> dict[str, float | None]:

@@ -9,9 +9,8 @@ import numpy as np
 from ..intervals import mean_error, ratio_interval
 from ..model.arrays import Floats
 from .contenders import FULL, Contender
-from .evaluate import ANSWER, CONTINUATION, SPEED, Work
+from .evaluate import ANSWER, CONTINUATION, SPEED, Key, Record, Work
 from .results import SPEED_NAMES, TAILS, About, Figure, Named, Results, Row, Speed, TaskScores
-from .store import Key, Record
 
 
 def evaluation_results(work: Work, records: Mapping[Key, Record], about: About) -> Results:

@@ -7,19 +7,20 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 
 from ..engine.cores import busy_warning, load_average
 from ..engine.settings import cost_settings
-from ..files import StrPath, content_hash
+from ..files import StrPath, content_hash, write_error
+from ..measuring.memo import Memo
 from ..measuring.running import Running, described, open_quietly, settings_here
 from ..model.plan_file import frontier_beside, frontier_of
 from ..planning.profile import Profile
-from .evaluate import run
+from .evaluate import kept, run
 from .figures import evaluation_results
 from .items import EvaluationOptions, prepared
 from .report import write_results
 from .results import About, Results
-from .store import open_store
 
 
 def evaluate(
@@ -67,7 +68,7 @@ def evaluate(
     options, running, model = options or EvaluationOptions(), running or Running(), os.fspath(model)
     known = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
     arguments = f"{model!r}, {'profile' if known else None}, {os.fspath(folder)!r}, {options!r}"
-    facts = {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "load_average": load_average()}
+    load, begun = load_average() or 0.0, datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
     named = None if options.plan_file is None else frontier_of(options.plan_file)
     tuned = settings_here(named or frontier_beside(model))
     opened = partial(open_quietly, model, running=running, **running.options(tuned))
@@ -80,36 +81,44 @@ def evaluate(
             "machine": asdict(machine),
             "package": metadata.version("adaskip-cpp"),
         }
-        with open_store(folder, settings, facts) as kept:
-            load = kept.facts["load_average"]
-            if work.speed_prompt and busy_warning(load):
-                why = f"The load average was {load:.1f} at the beginning. If other programs were running, they"
-                notes.append(f"{why} disturbed the speeds: close them, and evaluate again into another folder.")
-            for note in notes:
-                tell(note)
-            if n_done := sum(key in kept.records for key in work.results()):
-                tell(f"{n_done} of {len(work.results())} results are there already.")
-            elif kept.others:
-                tell(f"The settings have changed. Earlier results are kept in {', '.join(map(str, kept.others))}")
-            configuration = described(llm)
-            if known is not None:
-                read = f"{known.n_requests} requests, {known.n_tokens:,} tokens of {known.corpus or 'unknown text'}"
-                configuration["Profile"] = read + (f", {known.created}" if known.created else "")
-            if frontier := next((each.frontier for each in work.contenders if each.frontier), None):
-                plans = f"for each prompt, the fastest of {len(frontier.points)} plans that keeps the promise"
-                configuration["Promises"] = f"{plans}, in nats per token"
-            begun = kept.facts["started"][:16].replace("T", " ")
-            about = About(
-                title=f"{os.path.basename(model)}: what skipping costs and brings",
-                summary=f"{len(work.contenders) - 1} contenders against the whole model, begun {begun} UTC.",
-                configuration={**configuration, **words, "Machine": machine.words},
-                command=command or f"adaskip_cpp.evaluate({arguments})",
-                settings=settings,
-                notes=tuple(notes),
-            )
-            with contextlib.suppress(KeyboardInterrupt):
-                on_progress(0.0)
-                run(work, kept, llm, on_progress)
-            found = evaluation_results(work, kept.records, about)
-            write_results(found, kept.path.parent)
+        memo = _memo(Path(folder), content_hash(settings))
+        begun, load = memo.get("begun", tuple[str, float], lambda: (begun, load))
+        if work.speed_prompt and busy_warning(load):
+            why = f"The load average was {load:.1f} at the beginning. If other programs were running, they"
+            notes.append(f"{why} disturbed the speeds: close them, and evaluate again into another folder.")
+        for note in notes:
+            tell(note)
+        if n_done := len(kept(work, memo)):
+            tell(f"{n_done} of {len(work.results())} results are there already.")
+        elif others := [str(each) for each in sorted(Path(folder).glob("items-*.json")) if str(each) != memo.path]:
+            tell(f"The settings have changed. Earlier results are kept in {', '.join(others)}")
+        configuration = described(llm)
+        if known is not None:
+            read = f"{known.n_requests} requests, {known.n_tokens:,} tokens of {known.corpus or 'unknown text'}"
+            configuration["Profile"] = read + (f", {known.created}" if known.created else "")
+        if frontier := next((each.frontier for each in work.contenders if each.frontier), None):
+            plans = f"for each prompt, the fastest of {len(frontier.points)} plans that keeps the promise"
+            configuration["Promises"] = f"{plans}, in nats per token"
+        about = About(
+            title=f"{os.path.basename(model)}: what skipping costs and brings",
+            summary=f"{len(work.contenders) - 1} contenders against the whole model, begun {begun} UTC.",
+            configuration={**configuration, **words, "Machine": machine.words},
+            command=command or f"adaskip_cpp.evaluate({arguments})",
+            settings=settings,
+            notes=tuple(notes),
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            on_progress(0.0)
+            run(work, memo, llm, on_progress)
+        found = evaluation_results(work, kept(work, memo), about)
+        write_results(found, Path(folder))
     return found
+
+
+def _memo(folder: Path, key: str) -> Memo:
+    """Return the memo of the results with these settings; the folder is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return Memo(folder / f"items-{key[:12]}.json", key)

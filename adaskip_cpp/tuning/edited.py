@@ -13,11 +13,11 @@ from itertools import cycle, islice, pairwise
 from ..engine.llama import AdaSkipLlama
 from ..measuring.corpus import tokens_of
 from ..measuring.judge import Judge
+from ..measuring.memo import Memo
 from ..measuring.probes import Probe, passkey_lines
 from ..model.edits import FEW, MANY, TOGETHER, WIDE, Edits
 from ..model.frontier import DEFAULT_LOSS, EDITS_SHARE, EditPoint
 from .figures import Judged
-from .memo import Memo
 
 _HEAD, _TAIL = 64, 128  # tokens at the two ends of a prompt that stay, like a system prompt and a question
 _N_DOCUMENTS = 5

@@ -25,6 +25,7 @@ from ..engine.settings import cost_settings
 from ..errors import DataError
 from ..measuring import corpus
 from ..measuring.judge import Judge
+from ..measuring.memo import Memo
 from ..measuring.probes import KINDS
 from ..model.frontier import DEFAULT_LOSS, GROWTH, EditPoint, Frontier, Point, contexts, growth
 from ..model.plan import DEFAULT_REFIT
@@ -36,7 +37,6 @@ from .exact import FoundSettings, fastest_settings
 from .figures import Judged, judged_plan, quality_of
 from .hold_out import HeldOut, hold_out, text_probes, unseen_texts
 from .losses import Candidate, Lost, Need, aim, measure
-from .memo import Memo
 from .planned import Planned
 from .speed import measure_speed
 

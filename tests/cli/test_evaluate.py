@@ -86,6 +86,11 @@ def test_a_busy_machine_is_noted_where_speeds_are_measured(
     assert "The load average was 2.5" in run(*ONE).stderr, "the speeds of then are still those shown"
 
 
+def test_a_folder_that_is_a_file_is_our_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert f"cannot write '{tmp_path / 'out'}'" in " ".join(run(*ONE, code=1).stderr.split())
+
+
 def test_ctrl_c_writes_what_is_there_the_same_command_goes_on_and_in_the_end_measures_nothing_again(
     run: Run, tmp_path: Path, results: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,10 +101,10 @@ def test_ctrl_c_writes_what_is_there_the_same_command_goes_on_and_in_the_end_mea
     n_done, n_results = results()["n_done"], results()["n_results"]
     assert 0 < n_done < n_results
     assert f"{n_done} of {n_results} results are there already" in run(*ONE).stderr
-    (items,) = (tmp_path / "out").glob("items-*.jsonl")
+    (items,) = (tmp_path / "out").glob("items-*.json")
     lines, found = items.read_bytes(), results()
     assert found["n_done"] == n_results
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.html", items.name, ".lock"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "report.html", items.name}
     before, command = (tmp_path / "out" / "report.html").read_text().split("<pre>")
     assert "pip install" in before and f"--text {tmp_path / 'text.txt'}" in command and "--strategy adaskip" in command
     run(*ONE)
@@ -119,7 +124,7 @@ def test_a_plan_file_is_compared_too_that_beside_the_model_unless_another_is_nam
     for more in ((), ("--plan", tmp_path / "other.json")):
         run(*arguments, *more, model=model)
         assert [each["name"] for each in results()["contenders"]] == ["full", "early_exit-2-prefill", "tuned"]
-    assert len([*(tmp_path / "out").glob("items-*.jsonl")]) == 2
+    assert len([*(tmp_path / "out").glob("items-*.json")]) == 2
     Path(plan_path(model)).write_text("{")
     assert "the tuned plan is left out" in run(*arguments, model=model).stderr
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
-import msgspec
 import numpy as np
 import pytest
 from oracles.expected import log_probabilities
@@ -17,14 +17,14 @@ from oracles.tiny_families import N_LAYER, tokens
 
 import adaskip_cpp
 from adaskip_cpp import SkipPlan
-from adaskip_cpp.errors import DataError, FileError
+from adaskip_cpp.errors import DataError
 from adaskip_cpp.evaluation import evaluate
 from adaskip_cpp.evaluation.contenders import FULL, Contender
-from adaskip_cpp.evaluation.evaluate import Work, run
+from adaskip_cpp.evaluation.evaluate import Record, Work, kept, run
 from adaskip_cpp.evaluation.figures import evaluation_results
 from adaskip_cpp.evaluation.items import EvaluationOptions
 from adaskip_cpp.evaluation.results import About
-from adaskip_cpp.evaluation.store import Record, open_store
+from adaskip_cpp.measuring.memo import Memo
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem, greedy_text
 from adaskip_cpp.measuring.timing import RequestTime
 from adaskip_cpp.model.plan import Bulk
@@ -65,10 +65,10 @@ def times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "time_request", time_request)
 
 
-def measured(work: Work, llm: Any, folder: Path) -> dict[Any, Record]:
-    with open_store(folder, {}) as store:
-        run(work, store, llm)
-        return dict(store.records)
+def measured(work: Work, llm: Any, memo: Memo | None = None) -> dict[Any, Record]:
+    memo = memo or Memo()
+    run(work, memo, llm)
+    return kept(work, memo)
 
 
 def decoded_logits(model: ReferenceModel, tokens: Sequence[int], split: int, plan: SkipPlan) -> np.ndarray:
@@ -84,7 +84,7 @@ def decoded_logits(model: ReferenceModel, tokens: Sequence[int], split: int, pla
 
 
 def test_loss_divergence_and_agreement_are_those_of_a_numpy_pass(llm: Any, numpy_model: Open, tmp_path: Path) -> None:
-    records = measured(Work(CONTENDERS, ITEMS, n_continuation=N_CONTINUATION), llm, tmp_path)
+    records = measured(Work(CONTENDERS, ITEMS, n_continuation=N_CONTINUATION), llm)
     for item, each in product(ITEMS, CONTENDERS):
         split, targets = len(item.tokens) - N_CONTINUATION - 1, item.tokens[-N_CONTINUATION:]
         logits = [decoded_logits(numpy_model(), item.tokens, split, plan) for plan in (WHOLE, each.plan or WHOLE)]
@@ -112,10 +112,9 @@ def test_a_promise_runs_each_item_under_the_plan_for_its_length(
     short, long = (TextItem(f"text/{n}", "text", tuple(tokens(n, n))) for n in (30, 60))
     every = (FULL, promise, contender("fast", "prompt", fast), contender("slow", "prompt", slow_later))
     work = Work(every, [short, long], [QUESTION], N_CONTINUATION)
-    records = measured(work, llm, tmp_path)
+    records = measured(work, llm)
     for item, name in ((short, "fast"), (long, "slow")):
-        own = records[item.id, promise.name, "continuation"]
-        assert msgspec.structs.replace(own, contender=name) == records[item.id, name, "continuation"]
+        assert records[item.id, promise.name, "continuation"] == records[item.id, name, "continuation"]
     assert records[QUESTION.id, promise.name, "answer"].text == records[QUESTION.id, "fast", "answer"].text
     kl = {records[short.id, name, "continuation"].values["kl"] for name in ("full", "fast", "slow")}
     assert len(kl) == 3
@@ -129,7 +128,7 @@ def test_an_answer_is_greedy_and_is_scored(llm: Any, numpy_model: Open, tmp_path
     while len(chosen) < QUESTION.max_tokens:
         chosen.append(int(logits.argmax()))
         logits = pass_.eval(chosen[-1:]).logits[-1]
-    found = measured(Work((FULL,), questions=[QUESTION]), llm, tmp_path)["question", "full", "answer"]
+    found = measured(Work((FULL,), questions=[QUESTION]), llm)["question", "full", "answer"]
     assert found.text == llm.detokenize(chosen).decode("utf-8", "replace")
     assert found.values["score"] == QUESTION.score(found.text)
 
@@ -139,7 +138,7 @@ def test_a_document_is_read_once_for_all_its_questions(llm: Any, tmp_path: Path)
     prompts = [(*tokens(30, 5), *tokens(6, seed)) for seed in (1, 2, 3)]
     asked = [QuestionItem(f"q{i}", "passkey", prompt, ("7",), 3, "contains") for i, prompt in enumerate(prompts)]
     before = llm.n_evaluated
-    records = measured(Work([FULL, PROMPT], (), asked), llm, tmp_path)
+    records = measured(Work([FULL, PROMPT], (), asked), llm)
     assert llm.n_evaluated - before <= 2 * (30 + 3 * (6 + 3) + 2 * BULK.tail)
     for each, item in product((FULL, PROMPT), asked):
         llm.reset()
@@ -153,20 +152,25 @@ def test_an_answer_of_which_one_line_counts_ends_with_it(
     pieces = ("\n", "a ", "b\n", "c")
     monkeypatch.setattr("adaskip_cpp.measuring.tasks.Generation.__iter__", lambda self: (each for each in pieces))
     item = QuestionItem("line", "trec", (5,), ("a",), 60, "classification", ("a",), first_line=True)
-    records = measured(Work((FULL,), questions=[item, replace(item, id="whole", first_line=False)]), llm, tmp_path)
+    records = measured(Work((FULL,), questions=[item, replace(item, id="whole", first_line=False)]), llm)
     assert [records[name, "full", "answer"].text for name in ("line", "whole")] == ["\na b\n", "\na b\nc"]
 
 
-def test_every_result_is_there_at_the_end_and_a_round_that_was_cut_off_is_run_again_by_all(
-    llm: Any, tmp_path: Path
+def test_every_result_is_there_at_the_end_and_a_round_is_kept_by_all_or_none(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work, seen = Work(CONTENDERS, ITEMS, [QUESTION], N_CONTINUATION, tokens(8), 3), list[float]()
-    with open_store(tmp_path, {}) as store:
-        store.append(Record("round/1", "full", "speed", {"first_token": 9.0, "per_token": 9.0, "request": 9.0}))
-        run(work, store, llm, seen.append)
-        assert set(store.records) == set(work.results())
-        assert len(store.records) == 3 * (3 + 2 + 1), "3 contenders in 3 rounds, on 2 texts and a question"
-        speeds = {(key[1], each.values["first_token"]) for key, each in store.records.items() if key[2] == "speed"}
+    work, memo, seen = Work(CONTENDERS, ITEMS, [QUESTION], N_CONTINUATION, tokens(8), 3), Memo(), list[float]()
+    timed = evaluate.time_request
+    times = Mock(side_effect=[*[timed(llm, (), 9)] * 7, KeyboardInterrupt])  # three to warm up, a round, and a third
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluate, "time_request", times)
+        run(work, memo, llm)
+    assert {key[0] for key in kept(work, memo)} == {"round/0"}
+    run(work, memo, llm, seen.append)
+    records = kept(work, memo)
+    assert set(records) == set(work.results())
+    assert len(records) == 3 * (3 + 2 + 1), "3 contenders in 3 rounds, on 2 texts and a question"
+    speeds = {(key[1], each.values["first_token"]) for key, each in records.items() if key[::2] == ("round/1", "speed")}
     assert speeds == {("full", 1.0), ("prefill", 0.5), ("prompt", 0.5)}
     assert seen == sorted(seen) and seen[-1] == pytest.approx(1.0)
 
@@ -186,17 +190,15 @@ def test_the_hash_changes_with_whatever_changes_a_result() -> None:
     assert replace(work).hash == work.hash
 
 
-def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(llm: Any, tmp_path: Path) -> None:
-    work = Work(CONTENDERS, ITEMS[:1], [QUESTION], 5, tokens(8), 2)
-    measured(work, llm, tmp_path / "whole")
-    with open_store(tmp_path / "whole", {}) as store:
-        lines = store.path.read_bytes().splitlines(keepends=True)
-        expected = evaluation_results(work, store.records, ABOUT).to_json()
-    for n_done in range(len(lines) + 1):
-        folder = tmp_path / str(n_done)
-        folder.mkdir()
-        (folder / store.path.name).write_bytes(b"".join(lines[:n_done]))
-        assert evaluation_results(work, measured(work, llm, folder), ABOUT).to_json() == expected, n_done
+def test_a_run_that_was_killed_after_any_result_ends_with_the_same_results(llm: Any, tmp_path: Path) -> None:
+    work, states = Work(CONTENDERS, ITEMS[:1], [QUESTION], 5, tokens(8), 2), list[bytes]()
+    path = tmp_path / "items.json"
+    expected = evaluation_results(work, measured(work, llm), ABOUT).to_json()
+    run(work, Memo(path, "key"), llm, lambda _: states.append(path.read_bytes()))
+    assert len(states) == 2 + 3 + 3, "two rounds, a text and a question"
+    for state in states:
+        path.write_bytes(state)
+        assert evaluation_results(work, measured(work, llm, Memo(path, "key")), ABOUT).to_json() == expected
 
 
 @pytest.mark.parametrize(
@@ -210,9 +212,3 @@ def test_a_run_that_was_killed_at_any_line_ends_with_the_same_results(llm: Any, 
 def test_impossible_options_are_our_errors(tiny: Any, tmp_path: Path, options: Any, why: str) -> None:
     with pytest.raises(DataError, match=why):
         adaskip_cpp.evaluate(tiny(), None, tmp_path / "out", EvaluationOptions(**options))
-
-
-def test_a_folder_that_is_a_file_is_our_error(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("a file")
-    with pytest.raises(FileError, match="cannot write"), open_store(tmp_path / "out", {"n": 1}):
-        pass

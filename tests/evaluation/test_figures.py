@@ -11,10 +11,9 @@ import pytest
 
 from adaskip_cpp import SkipPlan
 from adaskip_cpp.evaluation.contenders import FULL, Contender
-from adaskip_cpp.evaluation.evaluate import Work, seconds_of
+from adaskip_cpp.evaluation.evaluate import Record, Work, seconds_of
 from adaskip_cpp.evaluation.figures import evaluation_results
 from adaskip_cpp.evaluation.results import About, Results
-from adaskip_cpp.evaluation.store import Record
 from adaskip_cpp.evaluation.tables import summary, tables
 from adaskip_cpp.measuring.tasks import QuestionItem, TextItem
 from adaskip_cpp.measuring.timing import RequestTime
@@ -36,8 +35,7 @@ def records(measure: str, item: str = "t", **by_contender: list[Any]) -> Found:
     found = {}
     for name, each in by_contender.items():
         for i, values in enumerate(each):
-            record = Record(f"{item}{i}", NAMES[name], measure, values)
-            found[record.key] = record
+            found[f"{item}{i}", NAMES[name], measure] = Record(values)
     return found
 
 
@@ -126,7 +124,7 @@ def test_scores_are_by_task_and_answers_that_stay_the_same_are_counted_by_text_a
         ADASKIP.name: [(" Ada\n", 1.0), ("bea", 0.0), ("Dora", 0.5)],  # the last question is not answered yet
     }
     found: Found = {
-        (f"t{i}", name, "answer"): Record(f"t{i}", name, "answer", {"score": score}, text)
+        (f"t{i}", name, "answer"): Record({"score": score}, text)
         for name, each in answers.items()
         for i, (text, score) in enumerate(each)
     }

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from adaskip_cpp import Profile, SkipPlan, load_plan, save_plan
 from adaskip_cpp.cli.terminal import users_error
 from adaskip_cpp.evaluation import report
 from adaskip_cpp.evaluation.results import About, Results
-from adaskip_cpp.evaluation.store import Record, open_store
+from adaskip_cpp.measuring.memo import Memo
 from adaskip_cpp.pictures import plots
 from adaskip_cpp.serving.prefix_cache import PrefixCache, Tokens
 
@@ -120,27 +119,20 @@ def _file(write: Callable[[Path, int], object], read: Callable[[Path], Any]) -> 
     return Case(lambda folder, i: write(folder / "p.json", i), lambda folder: [read(folder / "p.json")], "p.")
 
 
-def _store(other: int) -> Case:
-    """Results that are added to those of the same settings, or of other ones, in a file of their own."""
-    settings = {"model": "abc"}, {"model": "def"}
+def _memo() -> Case:
+    """Results that are added to those of an unfinished run."""
+    names = "ab", "cde"
 
     def write(folder: Path, i: int) -> None:
-        with open_store(folder, settings[i * other]) as store:
-            for key in ("a", "b") if i == 0 else ("c", "d", "e"):
-                if (key, "full", "prompt") not in store.records:
-                    store.append(Record(key, "full", "prompt", {"loss": 1 / ord(key)}))
+        memo = Memo(folder / "p.json", "key")
+        for name in names[i]:
+            memo.keep({name: 1 / ord(name)})
 
     def read(folder: Path) -> list[Any]:
-        found = []
-        for each in settings:
-            # Looking at settings begins a file of their results, so it is done in a copy.
-            with tempfile.TemporaryDirectory() as copy:
-                shutil.copytree(folder, copy, dirs_exist_ok=True)
-                with open_store(copy, each) as store:
-                    found += [(item, record.values["loss"]) for (item, *_), record in store.records.items()]
-        return found
+        memo = Memo(folder / "p.json", "key")
+        return [memo.find(name, float) for name in "".join(names)]
 
-    return Case(write, read, "/")
+    return Case(write, read, "p.")
 
 
 def _prefix_cache() -> Case:
@@ -184,8 +176,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "plan": lambda: _file(lambda path, i: save_plan(path, SkipPlan.manual(3, ffn=[i])), load_plan),
     "plan with maps": lambda: _file(lambda path, i: save_plan(path, same(skip_set((i,), (2,), seed=i))), load_plan),
     "profile": lambda: _file(lambda path, i: profile(np.full((3, 2), 0.5 + i / 4)).save(path), Profile.load),
-    "evaluation": lambda: _store(other=0),
-    "other settings": lambda: _store(other=1),
+    "memo": _memo,
     "prefix cache": _prefix_cache,
     "pictures": _pictures,
     "report": _report,

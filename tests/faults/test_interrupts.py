@@ -32,7 +32,6 @@ from oracles.tiny_models import write_model
 
 from adaskip_cpp import AdaSkipLlama, Profile, SkipPlan, calibrate, load_plan, save_plan
 from adaskip_cpp.cli.terminal import Verbs, verb
-from adaskip_cpp.evaluation.store import open_store
 
 ATTENTION, FFN = SkipPlan.manual(3, attention=[1]), SkipPlan.manual(3, ffn=[1], scale=1.1)
 PROMPT, MORE = [1, *range(20, 32)], [*range(40, 44)]
@@ -156,11 +155,8 @@ def _check_files(folder: Path, before: dict[str, bytes]) -> list[str]:
 def _reopen(folder: Path) -> None:
     if (results := folder / "results.json").exists():
         json.loads(results.read_text())
-    for path in folder.glob("items-*.jsonl"):
-        settings, end, _ = path.read_text().partition("\n")
-        if end:
-            with open_store(folder, json.loads(settings)["settings"]) as store:
-                assert store.path == path, "its settings are not those of its results"
+    for path in folder.glob("items-*.json"):
+        assert path.name == f"items-{json.loads(path.read_text())['key'][:12]}.json"
 
 
 @pytest.fixture(scope="module")

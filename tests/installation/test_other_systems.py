@@ -2,7 +2,6 @@
 
 import builtins
 import errno
-import importlib
 import io
 import itertools
 import json
@@ -21,8 +20,7 @@ from adaskip_cpp.cli.main import main
 from adaskip_cpp.cli.terminal import is_broken_pipe
 from adaskip_cpp.engine import cores
 from adaskip_cpp.engine.binding import Libraries
-from adaskip_cpp.errors import DataError, FileError
-from adaskip_cpp.evaluation import store
+from adaskip_cpp.errors import FileError
 
 Refuse = Callable[..., Iterator[int]]
 
@@ -68,26 +66,6 @@ def test_a_file_that_stays_open_elsewhere_or_may_not_be_replaced_is_left_as_it_w
         files.write_atomically(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
     assert least <= next(tries) <= most
-
-
-def test_windows_keeps_other_runs_out_of_a_folder_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """There files are locked by ``msvcrt``, for which the module is imported once more."""
-    locked = set()
-
-    def locking(file: int, mode: int, n_bytes: int) -> None:
-        assert (mode, n_bytes) == (2, 1)
-        facts = os.fstat(file)
-        if (facts.st_dev, facts.st_ino) in locked:
-            raise PermissionError(errno.EACCES, "Permission denied")
-        locked.add((facts.st_dev, facts.st_ino))
-
-    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking))
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr("adaskip_cpp.evaluation.store", store)  # which is put back afterwards
-    monkeypatch.delitem(sys.modules, store.__name__)
-    open_store = importlib.import_module(store.__name__).open_store
-    with open_store(tmp_path, {"n": 1}), pytest.raises(DataError, match="another evaluation is writing"):
-        open_store(tmp_path, {"n": 1}).__enter__()
 
 
 def test_windows_tells_no_load_and_counts_half_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,13 @@ from oracles.tiny_families import N_LAYER, tokens
 from oracles.tiny_models import write_model
 
 from adaskip_cpp.measuring.judge import Judge
+from adaskip_cpp.measuring.memo import Memo
 from adaskip_cpp.measuring.probes import passkey_lines, probes_of
 from adaskip_cpp.model.edits import FEW, MANY, TOGETHER, WIDE
 from adaskip_cpp.model.quality import Passkeys
 from adaskip_cpp.tuning import edited
 from adaskip_cpp.tuning.edited import edit_points
 from adaskip_cpp.tuning.figures import Judged
-from adaskip_cpp.tuning.memo import Memo
 
 N_PROMPT = 1600
 OPTIONS: dict[str, Any] = {"n_ctx": 2048, "type_k": 0, "type_v": 0, "logits_all": False}

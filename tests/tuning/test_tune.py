@@ -25,6 +25,7 @@ from adaskip_cpp.engine.settings import is_here
 from adaskip_cpp.errors import DataError
 from adaskip_cpp.intervals import Interval
 from adaskip_cpp.measuring.judge import Judge
+from adaskip_cpp.measuring.memo import Memo
 from adaskip_cpp.measuring.probes import KINDS, Probe, probes_of
 from adaskip_cpp.model.frontier import DEFAULT_LOSS, SpeedUp
 from adaskip_cpp.model.plan import SkipPlan
@@ -35,7 +36,6 @@ from adaskip_cpp.tuning import tune as tuning
 from adaskip_cpp.tuning.figures import passkeys_of, quality_of
 from adaskip_cpp.tuning.hold_out import hold_out
 from adaskip_cpp.tuning.losses import Candidate
-from adaskip_cpp.tuning.memo import Memo
 
 AIMS = tuning._AIMS
 IDLE_SET, EVERY_SET = Candidate(ffn=(1,)), Candidate((1,), (1,))

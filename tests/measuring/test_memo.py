@@ -1,4 +1,4 @@
-"""adaskip_cpp.tuning.memo: values that a stopped run keeps for the next one."""
+"""adaskip_cpp.measuring.memo: values that a stopped run keeps for the next one."""
 
 import math
 from dataclasses import replace
@@ -8,9 +8,9 @@ from unittest.mock import Mock
 import pytest
 from oracles.profiles import EXAMPLE
 
+from adaskip_cpp.measuring.memo import Memo
 from adaskip_cpp.model.settings import Settings, Tried
 from adaskip_cpp.tuning.exact import FoundSettings
-from adaskip_cpp.tuning.memo import Memo
 
 
 def get(memo: Memo, value: float, name: str = "lost") -> float:
