@@ -1,33 +1,31 @@
 """Runs ``adaskip-cpp demo``: compares the whole model, a plan and the paper's mode. Start at :func:`run`."""
 
 import importlib.util
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from .calibration.calibrate import calibrate
 from .calibration.cost import measure_cost
-from .engine.generation import Generation, Timing, chat_tokens
+from .engine.generation import chat_tokens
 from .engine.llama import AdaSkipLlama
 from .errors import ModelFileError
+from .evaluation import evaluate
+from .evaluation.contenders import FULL, Contender
+from .evaluation.figures import evaluation_results
+from .evaluation.results import About, Row
 from .measuring import corpus
-from .measuring.judge import Judge
-from .measuring.probes import Probe
-from .measuring.tasks import fill, greedy_text, passkey_items, python_sources, text_items
-from .model.plan import SkipPlan
+from .measuring.memo import Memo
+from .measuring.tasks import QuestionItem, fill, passkey_items, python_sources, text_items
 from .planning.profile import Profile
 from .planning.request import PlanRequest
 from .planning.strategies import make_plan
-from .progress import OnProgress, silent
+from .progress import Stage, progress_bar
 
 SPEEDUP = 1.4  # predicted speed-up of the first token that is asked for
 N_LENGTH = 2000  # tokens of the prompt that is answered
-N_ANSWER = 64
+N_ANSWER = 64  # most tokens of the answer to it
 WHOLE, PROMPT, PAPERS = "whole model", "prompt mode", "the paper's mode"
 
 _PROMPT_PAGE = "import"
@@ -38,40 +36,27 @@ _N_REQUESTS = 20  # a quarter of `calibrate`'s default: takes half a minute, and
 _N_DECODE = 16  # tokens decoded after each calibration request: few, as the plan shown uses statistics of prompts
 _COST_S = 5.0
 
-_COMPARE_S = 36.0  # seconds for the comparison, of at least one round. The demo took 287 s on 2 slow, busy cores
-_MAX_ROUNDS = 7
-
-
-@dataclass
-class Side:
-    """One contender; ``predicted`` is its predicted speed-up of the first token against the whole model."""
-
-    plan: SkipPlan | None = None
-    predicted: float = 1.0
-    timings: list[Timing] = field(default_factory=list)
-    answer: str = ""
-    loss: float = float("nan")
-    n_keys: int = 0
-
-    @property
-    def first_token_s(self) -> float:
-        return statistics.median(timing.first_token_s for timing in self.timings)
-
-    @property
-    def token_s(self) -> float | None:
-        """The median of the runs; None if no answer had a second token."""
-        runs = [timing.token_s for timing in self.timings if timing.token_s is not None]
-        return statistics.median(runs) if runs else None
+_COMPARE_S, _MAX_ROUNDS = 30.0, 7  # predicted seconds of prompts that are timed, in at least one round
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results of the demo. Losses are in nats per token."""
+    """The results of the demo.
 
-    sides: Mapping[str, Side]  # by contender, the whole model first
-    n_prompt: int  # tokens
-    n_judged: int  # tokens that losses are means of, after prompts that calibration has not seen
-    n_keys: int  # pass keys, each hidden in its own prompt
+    Attributes:
+        rows: figures of the whole model, of the prompt mode and of the paper's mode. Losses are in nats per token.
+        answers: their answers to a question about the prompt.
+        n_prompt: tokens of that prompt.
+        n_judged: tokens that losses are means of, after prompts that calibration has not seen.
+        n_rounds: number of times that each of them read the prompt, in turn.
+        n_threads: threads of the CPU.
+    """
+
+    rows: tuple[Row, ...]
+    answers: tuple[str, ...]
+    n_prompt: int
+    n_judged: int
+    n_rounds: int
     n_threads: int
 
 
@@ -87,65 +72,63 @@ def packaged_model() -> str:
 def run(
     open_model: Callable[[int], AdaSkipLlama],
     *,
-    on_stage: Callable[[str], None],
-    on_plans: Callable[[Profile, Mapping[str, Side]], None],
+    on_stage: Stage = progress_bar,
+    on_plans: Callable[[Profile, Sequence[Contender]], None] = lambda profile, contenders: None,
 ) -> DemoResult:
     """Run the demo on a model with a chat template, which ``open_model`` opens for a context of so many tokens.
 
-    ``on_stage`` gets a line about each stage when it begins, and ``on_plans`` the contenders before they run. The
-    paper's mode has at least the predicted speed of the prompt mode.
+    ``on_stage`` shows progress, and ``on_plans`` gets the contenders before they run. The paper's mode has at least the
+    predicted speed of the prompt mode.
     """
-    with closing(open_model(N_LENGTH + N_ANSWER)) as llm:
+    with closing(open_model(N_LENGTH + max(N_ANSWER, _N_JUDGED))) as llm:
         prompt = _prompt(llm)
         profile = _learn(llm, on_stage)
-        sides = _contenders(profile, len(prompt))
-        on_plans(profile, sides)
-        _compare(llm, prompt, sides, on_stage)
-
-        # The last tokens of unseen texts are the answers, all others the prompts.
+        found = _contenders(profile, len(prompt))
+        on_plans(profile, found)
         held_out = corpus.held_out() | python_sources()
         texts = {name: held_out[name] for name in _LOSS_TEXTS if name in held_out}
-        items = text_items(llm, texts, n_items=len(texts), n_tokens=_N_READ + _N_JUDGED)
-        judge = Judge(llm, [Probe("", "continuation", each.tokens, _N_READ, each.tokens[_N_READ:]) for each in items])
-        on_stage(f"Loss on {_N_JUDGED} tokens after each of {len(judge.probes)} prompts unseen in calibration")
-        whole = np.concatenate(judge.whole_losses)
-        for side in sides.values():
-            side.loss = float(np.mean(whole + np.concatenate([scores.loss for scores in judge(side.plan)])))
+        items = text_items(llm, texts, n_items=len(texts), n_tokens=_N_READ + _N_JUDGED + 1)
         keys = passkey_items(llm, corpus.text(()), lengths=(_KEY_LENGTH,), depths=_KEY_DEPTHS, n_per=1)
-        on_stage(f"Looking for {len(keys)} pass keys hidden in {_KEY_LENGTH:,} tokens each")
-        for side in sides.values():
-            llm.set_plan(side.plan)
-            for key in keys:
-                llm.reset()
-                side.n_keys += key.score(greedy_text(llm, key.prompt, key.max_tokens)) == 1.0
-        return DemoResult(sides, len(prompt), len(whole), len(keys), llm.n_threads)
+        question = QuestionItem("question", "question", prompt, ("",), N_ANSWER, "contains")
+        n_rounds = _n_rounds(profile, found, len(prompt))
+        work = evaluate.Work(found, items, [*keys, question], _N_JUDGED, prompt, n_rounds)
+        memo = Memo()
+        with on_stage("Comparing the plans with the whole model") as on_progress:
+            evaluate.run(work, memo, llm, on_progress)
+        records = evaluate.kept(work, memo)
+        answers = tuple(records[question.id, each.name, evaluate.ANSWER].text for each in found)
+        rows = evaluation_results(work, records, About("", "", {}, "", {})).contenders
+        n_judged = len(items) * _N_JUDGED
+        return DemoResult(rows, answers, len(prompt), n_judged, n_rounds, llm.n_threads)
 
 
-def _learn(llm: AdaSkipLlama, on_stage: Callable[[str], None]) -> Profile:
+def _learn(llm: AdaSkipLlama, on_stage: Stage) -> Profile:
     """Calibrate briefly, and time the sublayers."""
-
-    def stage(label: str) -> AbstractContextManager[OnProgress]:
-        on_stage(f"{label}, on {_N_REQUESTS} requests of texts of Python and packages")
-        return silent(label)
-
-    profile = calibrate(llm, n_requests=_N_REQUESTS, n_decode=_N_DECODE, cost=False, on_stage=stage)
-    on_stage("Timing the sublayers")
-    return replace(profile, cost=measure_cost(llm, seconds=_COST_S))
+    profile = calibrate(llm, n_requests=_N_REQUESTS, n_decode=_N_DECODE, cost=False, on_stage=on_stage)
+    with on_stage("Timing sublayers") as on_progress:
+        return replace(profile, cost=measure_cost(llm, seconds=_COST_S, on_progress=on_progress))
 
 
-def _contenders(profile: Profile, n_prompt: int) -> dict[str, Side]:
-    cost = profile.cost
-    assert cost is not None
-
-    def side(request: PlanRequest) -> Side:
+def _contenders(profile: Profile, n_prompt: int) -> list[Contender]:
+    def contender(name: str, request: PlanRequest) -> Contender:
         plan = make_plan(profile, request.at(n_prompt))
-        return Side(plan, cost.speedup(plan, n_prompt, "prefill"))
+        return Contender(name, plan.strategy, "", request.mode, plan.compensation, plan)
 
-    prompt = side(PlanRequest(speedup=SPEEDUP))
-    return {WHOLE: Side(), PROMPT: prompt, PAPERS: side(PlanRequest(speedup=prompt.predicted, mode="e2e"))}
+    assert profile.cost is not None
+    prompt = contender(PROMPT, PlanRequest(speedup=SPEEDUP))
+    assert prompt.plan is not None
+    papers = PlanRequest(speedup=profile.cost.speedup(prompt.plan, n_prompt, "prefill"), mode="e2e")
+    return [FULL, prompt, contender(PAPERS, papers)]
 
 
-def _prompt(llm: AdaSkipLlama) -> list[int]:
+def _n_rounds(profile: Profile, contenders: Sequence[Contender], n_prompt: int) -> int:
+    """Return how often the contenders can read the prompt in the time of the comparison."""
+    assert profile.cost is not None
+    seconds = sum(profile.cost.seconds(each.plan, n_prompt, "prefill") for each in contenders)
+    return max(min(int(_COMPARE_S / seconds), _MAX_ROUNDS), 1)
+
+
+def _prompt(llm: AdaSkipLlama) -> tuple[int, ...]:
     pages = corpus.pages()
     page = llm.tokenize((pages.get(_PROMPT_PAGE) or max(pages.values(), key=len)).encode(), add_bos=False)
 
@@ -155,23 +138,4 @@ def _prompt(llm: AdaSkipLlama) -> list[int]:
 
     prompt = fill(write, N_LENGTH, lambda text: chat_tokens(llm, [("user", text)]))
     assert prompt is not None
-    return [*prompt]
-
-
-def _compare(llm: AdaSkipLlama, prompt: list[int], sides: Mapping[str, Side], on_stage: Callable[[str], None]) -> None:
-    """Answer the prompt in turn, in reversed order every second time, so that slow moments affect all alike."""
-    for side in sides.values():  # not counted: the first run allocates memory and warms caches
-        llm.set_plan(side.plan)
-        list(Generation(llm, prompt[:256], max_tokens=2))
-    start, n = time.monotonic(), 0
-    # Another round is expected to take as long as those before it.
-    while n == 0 or (n < _MAX_ROUNDS and (time.monotonic() - start) * (n + 1) / n < _COMPARE_S):
-        on_stage(f"Answering a prompt of {len(prompt):,} tokens with each plan and without, round {n + 1}")
-        for side in [*sides.values()][:: -1 if n % 2 else 1]:
-            llm.set_plan(side.plan)
-            llm.reset()  # without it the next run would reuse the last one's prompt
-            generation = Generation(llm, prompt, max_tokens=N_ANSWER)
-            side.answer = "".join(generation).strip()
-            assert generation.timing is not None
-            side.timings.append(generation.timing)
-        n += 1
+    return tuple(prompt)

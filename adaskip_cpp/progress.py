@@ -79,6 +79,6 @@ def _line_a_minute(label: str) -> OnProgress:
         if now - last >= _LINES_S and 0 < fraction < 1:
             last = now
             left = max(round((now - start) * (1 - fraction) / fraction / 60), 1)
-            print(f"{label}: {fraction:.0%} done, about {left} min left", file=sys.stderr, flush=True)
+            print(f"{label}: {math.floor(fraction * 100)}% done, about {left} min left", file=sys.stderr, flush=True)
 
     return on_progress

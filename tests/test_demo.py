@@ -10,7 +10,7 @@ from oracles.command_line import run
 from oracles.costs import cost_model
 from oracles.tiny_models import add_chat_template
 
-from adaskip_cpp import Profile, Running, demo
+from adaskip_cpp import Profile, Running, SkipPlan, demo
 from adaskip_cpp.measuring.running import open_quietly
 
 
@@ -22,19 +22,17 @@ def short(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in {**shorter, "_MAX_ROUNDS": 1, "_KEY_LENGTH": 300, "SPEEDUP": 1.2}.items():
         monkeypatch.setattr(demo, name, value)
     costs = cost_model(0.1, [1] * 3, [1] * 3, size=64, kept=[0.1] * 3)
-    monkeypatch.setattr(demo, "measure_cost", lambda llm, *, seconds: costs)
+    monkeypatch.setattr(demo, "measure_cost", lambda llm, **options: costs)
     return add_chat_template(tiny(), tmp_path / "chat.gguf")
 
 
-def measured(model: Path | str) -> tuple[demo.DemoResult, Profile]:
-    """The demo's result and profile."""
-    seen: list[Profile] = []
-    result = demo.run(
-        partial(open_quietly, model, running=Running(1)),
-        on_stage=lambda text: None,
-        on_plans=lambda profile, sides: seen.append(profile),
-    )
-    return result, seen[0]
+def measured(model: Path | str) -> tuple[demo.DemoResult, Profile, list[SkipPlan], list[float]]:
+    """The demo's result, its profile, and for both modes plan and predicted speed-up."""
+    seen: list[Any] = []
+    result = demo.run(partial(open_quietly, model, running=Running(1)), on_plans=lambda *given: seen.extend(given))
+    profile, (_, *others) = seen
+    plans = [each.plan for each in others]
+    return result, profile, plans, [profile.cost.speedup(each, result.n_prompt, "prefill") for each in plans]
 
 
 def test_it_shows_what_was_learned_and_the_prompt_mode_beside_the_papers(short: Path) -> None:
@@ -44,19 +42,15 @@ def test_it_shows_what_was_learned_and_the_prompt_mode_beside_the_papers(short: 
     assert re.search(r"For the same predicted speed, the paper's mode e2e skips \d\s+sublayers for all tokens", shown)
     assert re.search(r"whole model +prompt mode +the paper's mode", shown)
     assert shown.count(" x as fast") == 2
-    # The last token of each text has none after it, and its first one is predicted by the prompt.
-    assert re.search(r"loss on 92 tokens +\d+\.\d{3} nats +\d+\.\d{3} nats +\d+\.\d{3} nats", shown)
+    assert re.search(r"loss on 96 tokens +\d+\.\d{3} nats +\d+\.\d{3} nats +\d+\.\d{3} nats", shown)
     assert len(re.findall(r"[012] of 2(?= )", shown.split("pass keys found")[1].splitlines()[0] + " ")) == 3
     assert all(f"answer, {name}" in " ".join(shown.split()) for name in ("whole model", "prompt mode"))
 
 
 def test_both_modes_are_predicted_to_be_as_fast_as_is_asked_for(short: Path) -> None:
-    result, _ = measured(short)
-    _, prompt, papers = result.sides.values()
-    assert prompt.plan is not None and papers.plan is not None
-    assert demo.SPEEDUP <= prompt.predicted <= papers.predicted < 2
-    assert (prompt.plan.mode, papers.plan.mode) == ("prompt", "e2e")
-    assert papers.plan.compensation == prompt.plan.compensation == "linear"
+    _, _, plans, predicted = measured(short)
+    assert demo.SPEEDUP <= predicted[0] <= predicted[1] < 2
+    assert [(each.mode, each.compensation) for each in plans] == [("prompt", "linear"), ("e2e", "linear")]
 
 
 def test_a_model_without_a_chat_template_is_refused_at_once(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,12 +71,11 @@ def test_it_finds_its_model_and_measures_all_sides(smollm2_path: Path, monkeypat
     shorter |= {"_LOSS_TEXTS": ("debugger", "argparse"), "_KEY_DEPTHS": (0.5,), "_KEY_LENGTH": 400}
     for name, value in {**shorter, "_MAX_ROUNDS": 1, "_COST_S": 1.0, "SPEEDUP": 1.2}.items():
         monkeypatch.setattr(demo, name, value)
-    result, profile = measured(smollm2_path)
-    whole, prompt, papers = result.sides.values()
+    result, profile, _, predicted = measured(smollm2_path)
     assert 690 <= result.n_prompt <= 700 and profile.n_tokens == 5 * 512
-    # An answer may end with its first token: then no time between tokens is known.
-    assert all(side.first_token_s > (side.token_s or 0.0) >= 0.0 for side in (whole, prompt, papers))
-    assert 1.2 <= prompt.predicted <= papers.predicted
-    assert whole.loss > 1 and papers.loss < 6
-    assert abs(prompt.loss - whole.loss) < 0.1 < papers.loss - whole.loss
-    assert whole.n_keys == prompt.n_keys == 1
+    assert all(row.speed["first_token"].seconds.mean > row.speed["per_token"].seconds.mean > 0 for row in result.rows)
+    assert 1.2 <= predicted[0] <= predicted[1]
+    whole, prompt, papers = (row.text["all"]["loss"].mean for row in result.rows)
+    assert whole > 1 and papers < 6
+    assert abs(prompt - whole) < 0.1 < papers - whole
+    assert [row.questions["passkey"].score.mean for row in result.rows[:2]] == [1.0, 1.0]
